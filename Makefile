@@ -1,0 +1,62 @@
+# The only entry point. Each target does its own set-up, see tests/setup.sh.
+
+# The distribution's, which the plugins run under; the first python3 on PATH may be one of pyenv or conda.
+PYTHON ?= /usr/bin/python3
+export PYTHON
+# Debian keeps ip, tc and nft there, which are not on an ordinary user's PATH.
+export PATH := $(PATH):/usr/sbin:/sbin
+
+SHELL_SCRIPTS = $(wildcard .ci/run *.sh */*.sh */*/*.sh)
+NEED_ROOT = test "$$(id -u)" = 0 || { echo "needs root: sudo make $@" >&2; exit 1; }
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo lab lab-down test lint golden record clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'More words for the command behind demo, lab, test: ARGS="...", for example  make test ARGS="-k lease -x"'
+
+demo: ## two nodes and four pods on this machine: pings over WireGuard, and proof that nothing goes in clear (root)
+	@$(NEED_ROOT)
+	@tests/setup.sh demo
+	@$(PYTHON) deploy/lab.py demo $(ARGS)
+
+lab: ## the same nodes and pods, left running for you to look around (root)
+	@$(NEED_ROOT)
+	@tests/setup.sh demo
+	@$(PYTHON) deploy/lab.py up $(ARGS)
+	@echo
+	@echo 'The lab is up. As root:'
+	@echo '  deploy/lab.py status                       what runs'
+	@echo '  deploy/lab.py ping                         every pod to every pod'
+	@echo '  deploy/lab.py exec NODE -- ip route        a command on a node'
+	@echo '  deploy/lab.py exec NODE/POD -- ip address  a command in a pod'
+	@echo '  make lab-down                              remove it'
+
+lab-down: ## remove the lab (root)
+	@$(NEED_ROOT)
+	@$(PYTHON) deploy/lab.py down $(ARGS)
+
+test: ## all tests; as an ordinary user those that need no root
+	@tests/setup.sh test
+	@.venv/bin/python -m pytest $(ARGS)
+
+lint: ## ruff on the Python files, shellcheck on the shell scripts
+	@tests/setup.sh lint
+	@.venv/bin/python -m ruff check --no-cache .
+	@if command -v shellcheck >/dev/null; then shellcheck $(SHELL_SCRIPTS); else echo 'shellcheck: left out, not installed'; fi
+
+golden: ## rewrite the expected parts of tests/cases, or of CASE=name alone, and show what changed
+	@tests/setup.sh venv
+	@.venv/bin/python -m tests.golden --update $(CASE)
+	@git --no-pager diff --stat -- tests/cases
+
+record: ## record the replies in tests/cases, or of CASE=name alone, from this machine's kernel (root)
+	@$(NEED_ROOT)
+	@tests/setup.sh test
+	@.venv/bin/python -m tests.golden --record $(CASE)
+
+clean: ## remove .venv and caches
+	@rm -rf .venv .pytest_cache .ruff_cache
+	@find . -name .git -prune -o -type d -name __pycache__ -exec rm -rf {} +
