@@ -1,0 +1,1620 @@
+#!/usr/bin/python3 -IS
+"""MNCNI: a CNI plugin in one file, for people who run it and for people who read it.
+
+What CNI is. A container runtime (containerd, CRI-O, podman) has made a network namespace and wants it connected. It starts a
+plugin, an ordinary program, in the host's namespace: the command and the attachment in environment variables, the network
+configuration as JSON on standard input. The plugin changes the kernel and answers with JSON on standard output. Nothing stays
+running. An attachment is (network name, container ID, interface name); whatever a plugin leaves on the host has to be found
+again from these three alone.
+
+    CNI_COMMAND   what it asks for                                       what it answers
+    ADD           connect CNI_IFNAME in CNI_NETNS                        a result: interfaces, addresses, routes, DNS
+    DEL           take that back, as often as asked, whatever is gone    nothing
+    CHECK         is everything that ADD made still there?               nothing, or an error that names what is not
+    GC            remove every attachment that is not in this list       nothing
+    STATUS        could ADD work now?                                    nothing, or error 50 or 51
+    VERSION       which versions of the protocol do you speak?           the list
+
+By hand:
+
+    ip netns add pod
+    CNI_COMMAND=ADD CNI_CONTAINERID=c1 CNI_NETNS=/run/netns/pod CNI_IFNAME=eth0 CNI_TRACE=1 ./mncni.py <<E
+    {"cniVersion": "1.0.0", "name": "net", "plugin": "naivewg", "ipam": {"ranges": [[{"subnet": "10.88.0.0/24"}]]}}
+    E
+
+Reading order: whoever wants the protocol reads to the end of "Dispatch"; whoever wants to write a plugin reads "Commands", then
+copies the section "loopback". Every verb looks (`look_*`, read-only commands), plans (`plan_*`, pure), applies, replies. `run` is
+always a parameter: tests pass a recorder.
+
+Specification: https://www.cni.dev/docs/spec/ ("SPEC" below), version 1.1.0. The error codes 8 and 999 come from libcni, not from it.
+"""
+
+import fcntl
+import ipaddress
+import json
+import os
+import sys
+import time
+from collections import namedtuple
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constants and errors                                                                              SPEC section 5, Error
+# ---------------------------------------------------------------------------------------------------------------------
+
+PROGRAM_VERSION = "0.1.0"
+CNI_VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
+NEWEST = CNI_VERSIONS[-1]
+DEFAULT_DATA_DIR = "/var/lib/cni/mncni"
+DEFAULT_RUN_DIR = "/run/mncni"
+DEFAULT_BIN_DIR = "/opt/cni/bin"
+OWNER_ALIAS = "mncni"  # `ip link` shows it on every link that is ours; a link without it is somebody else's
+
+INCOMPATIBLE_VERSION, UNSUPPORTED_FIELD, BAD_ENVIRONMENT, IO_FAILURE, DECODE_FAILURE, BAD_CONFIG = 1, 2, 4, 5, 6, 7
+BAD_NETNS, TRY_AGAIN, NOT_AVAILABLE, LIMITED_CONNECTIVITY, COMMAND_FAILED, INTERNAL = 8, 11, 50, 51, 100, 999
+
+PACKAGES = {"ip": "iproute2", "tc": "iproute2", "nft": "nftables", "wg": "wireguard-tools", "nsenter": "util-linux", "tee": "coreutils"}
+
+
+class CNIError(Exception):
+    """What a plugin reports: code (SPEC section 5), msg (one line: the act, the value, the way out), details (may be long)."""
+
+    def __init__(self, code, msg, details=""):
+        super().__init__(msg)
+        self.code, self.msg, self.details = code, msg, details
+
+
+def config_error(msg, details=""):
+    """Code 7, which is what nearly every refusal of a configuration is."""
+    return CNIError(BAD_CONFIG, msg, details)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Request                                                                  SPEC section 2, Parameters; section 3, stdin
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Request:
+    """One call, validated as far as the protocol goes.
+
+    command, container_id, netns, ifname: the CNI_* variables ("" when absent). args: CNI_ARGS as a dict. path: directories of
+    CNI_PATH. conf: the network configuration (dict). network: its name. version: its cniVersion. prev_result: a 1.1.0 result,
+    or None. run_dir: where state that dies with the boot lives.
+    """
+
+    def __init__(self, environ, conf):
+        self.command = environ["CNI_COMMAND"]
+        self.container_id = environ.get("CNI_CONTAINERID", "")
+        self.netns = environ.get("CNI_NETNS", "")
+        self.ifname = environ.get("CNI_IFNAME", "")
+        self.args = parse_args(environ.get("CNI_ARGS", ""))
+        self.path = [part for part in environ.get("CNI_PATH", "").split(":") if part]
+        self.run_dir = environ.get("MNCNI_RUN_DIR") or DEFAULT_RUN_DIR
+        self.conf = conf
+        self.network = conf["name"]
+        self.version = conf["cniVersion"]
+        self.prev_result = None
+
+
+ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+
+
+def is_identifier(text):
+    """Whether text may be a container ID or a network name: a letter or digit, then letters, digits, '_', '.', '-'."""
+    return bool(text) and text[0] not in "_.-" and ID_CHARACTERS.issuperset(text)
+
+
+def is_ifname(text):
+    """Whether text may name an interface: the kernel's rule (dev_valid_name), less what `ip -batch` gives a meaning to."""
+    if not text or text in (".", "..") or len(text.encode("utf-8", "surrogateescape")) > 15:
+        return False
+    return not any(char in "/:\"'\\#" or char.isspace() or not char.isprintable() for char in text)
+
+
+ATTACHMENT = {"CNI_CONTAINERID": is_identifier, "CNI_NETNS": None, "CNI_IFNAME": is_ifname}
+NO_NETNS = {"CNI_CONTAINERID": is_identifier, "CNI_IFNAME": is_ifname}
+REQUIRED = {"ADD": ATTACHMENT, "CHECK": ATTACHMENT, "DEL": NO_NETNS, "GC": {}, "STATUS": {}, "VERSION": {}}
+
+
+def check_environment(environ):
+    """Refuse missing or malformed CNI_* variables with code 4, the missing ones together. SPEC section 2, Parameters."""
+    required = REQUIRED.get(environ.get("CNI_COMMAND", ""), {})
+    for name, is_valid in required.items():
+        value = environ.get(name, "")
+        if value and is_valid and not is_valid(value):
+            raise CNIError(BAD_ENVIRONMENT, f"{name} is malformed: {value!r}", value)
+    missing = [name for name in ("CNI_COMMAND", *required) if not environ.get(name)]
+    if missing:
+        raise CNIError(BAD_ENVIRONMENT, f"required environment variables missing: [{','.join(missing)}]")
+
+
+def parse_args(text):
+    """CNI_ARGS ("K=V;K2=V2") as a dict. What is not a pair is left out: no command, DEL least of all, fails on its account."""
+    return dict(pair.split("=", 1) for pair in text.split(";") if "=" in pair)
+
+
+def parse_json_object(text):
+    """The dict that text holds. CNIError 6 for anything else: not UTF-8, not JSON, not an object, nested beyond reason."""
+
+    def refuse_constant(word):
+        raise ValueError(f"{word} is not JSON")
+
+    try:
+        text.encode("utf-8")
+        value = json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:  # UnicodeError and JSONDecodeError are ValueErrors
+        what = "it is empty" if not text.strip() else str(error) or type(error).__name__
+        raise CNIError(DECODE_FAILURE, f"cannot decode the network configuration on stdin: {what}") from None
+    if not isinstance(value, dict):
+        raise CNIError(DECODE_FAILURE, f"the network configuration on stdin is not a JSON object but {kind_of(value)}")
+    return value
+
+
+def parse_conf(text):
+    """The network configuration, its "name" and "cniVersion" checked for form. CNIError 6 or 7. SPEC section 1."""
+    conf = parse_json_object(text)
+    for key in ("name", "cniVersion"):
+        if not isinstance(conf.get(key, ""), str):
+            raise CNIError(DECODE_FAILURE, f'"{key}" must be a string, not {kind_of(conf[key])}')
+    if not conf.get("name"):
+        raise config_error('the network configuration has no "name"')
+    if not is_identifier(conf["name"]) or len(conf["name"]) > 200:  # it names a directory and stands in a link's alias
+        raise config_error(f'"name" must be letters, digits, "_", ".", "-", 200 at most, not {conf["name"]!r}')
+    conf["cniVersion"] = conf.get("cniVersion") or "0.1.0"  # what its absence means, SPEC section 1
+    return conf
+
+
+def kind_of(value):
+    """What JSON calls the type of value, for messages."""
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
+
+
+def typed(mapping, key, kind, default):
+    """mapping[key], or default where it is absent or null. CNIError 7 if it is not of the given JSON type (dict, list, str, bool, int)."""
+    value = mapping.get(key)
+    if value is None:
+        return default
+    if type(value) is not kind:  # not isinstance: True is an int to Python, but no number to JSON
+        raise config_error(f'"{key}" must be {kind_of(kind())}, not {kind_of(value)} ({json.dumps(value)[:80]})')
+    return value
+
+
+def any_case(mapping, key):
+    """mapping[key] whatever the case of its letters, or None. containerd sends the keys below runtimeConfig capitalised."""
+    if not isinstance(mapping, dict):
+        return None
+    if key in mapping:
+        return mapping[key]
+    for name, value in mapping.items():
+        if name.lower() == key.lower():
+            return value
+    return None
+
+
+def runtime_config(request, key):
+    """What the runtime supplies for a declared capability, or None. CONVENTIONS, dynamic plugin specific fields."""
+    return any_case(any_case(request.conf, "runtimeConfig"), key)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results and their versions                                                                      SPEC section 5, Success
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside, a result is always a 1.1.0 dict. Keys that we do not know pass through untouched.
+
+
+def result_from_version(result, version):
+    """A 1.1.0 result from one written as version. Below 1.0.0 an address carries the family too."""
+    ips = [{key: value for key, value in ip.items() if key != "version"} for ip in result.get("ips") or []]
+    return {**result, "cniVersion": NEWEST, "ips": ips}
+
+
+def result_to_version(result, version):
+    """A 1.1.0 result as version writes it: 1.1.0's own keys go below 1.1.0, the family of an address comes below 1.0.0."""
+    result = {**result, "cniVersion": version}
+    if version != "1.1.0":
+        result["interfaces"] = [without(link, "mtu", "socketPath", "pciID") for link in result.get("interfaces") or []]
+        result["routes"] = [without(route, "mtu", "advmss", "priority", "table", "scope") for route in result.get("routes") or []]
+    if version.startswith("0."):
+        result["ips"] = [{"version": "6" if ":" in ip["address"] else "4", **ip} for ip in result.get("ips") or []]
+    return {key: value for key, value in result.items() if value or key == "cniVersion"}
+
+
+def without(mapping, *keys):
+    return {key: value for key, value in mapping.items() if key not in keys}
+
+
+def parse_prev_result(conf):
+    """conf's prevResult as a 1.1.0 result, None where there is none. CNIError 7 if it is no result. SPEC section 3."""
+    result = typed(conf, "prevResult", dict, {})
+    for key in ("interfaces", "ips", "routes"):
+        if not all(isinstance(item, dict) for item in typed(result, key, list, [])):
+            raise config_error(f'"prevResult" is no result: "{key}" must be an array of objects')
+    for ip in result.get("ips") or []:
+        index = ip.get("interface")
+        if not is_address(ip.get("address"), ipaddress.ip_interface):
+            raise config_error(f'"prevResult" is no result: {ip.get("address")!r} is not an address with its prefix length')
+        if index is not None and (type(index) is not int or not 0 <= index < len(result.get("interfaces") or [])):
+            raise config_error(f'"prevResult" is no result: "interface" {index!r} is not an index into its interfaces')
+    return result_from_version(result, conf["cniVersion"]) if result else None
+
+
+def merge_results(prev_result, own):
+    """prev_result with our interfaces, addresses and routes after its own: a plugin adds to what it was given. SPEC section 2, ADD."""
+    if prev_result is None:
+        return own
+    offset = len(prev_result.get("interfaces") or [])
+    ips = [{**ip, "interface": ip["interface"] + offset} for ip in own["ips"]]
+    merged = {**prev_result, "ips": (prev_result.get("ips") or []) + ips}
+    for key in ("interfaces", "routes"):
+        merged[key] = (prev_result.get(key) or []) + own[key]
+    if own["dns"]:
+        merged["dns"] = own["dns"]
+    return merged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dispatch: the whole protocol on one page                                              SPEC section 2, Execution Protocol
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def answer(environ, stdin_text, run, plugins=None, called_as="mncni"):
+    """(exit code, what goes to stdout) for one call. Never raises. `plugins` is a table like PLUGINS, `run` what starts commands."""
+    version = NEWEST  # what an error speaks as long as nobody has named a version we know
+    try:
+        check_environment(environ)
+        if environ["CNI_COMMAND"] == "VERSION":
+            return 0, json.dumps(version_reply(stdin_text)) + "\n"
+        conf = parse_conf(stdin_text)
+        if environ["CNI_COMMAND"] not in VERBS:
+            raise CNIError(BAD_ENVIRONMENT, f"CNI_COMMAND {environ['CNI_COMMAND']!r} is unknown; there are: {', '.join(VERBS)}, VERSION")
+        check_version(environ["CNI_COMMAND"], conf["cniVersion"])
+        version = conf["cniVersion"]
+        stages = choose_plugins(conf, called_as, plugins or PLUGINS)
+        request = Request(environ, conf)
+        check_netns(request, environ)
+        result = VERBS[request.command](request, stages, run)
+        return 0, json.dumps(result_to_version(result, version)) + "\n" if result is not None else ""
+    except CNIError as error:
+        return 1, error_reply(error, version)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        return 1, error_reply(CNIError(IO_FAILURE, f"input/output failure: {error.strerror or error}{where}"), version)
+    except Exception as error:
+        import traceback  # only when it is too late to be fast
+
+        traceback.print_exc()
+        return 1, error_reply(CNIError(INTERNAL, f"internal error, please report: {type(error).__name__}: {error}"), version)
+
+
+def call_add(request, stages, run):
+    """Run each stage on the result of the one before it. When one fails, those before it are undone, last first."""
+    request.prev_result = parse_prev_result(request.conf)
+    done = []
+    for stage in stages:
+        try:
+            request.prev_result = stage["ADD"](request, run)
+        except Exception:
+            for earlier in reversed(done):
+                best_effort(earlier["DEL"], request, run)
+            raise
+        done.append(stage)
+    return request.prev_result
+
+
+def call_del(request, stages, run):
+    """Undo every stage, last first. No prevResult, or one that is no result, is what a crash leaves: go on without."""
+    try:
+        request.prev_result = parse_prev_result(request.conf)
+    except CNIError as error:
+        print(f"mncni: DEL goes on without prevResult: {error.msg}", file=sys.stderr)
+    return call_all(request, list(reversed(stages)), run)
+
+
+def call_check(request, stages, run):
+    request.prev_result = parse_prev_result(request.conf)
+    if request.prev_result is None:
+        raise config_error('CHECK needs "prevResult", the result of the ADD that it checks')
+    return call_all(request, stages, run)
+
+
+def call_all(request, stages, run):
+    """Run every stage, whatever happens to those before it; then report the first error."""
+    errors = []
+    for stage in stages:
+        try:
+            stage[request.command](request, run)
+        except Exception as error:
+            errors.append(error)
+    for error in errors:
+        raise error
+
+
+VERBS = {"ADD": call_add, "DEL": call_del, "CHECK": call_check, "GC": call_all, "STATUS": call_all}
+
+
+def best_effort(act, *arguments):
+    """Call act and only report if it fails: for undoing, where the first error is the one to tell."""
+    try:
+        act(*arguments)
+    except Exception as error:
+        print(f"mncni: while undoing: {error}", file=sys.stderr)
+
+
+def choose_plugins(conf, called_as, plugins):
+    """The verb tables of the stages to run: those that conf's "plugin" names, else the one that the program was called as. CNIError 7."""
+    names = conf.get("plugin", called_as)
+    names = names if isinstance(names, list) else [names]
+    known = ", ".join(plugins)
+    if not names:
+        raise config_error(f'"plugin" is an empty list; the plugins are: {known}')
+    for position, name in enumerate(names):
+        if not isinstance(name, str) or name not in plugins:
+            what = f'called as "{name}" without a "plugin" key' if "plugin" not in conf else f'"plugin" {json.dumps(name)} is unknown'
+            raise config_error(f"{what}; the plugins are: {known}", 'set "plugin" to one of them, or to a list of them')
+        if name in names[:position]:
+            raise config_error(f'"plugin" lists "{name}" twice')
+        if position and plugins[name].get("first"):
+            raise config_error(f'"plugin" lists "{name}" at place {position + 1}: it makes the interface, so it can only be the first')
+    return [plugins[name] for name in names]
+
+
+def check_version(command, version):
+    """Refuse a version that we do not speak, or one that has no such command: code 1; an unreadable one: 6 or 1, as in libcni's skel."""
+    try:
+        parts = [int(part) for part in version.split(".")]
+        readable = len(parts) <= 3
+    except ValueError:
+        readable = False
+    since = {"CHECK": "0.4.0", "GC": "1.1.0", "STATUS": "1.1.0"}.get(command)
+    if since and not readable:
+        raise CNIError(DECODE_FAILURE, f'cannot read "cniVersion" {version!r}')
+    if version not in CNI_VERSIONS:
+        raise CNIError(INCOMPATIBLE_VERSION, f'"cniVersion" {version!r} is not supported', f"supported: {', '.join(CNI_VERSIONS)}")
+    if since and CNI_VERSIONS.index(version) < CNI_VERSIONS.index(since):
+        raise CNIError(INCOMPATIBLE_VERSION, f"{command} needs cniVersion {since} or newer, the configuration says {version}")
+
+
+def version_reply(stdin_text):
+    """SPEC section 2, VERSION. It must answer whatever stands on stdin: older runtimes send nothing."""
+    try:
+        version = parse_json_object(stdin_text).get("cniVersion")
+    except CNIError:
+        version = None
+    return {"cniVersion": version if isinstance(version, str) and version else NEWEST, "supportedVersions": list(CNI_VERSIONS)}
+
+
+def check_netns(request, environ):
+    """Refuse a namespace that is not there, or that is the host's own: code 8, before anything is changed. To DEL, gone is fine."""
+    if not request.netns:
+        return
+    try:
+        there, own = os.stat(request.netns), os.stat("/proc/self/ns/net")
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte
+        if request.command == "DEL":
+            request.netns = ""
+            return
+        reason = getattr(error, "strerror", None) or error
+        raise CNIError(BAD_NETNS, f"cannot open the network namespace {request.netns!r}: {reason}") from None
+    override = environ.get("CNI_NETNS_OVERRIDE", "").lower() in ("1", "true")
+    if (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino) and not override:
+        raise CNIError(BAD_NETNS, f"CNI_NETNS {request.netns!r} is the network namespace that the plugin itself runs in")
+
+
+def error_reply(error, version):
+    """The JSON object that an error is on stdout. SPEC section 5, Error."""
+    reply = {"cniVersion": version, "code": error.code, "msg": error.msg, "details": error.details}
+    return json.dumps({key: value for key, value in reply.items() if value != ""}) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands: the only place that starts a process
+# ---------------------------------------------------------------------------------------------------------------------
+
+Reply = namedtuple("Reply", "exit_code stdout stderr")
+
+
+class Command:
+    """A process to start: argv (list of str), stdin (text), environ (variables to set on top of ours)."""
+
+    __slots__ = ("argv", "environ", "stdin")
+
+    def __init__(self, argv, stdin="", environ=None):
+        self.argv, self.stdin, self.environ = argv, stdin, environ or {}
+
+    def __str__(self):
+        """The command as a person would paste it into a shell."""
+        import shlex  # +0.4 ms, tracing and errors only
+
+        words = [f"{name}={shlex.quote(value)}" for name, value in self.environ.items()] + [shlex.quote(word) for word in self.argv]
+        text = " ".join(words)
+        return f"{text} <<'E'\n{self.stdin.rstrip()}\nE" if self.stdin else text
+
+
+def make_run(environ, trace=None, timeout_s=30):
+    """The runner: run(command) -> Reply. It never raises on an exit code. CNIError 4 where the tool is missing, 100 when it hangs.
+
+    trace: a function that gets each command before it runs, or None.
+    """
+    import subprocess  # +5 ms; VERSION, and whatever needs no command, does without
+
+    child_environ = {**environ, "LC_ALL": "C", "PATH": environ.get("PATH", "") + ":/usr/sbin:/usr/bin:/sbin:/bin"}
+
+    def run(command):
+        if trace:
+            trace(command)
+        try:
+            done = subprocess.run(
+                command.argv,
+                input=command.stdin,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout_s,
+                env={**child_environ, **command.environ},
+            )
+        except FileNotFoundError:
+            raise missing_tool(command.argv[0]) from None
+        except subprocess.TimeoutExpired:
+            raise CNIError(COMMAND_FAILED, f"no answer within {timeout_s} s from {command.argv[0]}", str(command)) from None
+        if done.returncode == 127 and command.argv[0] == "nsenter":
+            raise missing_tool(command.argv[2])
+        return Reply(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def lazy_run(environ, trace=None):
+    """make_run, but made when the first command needs it."""
+    made = []
+
+    def run(command):
+        if not made:
+            made.append(make_run(environ, trace))
+        return made[0](command)
+
+    return run
+
+
+def missing_tool(name):
+    package = PACKAGES.get(name)
+    return CNIError(BAD_ENVIRONMENT, f'cannot find the program "{name}"' + (f": install the package {package}" if package else ""))
+
+
+def in_netns(netns, argv):
+    """argv, to be run in the network namespace at a path ("" = ours). Not `ip -n`: that takes only names below /run/netns."""
+    return ["nsenter", f"--net={netns}", *argv] if netns else argv
+
+
+def guarded(line):
+    """line, if a batch may hold it. Every value was validated before; this is the one place that makes sure."""
+    if any(char in "\n\r\"'\\#" for char in line) or not line.isprintable():
+        raise CNIError(BAD_ENVIRONMENT, f"refused to pass a value with a special character on to ip: {line!r}")
+    return line
+
+
+def ip_batch(lines, netns=""):
+    """One `ip` for several changes. It is no transaction: it stops at the first line that fails."""
+    return Command(in_netns(netns, ["ip", "-batch", "-"]), "".join(guarded(line) + "\n" for line in lines))
+
+
+def write_sysctls(keys, value, netns=""):
+    """Write one value to several sysctls ("net/ipv4/ip_forward"). With tee, so that it is a command like any other: traced,
+    recorded, and run in another namespace like the others."""
+    return Command(in_netns(netns, ["tee", *(f"/proc/sys/{key}" for key in keys)]), f"{value}\n")
+
+
+def apply(plan, run):
+    """Run each command of the plan. CNIError 100 at the first that fails."""
+    for command in plan:
+        reply = run(command)
+        if reply.exit_code != 0:
+            raise command_failed(command, reply)
+
+
+def command_failed(command, reply):
+    """CNIError 100 whose details are the failing line and what the program said."""
+    said, line = reply.stderr.strip(), ""
+    for text in said.splitlines():
+        number = text.partition("Command failed -:")[2]
+        if number.isdigit() and int(number) <= len(command.stdin.splitlines()):
+            line = command.stdin.splitlines()[int(number) - 1]
+    what = f"{' '.join(command.argv)}: {line}" if line else str(command)
+    first = said.splitlines()[0] if said else f"exit {reply.exit_code}"
+    return CNIError(COMMAND_FAILED, f"{command.argv[0]} failed: {first}", f"{what}\n{said}")
+
+
+# The one place where a program's words decide: all of them say that what was asked for is not there.
+GONE = ("does not exist", "Cannot find device", "No such device", "No such file or directory", "No such process", "Command failed -:")
+
+
+def is_gone(reply):
+    """Whether a command failed for no other reason than that its object is not there."""
+    lines = reply.stderr.splitlines()
+    return reply.exit_code != 0 and bool(lines) and all(any(words in line for words in GONE) for line in lines)
+
+
+def look_ip(arguments, run, netns="", family=""):
+    """What `ip -json` prints for the given command lines, as one list of objects. What is not there is left out."""
+    options = ["-json", "-details", *([family] if family else []), "-force", "-batch", "-"]
+    command = Command(in_netns(netns, ["ip", *options]), "".join(guarded(line) + "\n" for line in arguments))
+    reply = run(command)
+    if reply.stderr.startswith("nsenter:"):
+        raise CNIError(BAD_NETNS, f"cannot enter the network namespace {netns!r}", reply.stderr.strip())
+    if reply.exit_code != 0 and not is_gone(reply):
+        raise command_failed(command, reply)
+    return [item for line in reply.stdout.splitlines() if line for item in json.loads(line)]
+
+
+def look_link(name, links):
+    """The link of that name in what look_ip returned, or None."""
+    return next((link for link in links if link.get("ifname") == name), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# State: leases and files                                                                             whole or absent
+# ---------------------------------------------------------------------------------------------------------------------
+# <dataDir>/<network>/10.244.1.5       a lease: container ID, interface, boot ID, a line each
+# <dataDir>/<network>/attachments/KEY  its index: the same three lines, then the addresses
+# <dataDir>/<network>/last.0           where the search goes on in range set 0
+#
+# A lease of an earlier boot counts as free: no container outlives its kernel. That is also why nothing here is fsynced: what a
+# power failure can tear is void after it. The index is written before the leases and removed after them, so that every lease
+# can be found from its attachment, wherever a crash falls.
+
+
+class Locked:
+    """`with Locked(path):` one process at a time. CNIError 11 after timeout_s."""
+
+    def __init__(self, path, timeout_s=60):
+        self.path, self.timeout_s = path, timeout_s
+
+    def __enter__(self):
+        os.makedirs(os.path.dirname(self.path), mode=0o755, exist_ok=True)
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            try:
+                return fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    os.close(self.fd)
+                    raise CNIError(TRY_AGAIN, f"another process holds {self.path} for more than {self.timeout_s} s") from None
+                time.sleep(0.002)  # flock has no deadline of its own
+
+    def __exit__(self, *exc_info):
+        os.close(self.fd)
+
+
+def read_file(path):
+    """The text of a small file, None if there is none. What is not UTF-8 is replaced, so that it can be judged."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def write_file(path, text, mode=0o644):
+    """Write a file whole or not at all: a reader sees the old one or the new one."""
+    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    try:
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.rename(temporary, path)
+    except BaseException:
+        remove_file(temporary)
+        raise
+
+
+def remove_file(path):
+    try:
+        os.unlink(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+
+
+def boot_id():
+    """A name for the time since the kernel started. Documentation/admin-guide/sysctl/kernel.rst, random."""
+    return (read_file("/proc/sys/kernel/random/boot_id") or "").strip()
+
+
+def short_hash(*parts):
+    """16 hex digits for a tuple of names: 64-bit FNV-1a. hashlib costs 2.7 ms to import; nobody gains by forging a collision here."""
+    value = 0xCBF29CE484222325
+    for byte in "/".join(parts).encode():  # "/" stands in none of the names
+        value = ((value ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+    return f"{value:016x}"
+
+
+class Leases:
+    """The leases of one network. Every change is made by whoever holds `with leases.lock:`."""
+
+    def __init__(self, data_dir, network):
+        self.dir = os.path.join(data_dir, network)
+        self.index_dir = os.path.join(self.dir, "attachments")
+        self.network = network
+        self.lock = Locked(os.path.join(self.dir, "lock"))
+        self.boot_id = boot_id()
+
+    def index_path(self, container_id, ifname):
+        return os.path.join(self.index_dir, short_hash(self.network, container_id, ifname))
+
+    def holder(self, address):
+        """(container ID, interface) that holds an address, None if it is free: no lease, an unreadable one, or one of an earlier boot."""
+        owner, _ = self._parse(read_file(os.path.join(self.dir, str(address))))
+        return owner
+
+    def addresses(self, container_id, ifname):
+        """The addresses (list of str) that an attachment holds, from the index alone."""
+        owner, addresses = self._parse(read_file(self.index_path(container_id, ifname)))
+        return [address for address in addresses if owner == (container_id, ifname) == self.holder(address)]
+
+    def take(self, addresses, container_id, ifname):
+        """Write the index, then the leases."""
+        os.makedirs(self.index_dir, exist_ok=True)
+        lines = [container_id, ifname, self.boot_id]
+        write_file(self.index_path(container_id, ifname), "\n".join([*lines, *map(str, addresses)]) + "\n")
+        for address in addresses:
+            write_file(os.path.join(self.dir, str(address)), "\n".join(lines) + "\n")
+
+    def release(self, container_id, ifname):
+        """Remove the leases of an attachment, then its index. Nothing there is fine."""
+        for address in self.addresses(container_id, ifname):
+            remove_file(os.path.join(self.dir, address))
+        remove_file(self.index_path(container_id, ifname))
+
+    def release_all_but(self, keep):
+        """Release every attachment that is not in keep, a set of (container ID, interface)."""
+        for key in os.listdir(self.index_dir) if os.path.isdir(self.index_dir) else []:
+            path = os.path.join(self.index_dir, key)
+            owner, _ = self._parse(read_file(path))
+            if owner is None:
+                remove_file(path)  # torn, or of an earlier boot: the leases it may name count as free
+            elif owner not in keep:
+                self.release(*owner)
+
+    def last(self, set_index):
+        """The address (int) that a range set gave out last, 0 if none."""
+        text = (read_file(os.path.join(self.dir, f"last.{set_index}")) or "").strip()
+        return int(ipaddress.ip_address(text)) if is_address(text, ipaddress.ip_address) else 0
+
+    def set_last(self, set_index, address):
+        write_file(os.path.join(self.dir, f"last.{set_index}"), f"{address}\n")
+
+    def _parse(self, text):
+        """((container ID, interface), addresses) of a lease or an index entry of this boot, (None, []) of any other text."""
+        lines = (text or "").splitlines()
+        if len(lines) < 3 or lines[2] != self.boot_id or not is_identifier(lines[0]) or not is_ifname(lines[1]):
+            return None, []
+        return (lines[0], lines[1]), lines[3:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Addresses: parsing and validating                                                                              pure
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_address(text, kind):
+    """Whether text is a str that the given constructor of the ipaddress module takes."""
+    try:
+        return isinstance(text, str) and "%" not in text and bool(kind(text))
+    except ValueError:
+        return False
+
+
+def parse_address(text, kind, what):
+    """kind(text): ipaddress.ip_address, ip_interface or ip_network. CNIError 7 naming `what` and the text."""
+    if not is_address(text, kind):
+        form = "a network like 10.0.0.0/24, no host bits set" if kind is ipaddress.ip_network else "an IP address"
+        raise config_error(f"{what} must be {form}, not {json.dumps(text)}")
+    return kind(text)
+
+
+def family_of(address):
+    """ "-4" or "-6", the option of `ip`, for an address or network in text."""
+    return "-6" if ":" in address else "-4"
+
+
+def default_route(address):
+    """The destination "everything" of an address's family."""
+    return "::/0" if ":" in address else "0.0.0.0/0"
+
+
+def parse_mac(text, what):
+    """A MAC address in lower case. CNIError 7 unless it is six bytes, unicast and not zero."""
+    parts = text.lower().split(":") if isinstance(text, str) else []
+    if len(parts) != 6 or not all(len(part) == 2 and set(part) <= set("0123456789abcdef") for part in parts):
+        raise config_error(f"{what} must be a MAC address like 0a:58:0a:f4:01:05, not {json.dumps(text)}")
+    if int(parts[0], 16) & 1 or set(parts) == {"00"}:
+        raise config_error(f"{what} {text} is no unicast MAC address")
+    return ":".join(parts)
+
+
+def mac_of(text, prefix="0a:58"):
+    """A locally administered MAC for an address: the prefix and its IPv4 bytes; of anything else, IPv6 above all, four bytes of a hash.
+
+    A MAC that follows from the address keeps neighbours' caches right when the address goes to the next pod.
+    """
+    tail = ipaddress.IPv4Address(text).packed.hex() if is_address(text, ipaddress.IPv4Address) else short_hash(text)[:8]
+    return ":".join([prefix, *(tail[i : i + 2] for i in range(0, 8, 2))])
+
+
+def host_ifname(prefix, *attachment):
+    """The name of a link on the host: two letters and 11 hex digits of (network, container ID, interface)."""
+    return prefix + short_hash(*attachment)[-11:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# IPAM: built in, in host-local's schema, or delegated                             SPEC section 4, Plugin Delegation
+# ---------------------------------------------------------------------------------------------------------------------
+# An IPAM result is {"ips": [{"address": "10.0.0.5/24", "gateway": "10.0.0.1"}], "routes": [...], "dns": {...}}.
+
+
+def parse_ipam(request):
+    """{"type", "range_sets", "routes", "dns", "leases"} of the configuration's "ipam"; None where there is none. CNIError 7, or 5 for
+    a resolvConf that cannot be read."""
+    ipam = typed(request.conf, "ipam", dict, {})
+    if not ipam:
+        return None
+    kind = typed(ipam, "type", str, "")
+    if kind not in ("", "mncni", "mncni.py"):
+        return {"type": kind}
+    sets = [parse_range_set(ranges) for ranges in requested_ranges(request) + configured_ranges(ipam)]
+    if not sets:
+        raise config_error('"ipam" has no "ranges"', 'for example "ranges": [[{"subnet": "10.88.0.0/24"}]]')
+    refuse_overlaps([entry for ranges in sets for entry in ranges])
+    return {
+        "type": "",
+        "range_sets": sets,
+        "routes": [parse_route(route) for route in typed(ipam, "routes", list, [])],
+        "dns": parse_resolv_conf(typed(ipam, "resolvConf", str, "")),
+        "leases": ipam_leases(request),
+    }
+
+
+def ipam_leases(request):
+    """The lease store. It depends on "dataDir" and the network's name alone, so that DEL finds it under a broken configuration too."""
+    ipam = request.conf.get("ipam")
+    data_dir = ipam.get("dataDir") if isinstance(ipam, dict) else None
+    if data_dir is not None and (not isinstance(data_dir, str) or not os.path.isabs(data_dir) or "\0" in data_dir):
+        raise config_error(f'"dataDir" must be an absolute path, not {json.dumps(data_dir)}')
+    return Leases(data_dir or DEFAULT_DATA_DIR, request.network)
+
+
+def configured_ranges(ipam):
+    """The range sets as written: "ranges", before them the single range of the older keys "subnet", "rangeStart", ..."""
+    older = {key: ipam[key] for key in ("subnet", "rangeStart", "rangeEnd", "gateway") if key in ipam}
+    return ([[older]] if "subnet" in older else []) + typed(ipam, "ranges", list, [])
+
+
+def requested_ranges(request):
+    """The capability ipRanges: it comes before the configured ranges. CONVENTIONS."""
+    ranges = runtime_config(request, "ipRanges")
+    if ranges is not None and not isinstance(ranges, list):
+        raise config_error(f'"ipRanges" must be an array, not {kind_of(ranges)}')
+    return ranges or []
+
+
+def parse_range_set(ranges):
+    """One range set, one address of which an attachment gets: [{"subnet", "start", "end", "gateway"}], all of one family. CNIError 7."""
+    if not isinstance(ranges, list) or not ranges or not all(isinstance(entry, dict) for entry in ranges):
+        raise config_error('"ranges" must be an array of arrays of objects, as in [[{"subnet": "10.88.0.0/24"}]]')
+    parsed = [parse_range(entry) for entry in ranges]
+    if len({entry["subnet"].version for entry in parsed}) > 1:
+        raise config_error('one set of "ranges" mixes IPv4 and IPv6; give each family a set of its own')
+    return parsed
+
+
+def parse_range(entry):
+    """One range. start and end (int) default to all of the subnet but its first and last address, gateway to its first."""
+    subnet = parse_address(entry.get("subnet"), ipaddress.ip_network, '"subnet"')
+    if subnet.num_addresses < 4:
+        raise config_error(f'"subnet" {subnet} is too small: it needs room for a gateway and a pod')
+    first, last = int(subnet.network_address) + 1, int(subnet.broadcast_address) - (subnet.version == 4)
+    bounds = {"rangeStart": first, "rangeEnd": last, "gateway": first}
+    for key in bounds:
+        if entry.get(key) is None:
+            continue
+        address = parse_address(entry[key], ipaddress.ip_address, f'"{key}"')
+        if address.version != subnet.version or not first <= int(address) <= last:
+            raise config_error(f'"{key}" {address} is no host address of "subnet" {subnet}')
+        bounds[key] = int(address)
+    if bounds["rangeStart"] > bounds["rangeEnd"]:
+        raise config_error(f'"rangeStart" {entry.get("rangeStart")} is after "rangeEnd" {entry.get("rangeEnd")}')
+    gateway = subnet.network_address + (bounds["gateway"] - int(subnet.network_address))
+    return {"subnet": subnet, "start": bounds["rangeStart"], "end": bounds["rangeEnd"], "gateway": gateway}
+
+
+def refuse_overlaps(ranges):
+    """CNIError 7 if two ranges share an address."""
+    ordered = sorted(ranges, key=lambda entry: (entry["subnet"].version, entry["start"]))
+    for one, other in zip(ordered, ordered[1:]):
+        if one["subnet"].version == other["subnet"].version and one["end"] >= other["start"]:
+            raise config_error(f'two "ranges" overlap: {one["subnet"]} and {other["subnet"]}')
+
+
+def parse_route(route):
+    """A route of "ipam.routes" as a result has it: dst, and gw, mtu, advmss, priority, table, scope where given. CNIError 7."""
+    if not isinstance(route, dict):
+        raise config_error(f'"routes" must hold objects like {{"dst": "0.0.0.0/0"}}, not {kind_of(route)}')
+    parsed = {"dst": str(parse_address(route.get("dst"), ipaddress.ip_network, '"dst" of a route'))}
+    if route.get("gw") is not None:
+        parsed["gw"] = str(parse_address(route["gw"], ipaddress.ip_address, '"gw" of a route'))
+        if family_of(parsed["gw"]) != family_of(parsed["dst"]):
+            raise config_error(f"the route to {parsed['dst']} has a gateway of the other family: {parsed['gw']}")
+    for key in ("mtu", "advmss", "priority", "table", "scope"):
+        value = typed(route, key, int, None)
+        if value is not None and not 0 <= value < 2 ** (8 if key == "scope" else 32):
+            raise config_error(f'"{key}" of the route to {parsed["dst"]} is out of range: {value}')
+        if value is not None:
+            parsed[key] = value
+    return parsed
+
+
+def parse_resolv_conf(path):
+    """The "dns" object that a resolv.conf amounts to. CNIError 7 where the file is missing."""
+    text = read_file(path) if path else ""
+    if text is None:
+        raise config_error(f'"resolvConf" {path} does not exist')
+    dns = {}
+    for words in (line.split() for line in text.splitlines()):
+        if len(words) > 1 and words[0] == "nameserver":
+            dns.setdefault("nameservers", []).append(words[1])
+        elif len(words) > 1 and words[0] in ("search", "options"):
+            dns[words[0]] = words[1:]
+        elif len(words) > 1 and words[0] == "domain":
+            dns["domain"] = words[1]
+    return dns
+
+
+def requested_ips(request):
+    """The addresses asked for, in the order of the conventions: runtimeConfig.ips, else args.cni.ips, else CNI_ARGS IP. CNIError 7."""
+    args = any_case(any_case(request.conf, "args"), "cni")
+    asked = runtime_config(request, "ips") or any_case(args, "ips") or [ip for ip in request.args.get("IP", "").split(",") if ip]
+    if not isinstance(asked, list):
+        raise config_error(f'the requested "ips" must be an array, not {kind_of(asked)}')
+    return [parse_address(ip, ipaddress.ip_interface, "a requested address").ip for ip in asked]
+
+
+def ipam_add(request, ipam, run):
+    """An IPAM result for this attachment, {} of no IPAM. CNIError 11 when every address is taken."""
+    if ipam is None:
+        return {"ips": [], "routes": [], "dns": {}}
+    if ipam["type"]:
+        return delegate_add(request, ipam["type"], run)
+    leases = ipam["leases"]
+    asked = requested_ips(request)
+    with leases.lock:
+        leases.release(request.container_id, request.ifname)  # of an ADD that died; a live attachment was refused before
+        chosen = choose_addresses(leases, ipam["range_sets"], asked)
+        leases.take([address for address, _ in chosen], request.container_id, request.ifname)
+        for index, (address, _) in enumerate(chosen):
+            leases.set_last(index, address)
+    ips = [{"address": f"{address}/{entry['subnet'].prefixlen}", "gateway": str(entry["gateway"])} for address, entry in chosen]
+    return {"ips": ips, "routes": ipam["routes"], "dns": ipam["dns"]}
+
+
+def choose_addresses(leases, range_sets, asked):
+    """[(address, its range)], one for each set: the requested address that lies in it, else the next free one. CNIError 7 or 11."""
+    chosen, left = [], list(asked)
+    for index, ranges in enumerate(range_sets):
+        wanted = next((address for address in left if range_of(ranges, address)), None)
+        if wanted is None:
+            chosen.append(next_free(leases, ranges, index))
+            continue
+        left.remove(wanted)
+        entry = range_of(ranges, wanted)
+        if wanted == entry["gateway"]:
+            raise config_error(f"the requested address {wanted} is the gateway of {entry['subnet']}")
+        if leases.holder(wanted):
+            raise CNIError(TRY_AGAIN, f"the requested address {wanted} is in use by container {leases.holder(wanted)[0]}")
+        chosen.append((wanted, entry))
+    if left:
+        raise config_error(f"no range holds the requested address {left[0]}")
+    return chosen
+
+
+def range_of(ranges, address):
+    """The range that an address lies in, or None."""
+    for entry in ranges:
+        if entry["subnet"].version == address.version and entry["start"] <= int(address) <= entry["end"]:
+            return entry
+    return None
+
+
+def next_free(leases, ranges, set_index):
+    """(address, its range): the first free address after the one given out last, round-robin. CNIError 11 when there is none.
+
+    An address is looked at once a round, however many are taken: the cost of a lease does not grow with their number.
+    """
+    last = leases.last(set_index)
+    begin = next((i for i, entry in enumerate(ranges) if entry["start"] <= last <= entry["end"]), None)
+    if begin is None:
+        begin, last = 0, ranges[0]["start"] - 1
+    spans = [(ranges[begin], last + 1, ranges[begin]["end"])]
+    spans += [(entry, entry["start"], entry["end"]) for entry in ranges[begin + 1 :] + ranges[:begin]]
+    spans += [(ranges[begin], ranges[begin]["start"], last)]
+    for entry, start, end in spans:
+        for value in range(start, end + 1):
+            address = entry["subnet"].network_address + (value - int(entry["subnet"].network_address))
+            if address != entry["gateway"] and not leases.holder(address):
+                return address, entry
+    subnets = ", ".join(str(entry["subnet"]) for entry in ranges)
+    raise CNIError(TRY_AGAIN, f'no address of network "{leases.network}" is free in {subnets}', f"the leases are files in {leases.dir}")
+
+
+def ipam_del(request, run):
+    """Give back the addresses. What the configuration says now may not be what it said at ADD: our own store is looked at in any case."""
+    leases = ipam_leases(request)
+    if os.path.exists(leases.index_path(request.container_id, request.ifname)):
+        with leases.lock:
+            leases.release(request.container_id, request.ifname)
+    delegate_call(request, run, "DEL")
+
+
+def ipam_check(request, ipam, run):
+    """What is wrong with the leases, as a list of messages. A delegate's CHECK is passed on."""
+    if ipam is None or ipam["type"]:
+        delegate_call(request, run, "CHECK")
+        return []
+    held = ipam["leases"].addresses(request.container_id, request.ifname)
+    own = [str(ipaddress.ip_interface(ip["address"]).ip) for ip in own_ips(request)]
+    return [f"no lease of {address} in {ipam['leases'].dir}" for address in own if address not in held]
+
+
+def ipam_gc(request, keep, run):
+    """Release what is not in keep, a set of (container ID, interface)."""
+    leases = ipam_leases(request)
+    if os.path.isdir(leases.index_dir):
+        with leases.lock:
+            leases.release_all_but(keep)
+    delegate_call(request, run, "GC")
+
+
+def ipam_status(request, ipam, run):
+    """CNIError 50 when no address is left."""
+    if ipam is None or ipam["type"]:
+        return delegate_call(request, run, "STATUS")
+    for index, ranges in enumerate(ipam["range_sets"]):
+        try:
+            next_free(ipam["leases"], ranges, index)
+        except CNIError as error:
+            raise CNIError(NOT_AVAILABLE, error.msg, error.details) from None
+
+
+def delegate_type(request):
+    """The plugin that "ipam" delegates to, "" where it is our own or there is none."""
+    ipam = request.conf.get("ipam")
+    kind = ipam.get("type") if isinstance(ipam, dict) else None
+    return kind if isinstance(kind, str) and kind not in ("mncni", "mncni.py") else ""
+
+
+def delegate_call(request, run, verb):
+    """Call the IPAM plugin of the configuration, if it names one, with our own environment and configuration. Its stdout.
+
+    Its error is our error: CNIError with its code. CNIError 4 if it is nowhere on CNI_PATH. SPEC section 4. The verb is not always
+    the request's own: a failed ADD ends with a DEL.
+    """
+    kind = delegate_type(request)
+    if not kind:
+        return ""
+    if "/" in kind or kind in (".", ".."):
+        raise config_error(f'"type" of "ipam" must be the name of a program, not {kind!r}')
+    found = [os.path.join(part, kind) for part in request.path if os.path.isfile(os.path.join(part, kind))]
+    if not found:
+        raise CNIError(BAD_ENVIRONMENT, f'cannot find the IPAM plugin "{kind}" in CNI_PATH {":".join(request.path)!r}')
+    conf = {**request.conf, "cniVersion": request.version}
+    reply = run(Command([found[0]], json.dumps(conf), {"CNI_COMMAND": verb}))
+    sys.stderr.write(reply.stderr)
+    if reply.exit_code == 0:
+        return reply.stdout
+    try:
+        error = json.loads(reply.stdout)
+        raise CNIError(int(error["code"]), f"{kind}: {error.get('msg', '')}", str(error.get("details", "")))
+    except (ValueError, TypeError, KeyError):
+        said = (reply.stdout + reply.stderr).strip()
+        raise CNIError(COMMAND_FAILED, f"the IPAM plugin {kind} failed with exit {reply.exit_code} and no error object", said) from None
+
+
+def delegate_add(request, kind, run):
+    """The delegate's ADD as an IPAM result. When it fails, whoever called undoes it with a DEL, as SPEC section 4 asks."""
+    result = parse_json_object(delegate_call(request, run, "ADD"))
+    result = parse_prev_result({"prevResult": {"ips": [], **result}, "cniVersion": request.version})
+    if not result["ips"]:
+        raise CNIError(COMMAND_FAILED, f"the IPAM plugin {kind} returned no address")
+    routes = [parse_route(route) for route in result.get("routes") or []]
+    ips = [{key: ip[key] for key in ("address", "gateway") if ip.get(key)} for ip in result["ips"]]
+    return {"ips": ips, "routes": routes, "dns": result.get("dns") or {}}
+
+
+def own_ips(request):
+    """The addresses that prevResult gives to CNI_IFNAME in the container."""
+    links = request.prev_result.get("interfaces") or []
+    own = [index for index, link in enumerate(links) if link.get("name") == request.ifname and link.get("sandbox")]
+    return [ip for ip in request.prev_result["ips"] if ip.get("interface") in own]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# naivewg: a bridge, a veth pair, addresses, routes
+# ---------------------------------------------------------------------------------------------------------------------
+#
+#     pod                       host
+#     eth0 10.244.1.5/24 ------ mn0123456789a ---- mncni0 10.244.1.1/24 ---- what the host routes
+#     default via 10.244.1.1        hairpin          the pods' gateway
+
+
+def parse_naivewg(request):
+    """The configuration of naivewg, every key of the README's table validated. CNIError 7."""
+    conf = request.conf
+    parsed = {
+        "bridge": typed(conf, "bridge", str, "mncni0"),
+        "mtu": typed(conf, "mtu", int, 0),
+        "cluster_cidrs": [parse_address(cidr, ipaddress.ip_network, '"clusterCIDRs"') for cidr in typed(conf, "clusterCIDRs", list, [])],
+        "ready": typed(conf, "ready", str, ""),
+        "dns": typed(conf, "dns", dict, {}),
+        "mac": requested_mac(request),
+    }
+    switches = {"hairpinMode": True, "isDefaultGateway": True, "forceAddress": False, "adoptBridge": False, "ipMasq": False}
+    for key, default in switches.items():
+        parsed[key] = typed(conf, key, bool, default)
+    if not is_ifname(parsed["bridge"]):
+        raise config_error(f'"bridge" {parsed["bridge"]!r} cannot name an interface')
+    if parsed["mtu"] and not 68 <= parsed["mtu"] <= 65534:
+        raise config_error(f'"mtu" {parsed["mtu"]} is out of range: 68 to 65534, or 0 for the kernel\'s')
+    parsed["ipam"] = parse_ipam(request)
+    range_sets = (parsed["ipam"] or {}).get("range_sets", [])
+    if 0 < parsed["mtu"] < 1280 and any(ranges[0]["subnet"].version == 6 for ranges in range_sets):
+        raise config_error(f'"mtu" {parsed["mtu"]} is too small for IPv6, which needs 1280')
+    requested_ips(request)  # judged before anything is changed
+    return parsed
+
+
+def requested_mac(request):
+    """The MAC asked for, "" if none: runtimeConfig.mac, else args.cni.mac, else CNI_ARGS MAC. CNIError 7."""
+    args = any_case(any_case(request.conf, "args"), "cni")
+    mac = runtime_config(request, "mac") or any_case(args, "mac") or request.args.get("MAC")
+    return parse_mac(mac, 'the requested "mac"') if mac else ""
+
+
+def require_ready(conf, absent, broken):
+    """The agent's word that the node's network stands. CNIError `absent` if this boot has none yet, `broken` if it stood and fell.
+
+    It starts no process: a runtime asks every few seconds.
+    """
+    path = conf["ready"]
+    if not path:
+        return
+    text = read_file(path)
+    try:
+        ready = json.loads(text or "{}")
+        device, ok, reason = ready.get("device", ""), ready.get("ok"), ready.get("reason", "")
+    except (ValueError, AttributeError):
+        raise CNIError(absent, f"the agent's ready file {path} is unreadable", (text or "")[:200]) from None
+    if ready.get("bootID") != boot_id():
+        what = "is of an earlier boot" if text else "is not there"
+        raise CNIError(absent, f"the node's network is not up yet: the agent's ready file {path} {what}")
+    if ok is not True:
+        raise CNIError(broken, f"the node's network is down: {reason or 'the agent gives no reason'}")
+    if not is_ifname(device) or not os.path.exists(f"/sys/class/net/{device}"):
+        raise CNIError(broken, f"the node's network is down: its device {device!r} is gone")
+
+
+def own_veth(request):
+    return host_ifname("mn", request.network, request.container_id, request.ifname)
+
+
+def veth_alias(request):
+    """What `ip link` shows on the host's end: whose it is. GC tells by it which veths are of its network. 255 bytes at most."""
+    rest = 255 - len(f"{OWNER_ALIAS}:{request.network}::{request.ifname}")
+    return f"{OWNER_ALIAS}:{request.network}:{request.container_id[:rest]}:{request.ifname}"
+
+
+def look_host(request, bridge, run):
+    """(the bridge with its addresses, our veth), None for what is not there."""
+    links = look_ip([f"address show dev {bridge}", f"address show dev {own_veth(request)}"], run)
+    return look_link(bridge, links), look_link(own_veth(request), links)
+
+
+def refuse_foreign_bridge(conf, bridge):
+    """CNIError 7 unless the bridge is absent, ours, or to be adopted."""
+    if bridge is None:
+        return
+    name = conf["bridge"]
+    if bridge.get("linkinfo", {}).get("info_kind") != "bridge":
+        raise config_error(f'cannot use bridge "{name}": it is not a bridge; set "bridge" to another name')
+    if bridge.get("ifalias") != OWNER_ALIAS and not conf["adoptBridge"]:
+        raise config_error(f'cannot use bridge "{name}": MNCNI did not make it; set "adoptBridge": true, or "bridge" to another name')
+
+
+def refuse_if_attached(request, veth, run):
+    """CNIError 4 if this attachment stands already, or its interface's name is taken in the pod. Nothing has been changed yet."""
+    if veth is not None:
+        what = f"{request.ifname} is {veth['ifname']} on the host"
+        raise CNIError(BAD_ENVIRONMENT, f"container {request.container_id} is attached already: {what}")
+    if look_link(request.ifname, look_ip([f"link show dev {request.ifname}"], run, request.netns)):
+        raise CNIError(BAD_ENVIRONMENT, f'CNI_IFNAME "{request.ifname}" exists already in {request.netns}')
+
+
+def plan_gateways(conf, ips):
+    """The addresses that the bridge has to carry, like "10.244.1.1/24"; none if it is not the pods' gateway."""
+    if not conf["isDefaultGateway"]:
+        return []
+    prefixes = [ip["address"].partition("/")[2] for ip in ips]
+    return sorted({f"{ip['gateway']}/{prefix}" for ip, prefix in zip(ips, prefixes)})
+
+
+def plan_bridge(conf, bridge, gateways):
+    """Lines for `ip -batch` that make the bridge what it has to be, none if it is. CNIError 7 if it has another gateway address.
+
+    The MTU and the MAC are pinned: else a bridge follows its ports. A set counts as a pin only if it changes the value, so the
+    bridge is made with another MTU than it gets (net/bridge/br_device.c, br_change_mtu).
+    """
+    name, mtu, lines = conf["bridge"], conf["mtu"], []
+    if bridge is None:
+        mac = mac_of(gateways[0].partition("/")[0] if gateways else name)
+        lines.append(f"link add name {name} {f'mtu {mtu + 1} ' if mtu else ''}address {mac} type bridge")
+        lines.append(f"link set dev {name} alias {OWNER_ALIAS}")
+        bridge = {"ifalias": OWNER_ALIAS}
+    if mtu and bridge.get("mtu") != mtu and bridge.get("ifalias") == OWNER_ALIAS:
+        lines.append(f"link set dev {name} mtu {mtu}")
+    if "UP" not in bridge.get("flags", []):
+        lines.append(f"link set dev {name} up")
+    present = {f"{info['local']}/{info['prefixlen']}" for info in bridge.get("addr_info", []) if info.get("scope") == "global"}
+    for gateway in gateways:
+        lines += plan_gateway_address(conf, gateway, present - set(gateways))
+        if gateway not in present:
+            lines.append(f"address replace {gateway} dev {name}{' nodad' if ':' in gateway else ''}")
+    return lines
+
+
+def plan_gateway_address(conf, gateway, others):
+    """Lines that clear the way for a gateway address: none, unless forceAddress has another one removed. CNIError 7 if it must not be."""
+    wanted, lines = ipaddress.ip_interface(gateway), []
+    for other in sorted(others):
+        present = ipaddress.ip_interface(other)
+        if present.version != wanted.version or (wanted.version == 6 and not wanted.network.overlaps(present.network)):
+            continue  # IPv6 links have several addresses by nature; only one that overlaps is in the way
+        if not conf["forceAddress"]:
+            what = f'bridge "{conf["bridge"]}" has the address {other}, this network\'s gateway is {gateway}'
+            raise config_error(f'{what}; set "forceAddress": true to replace it, or "bridge" to another name')
+        lines.append(f"address delete {other} dev {conf['bridge']}")
+    return lines
+
+
+def ensure_bridge(request, conf, bridge, gateways, run):
+    """Make the bridge what it has to be. Returns its MAC. Looks again under a lock when there is something to do: ADDs run side by side."""
+    if not plan_bridge(conf, bridge, gateways):
+        return bridge["address"]
+    with Locked(os.path.join(request.run_dir, "bridge.lock")):
+        bridge, _ = look_host(request, conf["bridge"], run)
+        refuse_foreign_bridge(conf, bridge)
+        lines = plan_bridge(conf, bridge, gateways)
+        apply(plan_forwarding(gateways, look_forwarding(run)) + ([ip_batch(lines)] if lines else []), run)
+        bridge, _ = look_host(request, conf["bridge"], run)
+        return bridge["address"] if bridge else ""
+
+
+def look_forwarding(run):
+    """The families ("inet", "inet6") that the host forwards."""
+    return {entry["family"] for entry in look_ip(["netconf show"], run) if entry.get("interface") == "all" and entry.get("forwarding")}
+
+
+def plan_forwarding(gateways, forwarded):
+    """Commands that let the host route for the pods. Only what is off is written: /proc/sys may be read-only and right."""
+    keys = {"inet": "net/ipv4/ip_forward", "inet6": "net/ipv6/conf/all/forwarding"}
+    wanted = {"inet6" if ":" in gateway else "inet" for gateway in gateways}
+    return [write_sysctls([keys[family]], 1) for family in sorted(wanted - forwarded)]
+
+
+def plan_routes(conf, ipam):
+    """The pod's routes as a result lists them: IPAM's own, those without a gateway through ours, then a default route per family."""
+    gateways = {family_of(ip["address"]): ip["gateway"] for ip in reversed(ipam["ips"]) if ip.get("gateway")}
+    routes = []
+    for route in ipam["routes"]:
+        gateway = route.get("gw") or gateways.get(family_of(route["dst"]))
+        routes.append({**route, "gw": gateway} if gateway else route)
+    if conf["isDefaultGateway"]:
+        for _, gateway in sorted(gateways.items()):
+            if not any(route["dst"] == default_route(gateway) and "table" not in route for route in routes):
+                routes.append({"dst": default_route(gateway), "gw": gateway})
+    return routes
+
+
+def plan_attach(request, conf, ipam, mac):
+    """Commands that make the veth pair, the pod's end straight in the pod, and give the pod its addresses and routes.
+
+    Both ends are made with their MACs: set later, they race with udev's MACAddressPolicy.
+    """
+    veth, ifname, mtu = own_veth(request), request.ifname, f"mtu {conf['mtu']} " if conf["mtu"] else ""
+    host = [
+        f"link add name {veth} {mtu}address {mac_of(veth, '0a:59')} type veth peer name {ifname} netns {request.netns} {mtu}address {mac}",
+        f"link set dev {veth} alias {veth_alias(request)} master {conf['bridge']} up",
+    ]
+    if conf["hairpinMode"]:
+        host.append(f"link set dev {veth} type bridge_slave hairpin on")
+    pod = [f"address add {ip['address']} dev {ifname} {'nodad' if ':' in ip['address'] else 'brd +'}" for ip in ipam["ips"]]
+    pod.append(f"link set dev {ifname} up")
+    pod += [route_line(route, ifname) for route in plan_routes(conf, ipam)]
+    plan = [ip_batch(host)]
+    if any(":" in ip["address"] for ip in ipam["ips"]):  # runtimes may have IPv6 off; no router but ours, no wait for DAD
+        keys = [f"net/ipv6/conf/{ifname}/{key}" for key in ("disable_ipv6", "accept_ra", "accept_dad")]
+        plan.append(write_sysctls(keys, 0, request.netns))
+    return [*plan, ip_batch(pod, request.netns)]
+
+
+def route_line(route, ifname):
+    """A route of a result as a line for `ip -batch`. replace, not add: a result may name a destination twice."""
+    words = ["route", "replace", route["dst"]] + (["via", route["gw"]] if "gw" in route else []) + ["dev", ifname]
+    for key, word in (("mtu", "mtu"), ("advmss", "advmss"), ("priority", "metric"), ("table", "table"), ("scope", "scope")):
+        words += [word, str(route[key])] if key in route else []
+    return " ".join(words)
+
+
+def masq_names(network):
+    """(chain, set of IPv4 subnets, set of IPv6 subnets) of a network in table inet mncni_masq."""
+    key = short_hash(network)
+    return f"net_{key}", f"pods4_{key}", f"pods6_{key}"
+
+
+def plan_masq(network, conf, ips):
+    """One nft transaction: traffic from the network's subnets to anything but them, the clusterCIDRs and multicast leaves with the
+    host's address. One static rule a family, whatever the pods: nothing to take back per pod, so nothing to leak."""
+    chain, *sets = masq_names(network)
+    subnets = [entry["subnet"] for ranges in (conf["ipam"] or {}).get("range_sets", []) for entry in ranges]
+    subnets += [ipaddress.ip_interface(ip["address"]).network for ip in ips]
+    lines = [
+        "add table inet mncni_masq",
+        f"add chain inet mncni_masq {chain} {{ type nat hook postrouting priority srcnat; policy accept; }}",
+        f"flush chain inet mncni_masq {chain}",
+    ]
+    families = ((4, "ip", "ipv4_addr", "224.0.0.0/4"), (6, "ip6", "ipv6_addr", "ff00::/8"))
+    for (version, protocol, kind, multicast), name in zip(families, sets):
+        own = ipaddress.collapse_addresses(subnet for subnet in subnets if subnet.version == version)
+        cluster = [cidr for cidr in conf["cluster_cidrs"] if cidr.version == version]
+        spared = ipaddress.collapse_addresses([*cluster, ipaddress.ip_network(multicast)])
+        lines.append(f"add set inet mncni_masq {name} {{ type {kind}; flags interval; auto-merge; }}")
+        lines += [f"add element inet mncni_masq {name} {{ {subnet} }}" for subnet in own]
+        match = f"{protocol} saddr @{name} {protocol} daddr != @{name} {protocol} daddr != {{ {', '.join(map(str, spared))} }}"
+        lines.append(f'add rule inet mncni_masq {chain} {match} masquerade comment "{network[:100]}"')
+    return Command(["nft", "-f", "-"], "\n".join(lines) + "\n")
+
+
+def check_masq(network, ips, run):
+    """What is wrong with the masquerade rules, as a list of messages."""
+    chain, *sets = masq_names(network)
+    reply = run(Command(["nft", "-j", "list", "chain", "inet", "mncni_masq", chain]))
+    if reply.exit_code != 0 and not is_gone_nft(reply):
+        raise command_failed(Command(["nft", "-j", "list", "chain", "inet", "mncni_masq", chain]), reply)
+    rules = [item["rule"] for item in json.loads(reply.stdout or "{}").get("nftables", []) if "rule" in item]
+    complete = {name for name in sets for rule in rules if f"@{name}" in json.dumps(rule) and "masquerade" in json.dumps(rule)}
+    wanted = {sets[1] if ":" in ip["address"] else sets[0] for ip in ips}
+    return [f"no masquerade rule for {name} in nft table inet mncni_masq, chain {chain}" for name in sorted(wanted - complete)]
+
+
+def is_gone_nft(reply):
+    return reply.exit_code != 0 and "No such file or directory" in reply.stderr
+
+
+def naivewg_result(request, conf, ipam, bridge_mac, mac):
+    """The attachment as a 1.1.0 result: bridge, host's end, pod's end, in that order, as the reference bridge plugin has it."""
+    veth, mtu = own_veth(request), {"mtu": conf["mtu"]} if conf["mtu"] else {}
+    return {
+        "cniVersion": NEWEST,
+        "interfaces": [
+            {"name": conf["bridge"], "mac": bridge_mac, **mtu},
+            {"name": veth, "mac": mac_of(veth, "0a:59"), **mtu},
+            {"name": request.ifname, "mac": mac, **mtu, "sandbox": request.netns},
+        ],
+        "ips": [{**ip, "interface": 2} for ip in ipam["ips"]],
+        "routes": plan_routes(conf, ipam),
+        "dns": conf["dns"] or ipam["dns"],
+    }
+
+
+def naivewg_add(request, run):
+    """ADD: join the pod to the bridge. Returns a 1.1.0 result. Its undo is naivewg_del."""
+    conf = parse_naivewg(request)
+    require_ready(conf, TRY_AGAIN, TRY_AGAIN)
+    bridge, veth = look_host(request, conf["bridge"], run)
+    refuse_foreign_bridge(conf, bridge)
+    refuse_if_attached(request, veth, run)
+    try:
+        ipam = with_gateways(conf, ipam_add(request, conf["ipam"], run))
+        first = ipam["ips"][0]["address"].partition("/")[0] if ipam["ips"] else veth_alias(request)
+        mac = conf["mac"] or mac_of(first)
+        bridge_mac = ensure_bridge(request, conf, bridge, plan_gateways(conf, ipam["ips"]), run)
+        masq = [plan_masq(request.network, conf, ipam["ips"])] if conf["ipMasq"] and ipam["ips"] else []
+        apply(masq + plan_attach(request, conf, ipam, mac), run)
+        return merge_results(request.prev_result, naivewg_result(request, conf, ipam, bridge_mac, mac))
+    except Exception:
+        best_effort(naivewg_del, request, run)
+        raise
+
+
+def with_gateways(conf, ipam):
+    """An IPAM result in which every address has a gateway, if the bridge is to be one: the subnet's first address where IPAM names none."""
+    if not conf["isDefaultGateway"]:
+        return ipam
+    ips = [{**ip, "gateway": ip.get("gateway") or str(ipaddress.ip_interface(ip["address"]).network[1])} for ip in ipam["ips"]]
+    return {**ipam, "ips": ips}
+
+
+def naivewg_del(request, run):
+    """DEL: the link goes before the lease, so that no address is given out again while it is still in use. Needs neither the
+    namespace nor prevResult: both ends of a veth go together."""
+    delete_link(own_veth(request), run)
+    ipam_del(request, run)
+
+
+def delete_link(name, run):
+    """Delete a link of the host. Gone already is fine."""
+    command = Command(["ip", "link", "delete", "dev", name])
+    reply = run(command)
+    if reply.exit_code != 0 and not is_gone(reply):
+        raise command_failed(command, reply)
+
+
+def naivewg_check(request, run):
+    """CHECK: everything that ADD made is as prevResult has it. CNIError 100 whose details list all that is not."""
+    conf = parse_naivewg(request)
+    ips = own_ips(request)
+    routes = [route for route in request.prev_result.get("routes") or [] if is_address(route.get("dst"), ipaddress.ip_network)]
+    bridge, veth = look_host(request, conf["bridge"], run)
+    pod = look_link(request.ifname, look_ip([f"address show dev {request.ifname}"], run, request.netns))
+    families = sorted({family_of(route["dst"]) for route in routes})
+    present = [route for family in families for route in look_ip(["route show table all"], run, request.netns, family)]
+    problems = diff_bridge(conf, bridge, plan_gateways(conf, with_gateways(conf, {"ips": ips})["ips"]))
+    problems += diff_veth(conf, veth, own_veth(request), bridge)
+    problems += diff_pod(request, pod, ips)
+    problems += [f"no route to {route['dst']} in the pod" for route in routes if not any(is_route(route, other) for other in present)]
+    problems += ipam_check(request, conf["ipam"], run)
+    problems += check_masq(request.network, ips, run) if conf["ipMasq"] and ips else []
+    if problems:
+        what = f"CHECK of {request.ifname} of container {request.container_id} failed: {problems[0]}"
+        raise CNIError(COMMAND_FAILED, what, "\n".join(problems))
+
+
+def diff_bridge(conf, bridge, gateways):
+    """What is wrong with the bridge, as a list of messages."""
+    if bridge is None:
+        return [f"bridge {conf['bridge']} is gone"]
+    if bridge.get("linkinfo", {}).get("info_kind") != "bridge":
+        return [f"{conf['bridge']} is not a bridge"]
+    present = {f"{info['local']}/{info['prefixlen']}" for info in bridge["addr_info"]}
+    problems = [f"bridge {conf['bridge']} lacks the gateway address {gateway}" for gateway in gateways if gateway not in present]
+    return problems + ([] if "UP" in bridge["flags"] else [f"bridge {conf['bridge']} is down"])
+
+
+def diff_veth(conf, veth, name, bridge):
+    """What is wrong with the host's end of the veth pair, as a list of messages."""
+    if veth is None:
+        return [f"link {name} on the host is gone"]
+    problems = [] if veth.get("master") == conf["bridge"] else [f"link {name} is no port of bridge {conf['bridge']}"]
+    return problems + ([] if "UP" in veth["flags"] else [f"link {name} on the host is down"])
+
+
+def diff_pod(request, pod, ips):
+    """What is wrong with the pod's end, as a list of messages. prevResult is the measure: a later plugin may have changed the MAC."""
+    if pod is None:
+        return [f"interface {request.ifname} is gone from the pod"]
+    problems = [] if "UP" in pod["flags"] else [f"interface {request.ifname} in the pod is down"]
+    links = request.prev_result.get("interfaces") or []
+    macs = [link["mac"].lower() for link in links if link.get("name") == request.ifname and link.get("sandbox") and link.get("mac")]
+    if macs and pod.get("address") not in macs:
+        problems.append(f"interface {request.ifname} in the pod has the MAC {pod.get('address')}, not {macs[0]}")
+    present = {f"{info['local']}/{info['prefixlen']}" for info in pod["addr_info"]}
+    wanted = [str(ipaddress.ip_interface(ip["address"])) for ip in ips]
+    return problems + [f"address {address} is gone from the pod" for address in wanted if address not in present]
+
+
+def is_route(route, present):
+    """Whether a route of `ip -json` is the given one of a result. Only what the result names is compared."""
+    if present.get("dst", "") == "default":
+        same = str(route["dst"]) in ("0.0.0.0/0", "::/0")
+    else:
+        same = ipaddress.ip_network(present["dst"], strict=False) == ipaddress.ip_network(route["dst"], strict=False)
+    same = same and (not route.get("gw") or present.get("gateway") == str(ipaddress.ip_address(route["gw"])))
+    same = same and ("priority" not in route or present.get("metric", 0) == route["priority"])
+    table = {"main": 254, "default": 253, "local": 255}.get(present.get("table", "main"), present.get("table"))
+    return same and ("table" not in route or str(table) == str(route["table"] or 254))
+
+
+def valid_attachments(request):
+    """What GC has to keep, as a set of (container ID, interface). None: the runtime sent no list, so there is nothing to remove.
+    null or [] mean that nothing is valid. CNIError 7 for anything else. SPEC section 2, GC."""
+    key = next((key for key in ("cni.dev/valid-attachments", "cni.dev/attachments") if key in request.conf), None)
+    if key is None:
+        return None
+    keep = set()
+    for entry in typed(request.conf, key, list, []):
+        pair = (entry.get("containerID"), entry.get("ifname")) if isinstance(entry, dict) else (None, None)
+        if not all(isinstance(item, str) and item for item in pair):
+            raise config_error(f'"{key}" must list objects with "containerID" and "ifname", not {json.dumps(entry)[:80]}')
+        keep.add(pair)
+    return keep
+
+
+def naivewg_gc(request, run):
+    """GC: remove the veths and leases of this network that are not in the runtime's list. Goes on after an error, reports the first."""
+    keep = valid_attachments(request)
+    if keep is None:
+        return
+    names = {host_ifname("mn", request.network, *pair) for pair in keep}
+    stale = [link["ifname"] for link in look_ip(["link show type veth"], run) if is_own_veth(request, link) and link["ifname"] not in names]
+    errors = []
+    for act, arguments in [(delete_link, (name, run)) for name in stale] + [(ipam_gc, (request, keep, run))]:
+        try:
+            act(*arguments)
+        except Exception as error:
+            errors.append(error)
+    for error in errors:
+        raise error
+
+
+def is_own_veth(request, link):
+    return link.get("ifalias", "").split(":")[:2] == [OWNER_ALIAS, request.network]
+
+
+def naivewg_status(request, run):
+    """STATUS: 50 if an ADD would fail, 51 if the pods that there are suffer too. Starts no process."""
+    conf = parse_naivewg(request)
+    require_ready(conf, NOT_AVAILABLE, LIMITED_CONNECTIVITY)
+    ipam_status(request, conf["ipam"], run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loopback: a plugin as small as they come; a pod's own "lo"
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def loopback_add(request, run):
+    """ADD: bring lo up. Returns what it was given, or a result that lists lo."""
+    apply([ip_batch(["link set dev lo up"], request.netns)], run)
+    if request.prev_result:
+        return request.prev_result
+    lo = look_lo(request, run)
+    ips = [{"address": f"{info['local']}/{info['prefixlen']}", "interface": 0} for info in lo["addr_info"]]
+    return {"cniVersion": NEWEST, "interfaces": [{"name": "lo", "mac": lo["address"], "sandbox": request.netns}], "ips": ips}
+
+
+def loopback_del(request, run):
+    """DEL: nothing. The namespace goes, and lo with it; were it to stay, its owner would want its lo."""
+
+
+def loopback_check(request, run):
+    if "UP" not in look_lo(request, run)["flags"]:
+        raise CNIError(COMMAND_FAILED, f"lo is down in {request.netns}")
+
+
+def look_lo(request, run):
+    return look_link("lo", look_ip(["address show dev lo"], run, request.netns))
+
+
+def nothing_to_do(request, run):
+    """GC and STATUS of a plugin that keeps no state and can always serve."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plugin table
+# ---------------------------------------------------------------------------------------------------------------------
+# "first": it makes an interface, so nothing may come before it in a list.
+
+PLUGINS = {
+    "naivewg": {
+        "first": True,
+        "ADD": naivewg_add,
+        "DEL": naivewg_del,
+        "CHECK": naivewg_check,
+        "GC": naivewg_gc,
+        "STATUS": naivewg_status,
+    },
+    "loopback": {
+        "first": True,
+        "ADD": loopback_add,
+        "DEL": loopback_del,
+        "CHECK": loopback_check,
+        "GC": nothing_to_do,
+        "STATUS": nothing_to_do,
+    },
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line: install, help; and main
+# ---------------------------------------------------------------------------------------------------------------------
+
+LAUNCHER_MARK = "# A launcher written by `mncni.py install`"
+LAUNCHER = f"""#!/usr/bin/python3 -IS
+{LAUNCHER_MARK}: a script is compiled at every start, the module that it imports only once.
+import os, sys
+sys.path.append(os.path.dirname(os.path.realpath(__file__)))
+import mncni
+mncni.main()
+"""
+
+
+def is_ours(path):
+    """Whether a file in a plugin directory was written by `install`: a launcher or mncni.py itself."""
+    text = read_file(path)
+    return text is None or LAUNCHER_MARK in text[:200] or '"""MNCNI' in text[:200]
+
+
+def install(bin_dir=DEFAULT_BIN_DIR, names=(), force=False):
+    """Write mncni.py and its launchers into bin_dir; returns the paths written. CNIError 7 at a foreign file without force.
+
+    Whole files by rename: a runtime may be starting the old one at this moment (ETXTBSY, half a script).
+    """
+    with open(os.path.realpath(__file__), encoding="utf-8") as file:
+        source = file.read()
+    texts = {os.path.join(bin_dir, "mncni.py"): source, os.path.join(bin_dir, "mncni"): LAUNCHER}
+    if not os.path.exists(os.path.join(bin_dir, "loopback")) or is_ours(os.path.join(bin_dir, "loopback")):
+        texts[os.path.join(bin_dir, "loopback")] = LAUNCHER
+    for name in names:
+        if name not in PLUGINS:
+            raise config_error(f'there is no plugin "{name}" to install a launcher for; there are: {", ".join(PLUGINS)}')
+        texts[os.path.join(bin_dir, name)] = LAUNCHER
+    for path in texts:
+        if not is_ours(path) and not force:
+            raise config_error(f"{path} is not MNCNI's own; --force replaces it, and whatever used it gets our plugin")
+    os.makedirs(bin_dir, exist_ok=True)
+    for path, text in texts.items():
+        if read_file(path) != text or not os.access(path, os.X_OK):
+            write_file(path, text, mode=0o755)
+    return list(texts)
+
+
+def command_line(arguments):
+    """The exit code of `mncni.py install | --help | --version`."""
+    import argparse  # +2 ms, the command line only
+
+    parser = argparse.ArgumentParser(prog="mncni.py", description="MNCNI: CNI plugins for Linux in one file. A container runtime calls it.")
+    parser.add_argument("--version", action="version", version=f"mncni {PROGRAM_VERSION}, CNI {', '.join(CNI_VERSIONS)}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("install", help="write mncni.py and its launchers into a plugin directory")
+    command.add_argument("--bin-dir", default=DEFAULT_BIN_DIR, metavar="DIR", help=f"the plugin directory (default {DEFAULT_BIN_DIR})")
+    command.add_argument("--names", default="", metavar="A,B", help=f"launchers of these names too: {', '.join(PLUGINS)}")
+    command.add_argument("--force", action="store_true", help="replace files that are not MNCNI's own")
+    options = parser.parse_args(arguments)
+    try:
+        for path in install(options.bin_dir, [name for name in options.names.split(",") if name], options.force):
+            print(path)
+    except (CNIError, OSError) as error:
+        print(f"mncni.py install: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+ABOUT = f"""MNCNI {PROGRAM_VERSION}: the CNI plugins {", ".join(PLUGINS)}
+CNI protocol versions supported: {", ".join(CNI_VERSIONS)}
+A container runtime calls this program with CNI_COMMAND set and a network configuration on stdin. By hand: mncni.py --help
+"""
+
+
+def main():
+    environ = dict(os.environ)
+    if not environ.get("CNI_COMMAND"):
+        if len(sys.argv) > 1:
+            sys.exit(command_line(sys.argv[1:]))
+        sys.stderr.write(ABOUT)
+        sys.exit(0)
+
+    def trace(command):
+        print(f"+ {command}", file=sys.stderr, flush=True)
+
+    run = lazy_run(environ, trace if environ.get("CNI_TRACE") == "1" else None)
+    exit_code, text = answer(environ, read_stdin(), run, called_as=os.path.basename(sys.argv[0]))
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    sys.exit(exit_code)
+
+
+def read_stdin():
+    """stdin as text; bytes that are no UTF-8 survive as surrogates, which parse_json_object refuses. "" from a terminal or none at all."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+
+
+if __name__ == "__main__":
+    main()
