@@ -1,0 +1,1284 @@
+#!/usr/bin/python3
+"""The local lab: a cluster network of several nodes on one machine, without Kubernetes, containers or virtual machines.
+
+              netns NAME-underlay (the machine's own network is never touched)
+      +--------------------------- bridge underlay0 ---------------------------+
+      |  port node1                    sniffer                    port node2   |
+      +------|-----------------------------------------------------------|-----+
+        eth0 192.0.2.1/24                                          eth0 192.0.2.2/24
+      +--- node1 ------------------------+        +--- node2 ------------------------+
+      | netns mncni-wg: mncni-wg0        |        | netns mncni-wg: mncni-wg0        |
+      | mncni-host    agent.py           |        | mncni-host    agent.py           |
+      | bridge mncni0 10.244.1.1/24      |        | bridge mncni0 10.244.2.1/24      |
+      |   pod1 10.244.1.2  pod2 ...      |        |   pod1 10.244.2.2  pod2 ...      |
+      +----------------------------------+        +----------------------------------+
+
+A node is one "init" process with PID, mount, network, UTS and IPC namespaces of its own, a root file system of its own (the
+host's /usr read-only; private /run and /tmp; /etc, /opt and /var that survive a reboot) and a boot ID of its own. Whatever runs
+in the node dies with its init, so a reboot and a tear-down leave nothing behind. Each node runs the real agent.py on a node
+store that is a shared directory, and the real mncni.py, called through the conflist that the agent wrote.
+
+    lab.py up          start the nodes, attach the pods          lab.py exec node1/pod1 -- ip address
+    lab.py ping        every pod to every other pod, as a table  lab.py reboot node1
+    lab.py status      nodes and pods, as tables                 lab.py down
+    lab.py demo        all of it, with proof from a packet capture that the underlay carries only WireGuard
+
+Reading order: data, processes, the lab's state; underlay, nodes, agents, pods: what `up` builds, from the bottom to the top;
+ping and path; the sniffer; the container runtime (what containerd and libcni do on a node, stands alone); the command line.
+"""
+import argparse
+import base64
+import contextlib
+import fcntl
+import json
+import os
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------------
+PYTHON = "/usr/bin/python3"     # not sys.executable: it must exist in the nodes, which see nothing of the host but /usr
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+LAB_FILE = Path(__file__).resolve()
+PARTS = ("mncni.py", "agent.py")                     # copied to /opt/mncni of each node, beside this file
+BRIDGE = "underlay0"
+STORE = "/var/lib/mncni-lab/nodes"                   # the directory node store: one directory, seen by all nodes
+AGENT_LOG, AGENT_PID = "/var/log/mncni-agent.log", "/run/mncni-agent.pid"
+PODS_DIR = "/var/lib/mncni-lab/pods"                 # the runtime's record of its pods, one file each
+AGENT_TIMEOUT_S, POD_TIMEOUT_S, FIRST_PONG_TIMEOUT_S = 30, 30, 20
+MAX_NODES, MAX_PODS = 200, 200
+
+# One row per address family, {n} is the number of the node. Everything below loops over the rows a lab uses.
+FAMILIES = {
+    "ipv4": {"cluster_cidr": "10.244.0.0/16", "pod_cidr": "10.244.{n}.0/24", "endpoint": "192.0.2.{n}", "prefix": 24},
+}
+TOOLS = {                                            # tool -> Debian package
+    "ip": "iproute2", "tc": "iproute2", "nft": "nftables", "wg": "wireguard-tools", "nsenter": "util-linux",
+    "unshare": "util-linux", "mount": "mount", "umount": "mount", "pivot_root": "util-linux", "ping": "iputils-ping",
+}
+# What programs in a node need of the host's /etc; copied, so that a node may change its own.
+ETC_COPIED = ("passwd", "group", "nsswitch.conf", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "iproute2", "alternatives",
+              "localtime", "protocols", "services", "modprobe.d")
+
+
+class LabError(Exception):
+    """What went wrong, in words for the user."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Processes and waiting
+# ---------------------------------------------------------------------------------------------------------------------------
+def start(argv, **popen):
+    """Start a process, the only place that does. Returns the Popen. LabError names the package of a missing tool."""
+    popen.setdefault("env", dict(os.environ, PATH=PATH, LC_ALL="C.UTF-8"))
+    try:
+        return subprocess.Popen(argv, text=True, errors="replace", **popen)
+    except FileNotFoundError:
+        package = TOOLS.get(argv[0])
+        raise LabError(f"{argv[0]}: not found" + (f"; it is in the package {package}" if package else "")) from None
+
+
+def run(argv, stdin="", env=None, timeout_s=60):
+    """Run to the end. Returns (exit code, stdout, stderr); never raises on an exit code, LabError after timeout_s."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    child = start(argv, **pipes, **({"env": env} if env else {}))
+    try:
+        stdout, stderr = child.communicate(stdin, timeout=timeout_s)
+    except BaseException as error:
+        child.kill()
+        child.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise LabError(f"no end after {timeout_s} s: {' '.join(argv)}") from None
+        raise
+    return child.returncode, stdout, stderr
+
+
+def must(argv, stdin="", timeout_s=60):
+    """Run a command that has to succeed. Returns its stdout; LabError with what it said."""
+    code, stdout, stderr = run(argv, stdin, timeout_s=timeout_s)
+    if code:
+        raise LabError(f"exit status {code}: {' '.join(map(str, argv))}\n{(stderr or stdout).strip()}")
+    return stdout
+
+
+def look(argv):
+    """The JSON that a read-only command prints, [] when it prints nothing."""
+    return json.loads(must(argv) or "[]")
+
+
+def wait_until(probe, timeout_s, what):
+    """Call probe() until it returns something true, and return that. LabError `no <what> after ...` at the deadline."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = probe()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise LabError(f"no {what} after {timeout_s} s")
+        time.sleep(0.05)
+
+
+def parallel(function, items, workers=8):
+    """[function(item) for item in items], several at a time, order kept. The first exception is raised, the rest not started."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        return list(pool.map(function, items))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def signals_ignored():
+    """Clean-up is not interrupted. Processes started meanwhile inherit it, so Ctrl-C does not reach them either."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The lab's state: /run/NAME/lab.json and one directory per node
+# ---------------------------------------------------------------------------------------------------------------------------
+class Lab:
+    """Names, paths and state of one lab. The state is in lab.json alone, so that several processes may work on one lab:
+
+    {"name", "families": ["ipv4"], "source": path, "nodes": {"node1": {"number": 1, "pods": ["pod1"], "boot_id": uuid,
+     "pid": host PID of init, "start": its start time in clock ticks}}}; pid is 0 while the node is down.
+    """
+
+    def __init__(self, name="mncni-lab", verbose=True):
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", name):
+            raise LabError(f"--name {name!r}: use 1 to 31 of a-z, 0-9 and -")
+        self.name, self.verbose, self.started = name, verbose, time.monotonic()
+        self.dir = Path("/run") / name
+        self.file = self.dir / "lab.json"
+        self.store = self.dir / "nodes"
+        self.underlay = f"{name}-underlay"
+        self.children = {}                           # node -> Popen of its `unshare`, where this process started it
+
+    def say(self, text):
+        """One line of progress on stderr, with the time since this command began."""
+        if self.verbose:
+            print(f"[{time.monotonic() - self.started:5.1f}s] {text}", file=sys.stderr, flush=True)
+
+    def state(self):
+        """What lab.json holds now. LabError when the lab is not up."""
+        try:
+            return json.loads(self.file.read_text())
+        except FileNotFoundError:
+            raise LabError(f"the lab {self.name} is not up; start it with: lab.py --name {self.name} up") from None
+
+    def nodes(self):
+        """{node: its state}."""
+        return self.state()["nodes"]
+
+    def node(self, node):
+        """The state of one node. LabError when it is not there."""
+        nodes = self.nodes()
+        if node not in nodes:
+            raise LabError(f"no node {node!r}; there are: {' '.join(nodes)}")
+        return nodes[node]
+
+    @contextlib.contextmanager
+    def changing(self, node):
+        """The state of one node, to be changed in the with block; written at its end. Others wait meanwhile."""
+        lock = os.open(self.dir, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            state = self.state()
+            yield state["nodes"][node]
+            write_atomically(self.file, json.dumps(state, indent=1))
+        finally:
+            os.close(lock)
+
+    def node_dir(self, node):
+        """Where the node's etc, opt and var live on the host."""
+        return self.dir / node
+
+    def inside(self, node, path):
+        """A path of a running node as the host reaches it, /proc and /run included."""
+        return Path(f"/proc/{self.node(node)['pid']}/root") / path.lstrip("/")
+
+    def pods(self):
+        """All pods as [(node, pod)]."""
+        return [(node, pod) for node, row in self.nodes().items() for pod in row["pods"]]
+
+
+def write_atomically(path, text):
+    """Write temp + fsync + rename: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def process_start(pid):
+    """Start time of a process in clock ticks since boot, None when there is none or it is a zombie. (PID, start) is never reused."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def is_running(row):
+    """Whether the init of this node lives."""
+    return bool(row["pid"]) and process_start(row["pid"]) == row["start"]
+
+
+def create_lab(lab, nodes, pods, source):
+    """Write the first lab.json into the new state directory."""
+    state = {"name": lab.name, "families": ["ipv4"], "source": str(source.resolve()), "nodes": {}}
+    for number in range(1, nodes + 1):
+        state["nodes"][f"node{number}"] = {
+            "number": number, "pods": [f"pod{pod}" for pod in range(1, pods + 1)], "boot_id": "", "pid": 0, "start": 0}
+    write_atomically(lab.file, json.dumps(state, indent=1))
+    lab.store.mkdir(mode=0o700)
+
+
+def family_rows(lab, node):
+    """The rows of FAMILIES that this lab uses, filled in for one node."""
+    number = lab.node(node)["number"]
+    rows = [FAMILIES[family] for family in lab.state()["families"]]
+    return [{key: str(value).format(n=number) for key, value in row.items()} for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The underlay
+# ---------------------------------------------------------------------------------------------------------------------------
+def make_underlay(lab):
+    """The network namespace with the bridge.: the bridge itself says nothing on the wire."""
+    must(["ip", "netns", "add", lab.underlay])
+    must(["ip", "-n", lab.underlay, "-batch", "-"], f"link set lo up\nlink add {BRIDGE} type bridge mcast_snooping 0\n"
+                                                    f"link set {BRIDGE} up\n")
+    require_wireguard(lab)
+
+
+def require_wireguard(lab):
+    """LabError unless the kernel or wireguard-go can do WireGuard. Asking for a device is what loads a kernel module."""
+    code, _, _ = run(["ip", "-n", lab.underlay, "link", "add", "probe", "type", "wireguard"])
+    if code == 0:
+        must(["ip", "-n", lab.underlay, "link", "del", "probe"])
+    elif not shutil.which("wireguard-go", path=PATH):
+        raise LabError("this kernel has no WireGuard, and wireguard-go is not installed; it is in the package wireguard-go")
+
+
+def connect_node(lab, node):
+    """Give the node its eth0: a veth pair between the underlay bridge and the node."""
+    run(["ip", "-n", lab.underlay, "link", "del", node])          # the port of an earlier boot, if the kernel still has it
+    must(["ip", "-n", lab.underlay, "-batch", "-"],
+         f"link add {node} type veth peer name eth0 netns {lab.node(node)['pid']}\n"
+         f"link set {node} master {BRIDGE} up\n")
+    addresses = [f"addr add {row['endpoint']}/{row['prefix']} dev eth0 nodad\n" for row in family_rows(lab, node)]
+    must(node_argv(lab, node) + ["ip", "-batch", "-"], "".join(addresses) + "link set eth0 up\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Nodes, seen from the host
+# ---------------------------------------------------------------------------------------------------------------------------
+def node_argv(lab, node):
+    """The beginning of a command line that runs the rest of it in the node. LabError when the node is down."""
+    row = lab.node(node)
+    if not is_running(row):
+        raise LabError(f"{node} is down; start it with: lab.py --name {lab.name} reboot {node}")
+    return ["nsenter", "--target", str(row["pid"]), "--mount", "--uts", "--ipc", "--net", "--pid", "--"]
+
+
+def pod_argv(lab, node, pod):
+    """The same for a pod: also its network namespace."""
+    if pod not in lab.node(node)["pods"]:
+        raise LabError(f"no pod {pod!r} on {node}; there are: {' '.join(lab.node(node)['pods'])}")
+    return node_argv(lab, node) + ["ip", "netns", "exec", pod]
+
+
+def make_node_dir(lab, node):
+    """The directories of a node that survive its reboots, and the programs in them."""
+    top = lab.node_dir(node)
+    for name in ("root", "etc", "opt/mncni", "opt/cni/bin", "var/lib/mncni-lab/nodes", "var/log", "var/cache", "var/tmp"):
+        (top / name).mkdir(parents=True)
+    (top / "var/run").symlink_to("/run")
+    (top / "var/lock").symlink_to("/run/lock")
+    for name in ETC_COPIED:
+        path = Path("/etc") / name
+        if path.is_dir():
+            shutil.copytree(path, top / "etc" / name, symlinks=True)
+        elif path.exists():
+            shutil.copy(path, top / "etc" / name)    # the content: /etc/localtime may be a link
+    (top / "etc/hostname").write_text(f"{node}\n")
+    (top / "etc/hosts").write_text(f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {node}\n")
+    for path in [*(Path(lab.state()["source"]) / part for part in PARTS), LAB_FILE]:
+        shutil.copy(path, top / "opt/mncni" / path.name)
+
+
+def start_node(lab, node):
+    """Boot: start init, record it, let it go on. Only then does it do anything, so no init can be lost by an interrupt."""
+    boot_id = str(uuid.uuid4())
+    with open(lab.node_dir(node) / "var/log/lab-init.log", "a") as log:
+        child = start(["unshare", "--fork", "--pid", "--mount", "--net", "--uts", "--ipc", "--propagation", "private", "--",
+                       PYTHON, str(LAB_FILE), "node-init", str(lab.dir), node, boot_id],
+                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+    lab.children[node] = child
+    try:
+        pid = int(read_line(child, 10))
+        with lab.changing(node) as row:
+            row.update(pid=pid, start=process_start(pid), boot_id=boot_id)
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        if read_line(child, 10) != "ready":
+            raise LabError("init ended")
+    except (LabError, ValueError, OSError) as error:
+        raise LabError(f"{node}: cannot boot: {error}\n{tail(lab.node_dir(node) / 'var/log/lab-init.log')}") from None
+    finally:
+        child.stdin.close()
+        child.stdout.close()
+    connect_node(lab, node)
+
+
+def read_line(child, timeout_s):
+    """The next line that a child prints, "" at its end. LabError after timeout_s."""
+    if not select.select([child.stdout], [], [], timeout_s)[0]:
+        raise LabError(f"no answer after {timeout_s} s")
+    return child.stdout.readline().strip()
+
+
+def tail(path, lines=15):
+    """The last lines of a log, indented."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return "\n".join(f"    {line}" for line in text.splitlines()[-lines:]) or f"    ({path.name} is empty)"
+
+
+def kill_node(lab, node):
+    """End init and with it every process of the node; returns when all are gone. Nothing happens to a recycled PID."""
+    row = lab.node(node)
+    with contextlib.suppress(ProcessLookupError):
+        if is_running(row):
+            descriptor = os.pidfd_open(row["pid"])   # from here on the PID cannot become another process
+            try:
+                if is_running(row):
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                    if not select.select([descriptor], [], [], 10)[0]:
+                        raise LabError(f"{node}: init {row['pid']} does not end")
+            finally:
+                os.close(descriptor)
+    if node in lab.children:
+        lab.children.pop(node).wait(10)
+    with lab.changing(node) as row:
+        row.update(pid=0, start=0)
+
+
+def reboot(lab, node):
+    """Pull the plug of a node and boot it again: the disk stays, /run is new, kubelet brings the pods back under new IDs."""
+    kill_node(lab, node)
+    lab.say(f"{node}: down")
+    start_node(lab, node)
+    start_agent(lab, node)
+    lab.say(f"{node}: booted, boot ID {lab.node(node)['boot_id']}")
+    wait_agent(lab, node)
+    for pod in lab.node(node)["pods"]:
+        add_pod(lab, node, pod, pod_record(lab, node, pod).get("capabilities"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Nodes, seen from inside: the init process
+# ---------------------------------------------------------------------------------------------------------------------------
+def plan_node_root(node_dir, store, root):
+    """The mount commands that build a node's root file system below `root`, in order. Reads only how the host's /bin etc. are."""
+    def mount(target, *words):
+        return ["mount", *words, f"{root}{target}"]
+
+    mkdir = "X-mount.mkdir"
+    plan = [
+        mount("", "-t", "tmpfs", "-o", "mode=0755", "tmpfs"),
+        mount("/usr", "-o", f"rbind,ro,{mkdir}", "/usr"),
+        mount("/dev", "-o", f"rbind,{mkdir}", "/dev"),
+        mount("/proc", "-t", "proc", "-o", mkdir, "proc"),
+        mount("/sys", "-t", "sysfs", "-o", mkdir, "sysfs"),       # of this network namespace: /sys/class/net
+        mount("/run", "-t", "tmpfs", "-o", f"mode=0755,{mkdir}", "tmpfs"),
+        mount("/tmp", "-t", "tmpfs", "-o", f"mode=1777,{mkdir}", "tmpfs"),
+    ]
+    for name in ("etc", "opt", "var"):
+        plan.append(mount(f"/{name}", "-o", f"bind,{mkdir}", f"{node_dir}/{name}"))
+        plan.append(mount(f"/{name}", "-o", "remount,bind,exec,suid,dev"))   # the host's /run is often noexec
+    plan.append(mount(STORE, "-o", "bind", str(store)))
+    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
+        host = Path("/") / name
+        if host.is_symlink():
+            plan.append(["ln", "-s", os.readlink(host), f"{root}/{name}"])
+        elif host.is_dir():
+            plan.append(mount(f"/{name}", "-o", f"bind,ro,{mkdir}", str(host)))
+    plan.append(["mkdir", "-m", "0700", f"{root}/root", f"{root}/old"])
+    return plan
+
+
+def plan_node_pivot(root):
+    """The commands that make `root` the root file system. The old one goes, so a node holds nothing of the host or other labs."""
+    boot_id = "/proc/sys/kernel/random/boot_id"
+    return [
+        ["pivot_root", root, f"{root}/old"],
+        ["umount", "--lazy", "/old"],
+        ["rmdir", "/old"],
+        ["mount", "--bind", "/run/boot_id", boot_id],
+        # What `ip netns add` would do at its first call, two first calls at once would race.
+        ["mkdir", "/run/netns", "/run/lock"],
+        ["mount", "--bind", "/run/netns", "/run/netns"],
+        ["mount", "--make-shared", "/run/netns"],
+        ["ip", "link", "set", "lo", "up"],
+    ]
+
+
+def node_init(arguments):
+    """PID 1 of a node: node-init LAB_DIR NODE BOOT_ID. Speaks with start_node over stdin and stdout, then reaps until killed."""
+    lab_dir, node, boot_id = arguments
+    # This /proc is still the host's, so it shows the PID that the host knows us by.
+    print(os.readlink("/proc/self"), flush=True)
+    if sys.stdin.readline() != "go\n":
+        return 1
+    socket.sethostname(node)
+    root = f"{lab_dir}/{node}/root"
+    for argv in plan_node_root(f"{lab_dir}/{node}", f"{lab_dir}/nodes", root):
+        must(argv)
+    Path(root, "run/boot_id").write_text(f"{boot_id}\n")
+    os.chdir(root)
+    for argv in plan_node_pivot(root):
+        must(argv)
+    os.chdir("/")
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    print("ready", flush=True)
+    null = os.open("/dev/null", os.O_RDWR)
+    for descriptor in (0, 1):
+        os.dup2(null, descriptor)
+    while True:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        signal.sigwait([signal.SIGCHLD])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Agents
+# ---------------------------------------------------------------------------------------------------------------------------
+def plan_agent(lab, node):
+    """The command line of the node's agent."""
+    argv = [PYTHON, "/opt/mncni/agent.py", "run", "--nodes-dir", STORE]
+    for row in family_rows(lab, node):
+        argv += ["--cluster-cidr", row["cluster_cidr"], "--pod-cidr", row["pod_cidr"], "--endpoint", row["endpoint"]]
+    return argv
+
+
+def start_agent(lab, node):
+    """Start the agent as a child of the node's init, not of this process."""
+    must(node_argv(lab, node) + [PYTHON, "/opt/mncni/lab.py", "node-agent", "start", *plan_agent(lab, node)])
+
+
+def stop_agent(lab, node, timeout_s=5):
+    """SIGTERM the agent and wait for its end. LabError when it is still there after timeout_s."""
+    must(node_argv(lab, node) + [PYTHON, "/opt/mncni/lab.py", "node-agent", "stop", str(timeout_s)])
+
+
+def node_agent(arguments):
+    """In the node: node-agent start ARGV... | stop TIMEOUT_S."""
+    if arguments[0] == "start":
+        with open(AGENT_LOG, "a") as log:
+            env = {"PATH": PATH, "HOME": "/root", "LC_ALL": "C.UTF-8"}       # as an init system would: none of the caller's
+            child = start(arguments[1:], env=env, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        write_atomically(Path(AGENT_PID), str(child.pid))
+        os._exit(0)                                  # leave it behind; init adopts it
+    pid = agent_pid(Path("/"))
+    if pid:
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not agent_pid(Path("/")), float(arguments[1]), "end of the agent")
+    return 0
+
+
+def agent_pid(root):
+    """The agent's PID as the node counts, 0 when it does not run. `root` is / in the node, lab.inside(node, "/") on the host."""
+    with contextlib.suppress(OSError, ValueError):
+        pid = int((root / AGENT_PID[1:]).read_text())
+        if b"agent.py" in (root / f"proc/{pid}/cmdline").read_bytes():
+            return pid
+    return 0
+
+
+def wait_agent(lab, node, timeout_s=AGENT_TIMEOUT_S):
+    """Wait until the agent wrote its ready file (new at each boot) and, last, the conflist. LabError with the end of its log."""
+    def ready():
+        conf = list((lab.node_dir(node) / "etc/cni/net.d").glob("*.conflist"))
+        if not agent_pid(lab.inside(node, "/")):
+            raise LabError("the agent died")
+        return conf and lab.inside(node, "/run/mncni/ready").exists()
+
+    try:
+        wait_until(ready, timeout_s, "conflist and ready file of the agent")
+    except LabError as error:
+        raise LabError(f"{node}: {error}; the end of {AGENT_LOG}:\n{tail(lab.node_dir(node) / AGENT_LOG[1:])}") from None
+    lab.say(f"{node}: agent ready")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Pods, up and down
+# ---------------------------------------------------------------------------------------------------------------------------
+def runtime(lab, node, *words):
+    """Call the container runtime of the node (see there). Returns its stdout; LabError with the plugin's error."""
+    try:
+        return must(node_argv(lab, node) + [PYTHON, "/opt/mncni/lab.py", "runtime", *words], timeout_s=POD_TIMEOUT_S + 30)
+    except LabError as error:
+        raise LabError(f"{node}/{words[1]}: {str(error).partition(chr(10))[2] or error}") from None
+
+
+def add_pod(lab, node, pod, capabilities=None):
+    """Create a pod and attach it to the networks. Returns the CNI result. `capabilities` is libcni's CapabilityArgs."""
+    result = json.loads(runtime(lab, node, "add", pod, json.dumps(capabilities or {})))
+    with lab.changing(node) as row:
+        row["pods"] += [pod] if pod not in row["pods"] else []
+    lab.say(f"{node}/{pod}: {' '.join(ip['address'] for ip in result.get('ips', [])) or 'attached'}")
+    return result
+
+
+def del_pod(lab, node, pod):
+    """Detach and remove a pod."""
+    runtime(lab, node, "del", pod)
+    with lab.changing(node) as row:
+        row["pods"] = [other for other in row["pods"] if other != pod]
+
+
+def pod_record(lab, node, pod):
+    """What the runtime recorded of a pod, {} when there is no such pod: see `sandbox_add`."""
+    path = lab.node_dir(node) / PODS_DIR[1:] / f"{pod}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def check_host(source):
+    """LabError unless this is root, with the tools and the programs that the lab runs."""
+    if os.geteuid():
+        raise LabError("the lab makes network namespaces and needs root: run it with sudo")
+    missing = [f"{tool} (package {package})" for tool, package in TOOLS.items() if not shutil.which(tool, path=PATH)]
+    if missing:
+        raise LabError(f"not installed: {', '.join(missing)}")
+    for part in PARTS:
+        if not (source / part).is_file():
+            raise LabError(f"no {part} in {source}; name the directory that has it with --source")
+
+
+def up(lab, nodes=2, pods=2, source=LAB_FILE.parents[1]):
+    """Build the whole lab. When that fails or is interrupted, everything is undone and the error raised."""
+    check_host(source)
+    with built_or_undone(lab, nodes, pods, source):
+        boot_all(lab)
+
+
+@contextlib.contextmanager
+def built_or_undone(lab, nodes, pods, source):
+    """The underlay, for the time of the with block and, if the block ends well, beyond it."""
+    if not 1 <= nodes <= MAX_NODES or not 0 <= pods <= MAX_PODS:
+        raise LabError(f"--nodes 1 to {MAX_NODES}, --pods 0 to {MAX_PODS}")
+    try:
+        lab.dir.mkdir(mode=0o700)
+    except FileExistsError:
+        raise LabError(f"{lab.dir} exists, so the lab {lab.name} is up; end it with: lab.py --name {lab.name} down") from None
+    try:
+        create_lab(lab, nodes, pods, source)
+        make_underlay(lab)
+        lab.say(f"underlay: bridge {BRIDGE} in netns {lab.underlay}")
+        yield
+    except BaseException:
+        with signals_ignored():
+            down(lab)
+        raise
+
+
+def boot_all(lab):
+    """Nodes, then agents, then pods."""
+    for node in lab.nodes():
+        make_node_dir(lab, node)
+        start_node(lab, node)
+        start_agent(lab, node)
+        lab.say(f"{node}: booted, agent started")
+    for node in lab.nodes():
+        wait_agent(lab, node)
+    # The pods of a node in order, so that pod1 has the first address; the nodes side by side.
+    parallel(lambda node: [add_pod(lab, node, pod) for pod in lab.node(node)["pods"]], lab.nodes(), workers=4)
+
+
+def down(lab):
+    """End the lab and remove all of it. May be called at any time and again. What goes wrong on the way is reported."""
+    if not lab.file.exists():
+        if lab.dir.is_dir() and {path.name for path in lab.dir.iterdir()} <= {".lab.json.tmp"}:
+            shutil.rmtree(lab.dir)                   # an `up` that was killed at its first step; anything else is not ours
+        return
+    lab.say("taking the lab down")
+    running = [node for node, row in lab.nodes().items() if is_running(row)]
+    parallel(lambda pair: reported(lab, runtime, pair[0], "del", pair[1]),
+             [(node, pod) for node, pod in lab.pods() if node in running and pod_record(lab, node, pod)], workers=4)
+    parallel(lambda node: reported(lab, stop_agent, node), running)
+    for node in lab.nodes():
+        kill_node(lab, node)
+    if lab.underlay in [row["name"] for row in look(["ip", "-json", "netns"])]:
+        must(["ip", "netns", "del", lab.underlay])
+    shutil.rmtree(lab.dir)
+    lab.say("down")
+
+
+def reported(lab, function, *arguments):
+    """A step of `down`: an error is told and does not stop the rest."""
+    try:
+        function(lab, *arguments)
+    except LabError as error:
+        lab.say(f"problem: {error}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Ping and path
+# ---------------------------------------------------------------------------------------------------------------------------
+def plan_pairs(lab):
+    """Who pings whom, for each address of the target: [{"node", "pod" or "", "to_node", "to_pod", "address"}]."""
+    targets = [(node, pod, address) for node, pod in lab.pods() for address in pod_record(lab, node, pod).get("addresses", [])]
+    sources = lab.pods() + [(node, "") for node in lab.nodes()]
+    return [{"node": node, "pod": pod, "to_node": to_node, "to_pod": to_pod, "address": address}
+            for node, pod in sources for to_node, to_pod, address in targets if (node, pod) != (to_node, to_pod)]
+
+
+def source_argv(lab, pair):
+    """The command line prefix of the end that pings."""
+    return pod_argv(lab, pair["node"], pair["pod"]) if pair["pod"] else node_argv(lab, pair["node"])
+
+
+def parse_ping(text):
+    """{"sent", "received", "rtt_ms": average or None} from what ping of iputils prints, which has no JSON."""
+    counts = re.search(r"(\d+) packets transmitted, (\d+) received", text)
+    rtt = re.search(r"^rtt \S+ = [\d.]+/([\d.]+)/", text, re.MULTILINE)
+    return {"sent": int(counts[1]) if counts else 0, "received": int(counts[2]) if counts else 0,
+            "rtt_ms": float(rtt[1]) if rtt else None}
+
+
+def ping_pair(lab, pair):
+    """Three pings: the pair with the keys of parse_ping and "path" added."""
+    _, stdout, _ = run(source_argv(lab, pair) + ["ping", "-n", "-c3", "-i0.2", "-W2", pair["address"]])
+    return {**pair, **parse_ping(stdout), "path": look_path(lab, pair)}
+
+
+def wait_first_pongs(lab, pairs):
+    """Wait until each pair answered once, so that the pings that count meet a network that is up. Tells how long that took."""
+    answered = []
+
+    def pong(pair):
+        code, _, _ = run(source_argv(lab, pair) + ["ping", "-n", "-c1", "-W1", pair["address"]])
+        if code == 0:
+            answered.append(time.monotonic() - lab.started)
+        return code == 0
+
+    with contextlib.suppress(LabError):              # a pair that never answers is for the table to show
+        parallel(lambda pair: wait_until(lambda: pong(pair), FIRST_PONG_TIMEOUT_S, "pong"), pairs, workers=16)
+    if answered:
+        lab.say(f"first pong {min(answered):.1f} s after the start of this command; {len(answered)} of {len(pairs)} pairs had answered "
+                f"after {max(answered):.1f} s")
+    else:
+        lab.say("no pong")
+
+
+def ping_all(lab):
+    """Ping all pairs. Returns the rows of ping_pair; a lost ping is one where received < sent or sent is 0."""
+    pairs = plan_pairs(lab)
+    wait_first_pongs(lab, pairs)
+    return parallel(lambda pair: ping_pair(lab, pair), pairs, workers=8)
+
+
+def is_lost(row):
+    return not row["sent"] or row["received"] < row["sent"]
+
+
+def look_path(lab, pair):
+    """The devices that a packet of this pair passes, from the routes and links of both nodes, as one readable line."""
+    try:
+        first = look_hops(lab, pair["node"], pod_address(lab, pair["node"], pair["pod"], pair["address"])) if pair["pod"] else []
+        there = look_hops(lab, pair["node"], pair["address"])
+        if pair["node"] == pair["to_node"]:
+            return f"bridge {there[-1]['dev']}"
+        last = look_hops(lab, pair["to_node"], pair["address"])
+    except LabError as error:
+        return f"no route ({str(error).splitlines()[-1]})"
+    wire = "underlay (WireGuard)" if there[-1]["wireguard"] else "underlay (NOT ENCRYPTED)"
+    return " > ".join([hop["dev"] for hop in first + there] + [wire] + [f"{pair['to_node']} {hop['dev']}" for hop in last])
+
+
+def pod_address(lab, node, pod, like):
+    """The pod's own address of the same family as the address `like`."""
+    addresses = pod_record(lab, node, pod).get("addresses", [])
+    return next((address for address in addresses if (":" in address) == (":" in like)), like)
+
+
+def look_hops(lab, node, address):
+    """[{"dev", "wireguard"}] on the way from the node to an address, followed through veth pairs into the node's named namespaces."""
+    hops, namespace = [], []
+    while len(hops) < 5:
+        ip = node_argv(lab, node) + ["ip", *namespace, "-json"]
+        device = look([*ip, "route", "get", address])[0]["dev"]
+        link = look([*ip, "-details", "link", "show", "dev", device])[0]
+        kind = link.get("linkinfo", {}).get("info_kind")
+        user_space = lab.inside(node, f"/run/wireguard/{device}.sock").exists()      # a wireguard-go device is of kind tun
+        hops.append({"dev": device, "wireguard": kind == "wireguard" or user_space})
+        names = {row["nsid"]: row["name"] for row in look([*ip, "netns", "list-id"]) if "name" in row}
+        if kind != "veth" or link.get("link_netnsid") not in names:
+            break
+        namespace = ["-n", names[link["link_netnsid"]]]
+    return hops
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The sniffer
+# ---------------------------------------------------------------------------------------------------------------------------
+WIREGUARD_PORTS = (28384, 28385)
+WIREGUARD_SIZES = {1: 148, 2: 92, 3: 64}             # handshake initiation, response, cookie; 4 = data, 32 bytes and 16 more each
+ND_TYPES = (*range(130, 138), 143)                   # ICMPv6: multicast listener and neighbour discovery
+ICMP_ERRORS = {1: (3, 11, 12), 58: (1, 2, 3, 4)}     # protocol -> types that quote the packet they complain about
+
+
+def parse_ip(packet):
+    """{"src", "dst", "protocol", "payload", "later": not the first fragment} of an IPv4 or IPv6 packet. IndexError: cut short."""
+    if packet[0] >> 4 == 4:
+        return {"src": socket.inet_ntop(socket.AF_INET, packet[12:16]), "dst": socket.inet_ntop(socket.AF_INET, packet[16:20]),
+                "protocol": packet[9], "payload": packet[4 * (packet[0] & 15):], "later": bool((packet[6] & 31) << 8 | packet[7])}
+    protocol, offset, later = packet[6], 40, False
+    while protocol in (0, 43, 44, 60):               # hop by hop, routing, fragment, destination options
+        if protocol == 44:
+            later = bool((packet[offset + 2] << 8 | packet[offset + 3]) >> 3)
+        length = 8 if protocol == 44 else 8 * (packet[offset + 1] + 1)
+        protocol, offset = packet[offset], offset + length
+    return {"src": socket.inet_ntop(socket.AF_INET6, packet[8:24]), "dst": socket.inet_ntop(socket.AF_INET6, packet[24:40]),
+            "protocol": protocol, "payload": packet[offset:], "later": later}
+
+
+def is_wireguard(udp):
+    """Whether a UDP datagram is a WireGuard message by ports, type, zero bytes and length."""
+    ports = {udp[0] << 8 | udp[1], udp[2] << 8 | udp[3]}
+    size, kind = (udp[4] << 8 | udp[5]) - 8, int.from_bytes(udp[8:12], "little")
+    plausible = size == WIREGUARD_SIZES.get(kind) or (kind == 4 and size >= 32 and size % 16 == 0)
+    return len(udp) >= 12 and plausible and not ports.isdisjoint(WIREGUARD_PORTS)
+
+
+def classify_ip(packet):
+    """As classify, for an IP packet without its link header."""
+    ip = parse_ip(packet)
+    protocol, payload = ip["protocol"], ip["payload"]
+    if ip["later"]:
+        return "fragment"                            # says nothing by itself; the first fragment is judged by what it holds
+    if protocol == 17 and is_wireguard(payload):
+        return "wireguard"
+    if protocol == 58 and payload[0] in ND_TYPES:
+        return "nd"
+    # "No such port" about a WireGuard datagram: a node that boots is told so, and all that it quotes is encrypted.
+    if payload[0] in ICMP_ERRORS.get(protocol, ()) and classify_ip(payload[8:]) == "wireguard":
+        return "icmp-error"
+    return "clear"
+
+
+def classify(frame):
+    """The kind of an Ethernet frame: wireguard, arp, nd, icmp-error (about WireGuard), fragment, clear (any other IP), other."""
+    ethertype = frame[12:14]
+    if ethertype == b"\x08\x06":
+        return "arp"
+    if ethertype not in (b"\x08\x00", b"\x86\xdd"):
+        return "other"
+    try:
+        return classify_ip(frame[14:])
+    except (IndexError, ValueError):
+        return "clear"                               # IP that cannot be understood is not proven to be encrypted
+
+
+def describe(frame):
+    """A frame in a few words: `10.244.1.2 > 10.244.2.2 icmp`."""
+    names = {1: "icmp", 2: "igmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
+    try:
+        ip = parse_ip(frame[14:])
+        return f"{ip['src']} > {ip['dst']} {names.get(ip['protocol'], ip['protocol'])}"
+    except (IndexError, ValueError):
+        return f"ethertype 0x{frame[12:14].hex()}, {len(frame)} bytes"
+
+
+def open_sniffer():
+    """A packet socket that sees each frame once, where it enters the network namespace, so before the bridge can lose it."""
+    capture = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))      # 3 = ETH_P_ALL, on every interface
+    capture.setsockopt(263, 23, 1)                                                   # SOL_PACKET, PACKET_IGNORE_OUTGOING
+    capture.setsockopt(socket.SOL_SOCKET, 33, 32 << 20)                              # SO_RCVBUFFORCE, bytes
+    capture.setblocking(False)
+    return capture
+
+
+def sniff(_arguments):
+    """In the underlay: print `ready`, count until SIGTERM or the end of stdin, print the counts as one JSON object."""
+    capture, counts, samples = open_sniffer(), Counter(), []
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    print("ready", flush=True)
+    deadline = float("inf")
+    while time.monotonic() < deadline:
+        ready = select.select([capture, sys.stdin], [], [], 0.1)[0]
+        if capture in ready:
+            frame, (interface, *_rest) = capture.recvfrom(256)
+            if interface in (BRIDGE, "lo"):          # the second look at a frame that the bridge hands to its own device
+                continue
+            kind = classify(frame)
+            counts[kind] += 1
+            if kind in ("clear", "other") and describe(frame) not in samples[:9]:
+                samples.append(describe(frame))
+        elif stop.is_set() or ready:
+            break                                    # all that had arrived is counted
+        if (stop.is_set() or sys.stdin in ready) and deadline == float("inf"):
+            deadline = time.monotonic() + 2          # traffic that never pauses
+    dropped = int.from_bytes(capture.getsockopt(263, 6, 8)[4:], sys.byteorder)       # PACKET_STATISTICS: packets, drops
+    print(json.dumps({**counts, "dropped": dropped, "samples": samples[:9]}), flush=True)
+    return 0
+
+
+@contextlib.contextmanager
+def sniffing(lab):
+    """Capture the underlay during the with block. Yields a dict that is empty inside and afterwards has one count per kind of
+    frame, all kinds present, "dropped" (frames the kernel could not hand over) and "samples" (of what was not expected)."""
+    counts = {}
+    child = start(["nsenter", f"--net=/run/netns/{lab.underlay}", "--", PYTHON, str(LAB_FILE), "sniff"],
+                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        if read_line(child, 10) != "ready":
+            raise LabError("the sniffer does not start")
+        yield counts
+    finally:
+        child.terminate()
+        stdout, _ = child.communicate(timeout=10)
+    if child.returncode:
+        raise LabError(f"the sniffer failed, exit status {child.returncode}")
+    counts.update(dict.fromkeys(("wireguard", "arp", "nd", "icmp-error", "fragment", "clear", "other"), 0))
+    counts.update(json.loads(stdout))
+
+
+def judge_capture(counts, pings):
+    """What speaks against "only WireGuard on the underlay", as sentences; an empty list is the proof. `pings`: rows of ping_all."""
+    crossing = sum(2 * row["received"] for row in pings if row["node"] != row["to_node"])
+    reasons = [f"{counts[kind]} {kind} packets, such as: {'; '.join(counts['samples'][:3])}" for kind in ("clear", "other") if counts[kind]]
+    if counts["dropped"]:
+        reasons.append(f"the kernel dropped {counts['dropped']} packets before they were looked at")
+    if counts["wireguard"] < crossing:               # the test of the test: a deaf sniffer proves nothing
+        reasons.append(f"only {counts['wireguard']} WireGuard packets for {crossing} pings and pongs between nodes")
+    return reasons
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The container runtime: what containerd and libcni do on a node. Runs in the node, uses nothing of the lab above.
+# (CNI.md 1.12; numbers like C83 are of that list)
+# ---------------------------------------------------------------------------------------------------------------------------
+CNI_VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
+TRY_AGAIN = (11, 50, 51)                             # error codes that may pass: try again later; STATUS: not ready
+DIRS = {"conf": "/etc/cni/net.d", "bin": "/opt/cni/bin", "cache": "/var/lib/cni/results", "pods": PODS_DIR, "netns": "/run/netns"}
+# containerd attaches every pod to this network too, as interface lo.
+LOOPBACK = {"name": "cni-loopback", "cniVersion": "0.3.1", "plugins": [{"type": "loopback"}]}
+
+
+class CNIError(LabError):
+    """A plugin's error object: {"code", "msg", "details"}; code 999 where the plugin gave none."""
+
+    def __init__(self, act, error):
+        self.code = error.get("code", 999)
+        super().__init__(f"{act}: code {self.code}: {error.get('msg', '')}" + (f"\n{error['details']}" if error.get("details") else ""))
+
+
+def parse_network(text, file_name):
+    """A conflist, or a single .conf, as {"name", "cniVersion": the one to speak, "plugins", "disableCheck", "text"}. LabError."""
+    try:
+        conf = json.loads(text)
+        plugins = conf.get("plugins", [conf])
+        network = {"name": conf["name"], "cniVersion": plan_version(conf), "plugins": plugins, "text": text,
+                   "disableCheck": str(conf.get("disableCheck", False)).lower() == "true"}
+    except (ValueError, KeyError, TypeError) as error:
+        raise LabError(f"{file_name}: no CNI configuration: {error!r}") from None
+    if not plugins:
+        raise LabError(f"{file_name}: no plugin in it")
+    return network
+
+
+def plan_version(conf):
+    """The highest of cniVersion and cniVersions that this runtime speaks (C84). ValueError: none."""
+    offered = {conf.get("cniVersion"), *conf.get("cniVersions", [])}
+    spoken = [version for version in CNI_VERSIONS if version in offered]
+    if not spoken:
+        raise ValueError(f"no version of {sorted(map(str, offered))} is one of {CNI_VERSIONS}")
+    return spoken[-1]
+
+
+def at_least(network, version):
+    """Whether the network speaks this version of CNI or a later one."""
+    return CNI_VERSIONS.index(network["cniVersion"]) >= CNI_VERSIONS.index(version)
+
+
+def look_network(dirs):
+    """The network of this node: the lexically first configuration file, as containerd chooses (C87). LabError when there is none."""
+    files = [path for path in sorted(Path(dirs["conf"]).glob("*")) if path.suffix in (".conflist", ".conf", ".json")]
+    if not files:
+        raise LabError(f"no network configuration in {dirs['conf']}")
+    return parse_network(files[0].read_text(), files[0])
+
+
+def plan_stdin(network, plugin, prev_result, capabilities):
+    """What a plugin gets on stdin (C81): its own object, name and version of the list, the result before it, and of the runtime's
+    capability arguments those that it declares."""
+    conf = {**plugin, "name": network["name"], "cniVersion": network["cniVersion"]}
+    declared = {key: value for key, value in capabilities.items() if plugin.get("capabilities", {}).get(key) is True}
+    if declared:
+        conf["runtimeConfig"] = declared
+    if prev_result is not None:
+        conf["prevResult"] = prev_result
+    return conf
+
+
+def plan_environment(command, attachment):
+    """The CNI_* variables of a call. STATUS is about no attachment: libcni passes empty strings."""
+    args = ";".join(f"{key}={value}" for key, value in attachment.get("args", {}).items())
+    return {"CNI_COMMAND": command, "CNI_CONTAINERID": attachment.get("container_id", ""), "CNI_NETNS": attachment.get("netns", ""),
+            "CNI_IFNAME": attachment.get("ifname", ""), "CNI_ARGS": args}
+
+
+def plan_attachment(record, ifname):
+    """One attachment of a pod as {"container_id", "netns", "ifname", "args", "capabilities"}; args as Kubernetes gives them."""
+    args = {"IgnoreUnknown": "1", "K8S_POD_NAMESPACE": "default", "K8S_POD_NAME": record["pod"],
+            "K8S_POD_INFRA_CONTAINER_ID": record["container_id"]}
+    return {"container_id": record["container_id"], "netns": record["netns"], "ifname": ifname, "args": args,
+            "capabilities": record["capabilities"] if ifname != "lo" else {}}
+
+
+def parse_answer(act, code, stdout, stderr):
+    """The result a plugin printed, None for none. CNIError when it failed; the error object is on stdout (C2)."""
+    try:
+        answer = json.loads(stdout) if stdout.strip() else None
+    except ValueError:
+        raise CNIError(act, {"msg": f"exit status {code}, and stdout is not JSON", "details": stdout + stderr}) from None
+    if code:
+        raise CNIError(act, answer or {"msg": f"exit status {code} without an error object", "details": stderr})
+    return answer
+
+
+def plan_call(command, network, plugin, attachment, prev_result):
+    """One call of one plugin as {"act": words for an error, "type": the binary's name, "env": CNI_* but CNI_PATH, "stdin"}."""
+    return {"act": f"{command} of {plugin['type']} in network {network['name']}", "type": plugin["type"],
+            "env": plan_environment(command, attachment),
+            "stdin": json.dumps(plan_stdin(network, plugin, prev_result, attachment.get("capabilities", {})))}
+
+
+def call_plugin(call, dirs, run):
+    """Execute a planned call. Returns the plugin's result. LabError when there is no such binary, CNIError when it fails."""
+    binary = Path(dirs["bin"]) / call["type"]
+    if not binary.is_file():
+        raise LabError(f"{call['act']}: no {call['type']} in {dirs['bin']}")
+    env = {**os.environ, "PATH": PATH, "CNI_PATH": dirs["bin"], **call["env"]}       # the runtime's own and CNI_*: C7
+    code, stdout, stderr = run([str(binary)], call["stdin"], env=env)
+    result = parse_answer(call["act"], code, stdout, stderr)
+    sys.stderr.write(stderr)                         # passed on after a success (C5), such as what CNI_TRACE=1 prints
+    return result
+
+
+def cache_path(network, attachment, dirs):
+    """libcni's file for the final result of an attachment (C83)."""
+    return Path(dirs["cache"]) / f"{network['name']}-{attachment['container_id']}-{attachment['ifname']}"
+
+
+def plan_cache(network, attachment, result):
+    """The content of that file, in libcni's cniCacheV1 format; bytes are base64, as Go writes them."""
+    return {"kind": "cniCacheV1", "containerId": attachment["container_id"],
+            "config": base64.b64encode(network.get("text", json.dumps(network)).encode()).decode(),
+            "ifName": attachment["ifname"], "networkName": network["name"], "netns": attachment["netns"],
+            "cniArgs": [[key, value] for key, value in attachment["args"].items()],
+            "capabilityArgs": attachment["capabilities"], "result": result}
+
+
+def cached_result(network, attachment, dirs):
+    """The final result of the ADD, for CHECK and DEL; None before 0.4.0 (C81), without a cache file or with a bad one (C83)."""
+    try:
+        result = json.loads(cache_path(network, attachment, dirs).read_text())["result"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return {**result, "cniVersion": network["cniVersion"]} if result and at_least(network, "0.4.0") else None
+
+
+def cni_add(network, attachment, dirs, run):
+    """STATUS, then ADD of each plugin, then the cache. Returns the final result. After a failed ADD: DEL, and the ADD's error."""
+    if at_least(network, "1.1.0"):
+        for plugin in network["plugins"]:
+            call_plugin(plan_call("STATUS", network, plugin, {}, None), dirs, run)
+    result = None
+    try:
+        for plugin in network["plugins"]:
+            result = call_plugin(plan_call("ADD", network, plugin, attachment, result), dirs, run)
+    except LabError:
+        with contextlib.suppress(LabError):
+            cni_del(network, attachment, dirs, run)
+        raise
+    path = cache_path(network, attachment, dirs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(plan_cache(network, attachment, result)))
+    return result
+
+
+def cni_check(network, attachment, dirs, run):
+    """CHECK of each plugin, with the final result of the ADD. Nothing to do before 0.4.0, or where the network disables it."""
+    if at_least(network, "0.4.0") and not network.get("disableCheck"):
+        prev_result = cached_result(network, attachment, dirs)
+        for plugin in network["plugins"]:
+            call_plugin(plan_call("CHECK", network, plugin, attachment, prev_result), dirs, run)
+
+
+def cni_del(network, attachment, dirs, run):
+    """DEL of each plugin in reverse, then of the cache. Stops at the first error, as libcni: what remains can be deleted again."""
+    prev_result = cached_result(network, attachment, dirs)
+    for plugin in reversed(network["plugins"]):
+        call_plugin(plan_call("DEL", network, plugin, attachment, prev_result), dirs, run)
+    with contextlib.suppress(FileNotFoundError):
+        cache_path(network, attachment, dirs).unlink()
+
+
+def networks_of(record, dirs):
+    """The networks of a pod as [(network, attachment)], in the order containerd sets them up."""
+    return [(LOOPBACK, plan_attachment(record, "lo")), (look_network(dirs), plan_attachment(record, "eth0"))]
+
+
+def sandbox_add(pod, capabilities, dirs, run):
+    """Create a pod: network namespace and all its networks. Returns the CNI result for eth0. CNIError, LabError: nothing remains.
+
+    Its record, <pods>/POD.json: {"pod", "container_id", "netns", "capabilities", "addresses": ["10.244.1.2"]}. It is there
+    before the first ADD. A pod of that name from before a reboot is deleted first, with no netns to give, as kubelet does.
+    """
+    path = Path(dirs["pods"]) / f"{pod}.json"
+    if path.exists():
+        sandbox_del(pod, dirs, run)
+    record = {"pod": pod, "container_id": secrets.token_hex(32), "netns": f"{dirs['netns']}/{pod}",
+              "capabilities": capabilities, "addresses": []}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(record))
+    must(["ip", "netns", "add", pod])
+    try:
+        for network, attachment in networks_of(record, dirs):
+            result = cni_add(network, attachment, dirs, run)
+    except LabError:
+        with contextlib.suppress(LabError):
+            sandbox_del(pod, dirs, run)
+        raise
+    record["addresses"] = [ip["address"].partition("/")[0] for ip in (result or {}).get("ips", [])]
+    write_atomically(path, json.dumps(record))
+    return result
+
+
+def sandbox_del(pod, dirs, run):
+    """Remove a pod: DEL in all networks, its namespace, its record. Nothing to do is fine. After an error the record stays."""
+    path = Path(dirs["pods"]) / f"{pod}.json"
+    if not path.exists():
+        return
+    record = json.loads(path.read_text())
+    if not Path(record["netns"]).exists():
+        record["netns"] = ""                         # what containerd passes after a reboot
+    errors = []
+    for network, attachment in reversed(networks_of(record, dirs)):
+        try:
+            cni_del(network, attachment, dirs, run)
+        except LabError as error:
+            errors.append(str(error))
+    if record["netns"]:
+        must(["ip", "netns", "del", pod])
+    if errors:
+        raise LabError("\n".join(errors))
+    path.unlink()
+
+
+def sandbox_check(pod, dirs, run):
+    """CHECK in all networks of a pod."""
+    path = Path(dirs["pods"]) / f"{pod}.json"
+    if not path.exists():
+        raise LabError(f"no pod {pod}")
+    for network, attachment in networks_of(json.loads(path.read_text()), dirs):
+        cni_check(network, attachment, dirs, run)
+
+
+def runtime_main(arguments):
+    """In the node: runtime add POD CAPABILITIES_JSON | check POD | del POD. `add` prints the CNI result; an error goes to stderr."""
+    command, pod, *rest = arguments
+    if command == "add":
+        print(json.dumps(add_with_patience(pod, json.loads(rest[0]), DIRS, run)))
+    else:
+        {"check": sandbox_check, "del": sandbox_del}[command](pod, DIRS, run)
+    return 0
+
+
+def add_with_patience(pod, capabilities, dirs, run, timeout_s=POD_TIMEOUT_S):
+    """sandbox_add until it works, as kubelet tries again with a new container; other errors than "later" are final."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return sandbox_add(pod, capabilities, dirs, run)
+        except CNIError as error:
+            if error.code not in TRY_AGAIN or time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------------
+def print_table(rows):
+    """Rows of cells, the first row being the header, in columns."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print(flush=True)
+
+
+def print_pings(rows):
+    table = [["FROM", "TO", "ADDRESS", "PATH", "PONGS", "AVG RTT"]]
+    for row in rows:
+        rtt = f"{row['rtt_ms']:.2f} ms" if row["rtt_ms"] is not None else "-"
+        table.append([f"{row['node']}/{row['pod']}".rstrip("/"), f"{row['to_node']}/{row['to_pod']}", row["address"], row["path"],
+                      f"{row['received']}/{row['sent']}", rtt])
+    print_table(table)
+    lost = sum(map(is_lost, rows))
+    print(f"{len(rows)} pairs pinged, " + (f"{lost} LOST PINGS" if lost else "none lost a ping"))
+
+
+def command_up(lab, options):
+    up(lab, options.nodes, options.pods, options.source)
+    lab.say(f"up; now: lab.py --name {lab.name} ping")
+    return 0
+
+
+def command_status(lab, _options):
+    nodes = [["NODE", "INIT", "BOOT ID", "AGENT", "AGENT SAYS"]]
+    for node, row in lab.nodes().items():
+        running = is_running(row) and agent_pid(lab.inside(node, "/"))
+        says = run(node_argv(lab, node) + [PYTHON, "/opt/mncni/agent.py", "status"])[1] if running else ""
+        nodes.append([node, row["pid"] or "down", row["boot_id"], "running" if running else "stopped", (says.splitlines() or ["-"])[0]])
+    print_table(nodes)
+    print_table([["POD", "ADDRESSES", "CONTAINER", "CHECK"], *parallel(lambda pair: pod_status(lab, *pair), lab.pods(), workers=4)])
+    return 0
+
+
+def pod_status(lab, node, pod):
+    """The row of a pod: its name, addresses, container ID and what CHECK says."""
+    record = pod_record(lab, node, pod)
+    try:
+        runtime(lab, node, "check", pod)
+        check = "ok"
+    except LabError as error:
+        check = str(error).splitlines()[0]
+    return [f"{node}/{pod}", " ".join(record.get("addresses", [])) or "-", record.get("container_id", "-")[:12], check]
+
+
+def command_ping(lab, _options):
+    rows = ping_all(lab)
+    print_pings(rows)
+    return int(any(map(is_lost, rows)))
+
+
+def command_exec(lab, options):
+    """Become the command, so that terminal, signals and exit status are its own."""
+    node, _, pod = options.target.partition("/")
+    words = options.words[1:] if options.words[:1] == ["--"] else options.words
+    if not words:
+        raise LabError("exec: no command; lab.py exec node1/pod1 -- ip address")
+    argv = (pod_argv(lab, node, pod) if pod else node_argv(lab, node)) + words
+    os.execvpe(argv[0], argv, dict(os.environ, PATH=PATH))
+
+
+def command_reboot(lab, options):
+    reboot(lab, options.node)
+    return 0
+
+
+def command_down(lab, _options):
+    with signals_ignored():
+        down(lab)
+    return 0
+
+
+def command_demo(lab, options):
+    """The whole story, with the sniffer on from before the first node boots."""
+    check_host(options.source)
+    with built_or_undone(lab, options.nodes, options.pods, options.source):
+        with sniffing(lab) as counts:
+            lab.say("sniffer on the underlay: every frame is looked at")
+            boot_all(lab)
+            rows = ping_all(lab)
+        print_pings(rows)
+        reasons = judge_capture(counts, rows)
+        print("on the underlay: " + ", ".join(f"{value} {kind}" for kind, value in counts.items() if kind != "samples"))
+        print("NOT only WireGuard:" if reasons else "the underlay carried nothing in the clear: all pod traffic was inside WireGuard")
+        print("".join(f"  {reason}\n" for reason in reasons), end="", flush=True)
+    command_down(lab, options)
+    return int(bool(reasons) or any(map(is_lost, rows)))
+
+
+COMMANDS = {                                         # name -> (function, what it does)
+    "up": (command_up, "start the nodes and attach the pods"),
+    "status": (command_status, "show nodes and pods"),
+    "ping": (command_ping, "ping every pod from every other pod and node; exit status 1 when a ping is lost"),
+    "exec": (command_exec, "run a command in a node or a pod"),
+    "reboot": (command_reboot, "pull the plug of a node, boot it and bring its pods back"),
+    "down": (command_down, "end the lab and remove all of it"),
+    "demo": (command_demo, "up, ping, proof that the underlay carries only WireGuard, down; exit status 1 if one fails"),
+}
+INTERNAL = {"node-init": node_init, "node-agent": node_agent, "runtime": runtime_main, "sniff": sniff}    # run by the lab itself
+
+
+def parse_options(argv):
+    """The command line as a namespace. --name may stand before or after the command."""
+    name = argparse.ArgumentParser(add_help=False)
+    name.add_argument("--name", default=argparse.SUPPRESS, help="name of the lab; several can be up at once (default mncni-lab)")
+    parser = argparse.ArgumentParser(prog="lab.py", description=__doc__, parents=[name],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command, (_, text) in COMMANDS.items():
+        sub = commands.add_parser(command, help=text, description=text, parents=[name])
+        if command in ("up", "demo"):
+            sub.add_argument("--nodes", type=int, default=2, help="default %(default)s")
+            sub.add_argument("--pods", type=int, default=2, help="per node, default %(default)s")
+            sub.add_argument("--source", type=Path, default=LAB_FILE.parents[1],
+                             help="directory that mncni.py and agent.py are copied from (default: the repository)")
+        elif command == "exec":
+            sub.add_argument("target", metavar="NODE[/POD]")
+            sub.add_argument("words", metavar="-- CMD", nargs=argparse.REMAINDER)
+        elif command == "reboot":
+            sub.add_argument("node", metavar="NODE")
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    """Exit status: 0 fine, 1 failed (a lost ping and a clear packet too), 2 usage, 128 + signal when interrupted."""
+    try:
+        if argv and argv[0] in INTERNAL:
+            return INTERNAL[argv[0]](argv[1:])
+        options = parse_options(argv)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+        if os.geteuid():
+            raise LabError("the lab makes network namespaces and needs root: run it with sudo")
+        return COMMANDS[options.command][0](Lab(getattr(options, "name", "mncni-lab")), options)
+    except LabError as error:
+        print(f"lab.py: {error}" if not (argv and argv[0] in INTERNAL) else error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lab.py: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
