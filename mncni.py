@@ -602,8 +602,10 @@ def write_file(path, text, mode=0o644):
         with open(fd, "w", encoding="utf-8") as file:
             file.write(text)
         os.rename(temporary, path)
-    except BaseException:
+    except BaseException as error:
         remove_file(temporary)
+        if isinstance(error, OSError):
+            error.filename = path  # a full disk is noticed by write(2), which knows no name
         raise
 
 
