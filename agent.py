@@ -1,0 +1,1439 @@
+#!/usr/bin/python3 -I
+"""The MNCNI agent: one per node, it connects the node's pods with those of every other node, through WireGuard, in clear never.
+
+What it owns, and nothing else: the network namespace mncni-wg with the WireGuard device in it, the veth pair mncni-host / mncni-ns,
+the bridge mncni0, routes of protocol 201, the nft table "inet mncni" (one in the host, one in the namespace), its files below
+/run/mncni and /var/lib/mncni, 10-mncni.conflist. An object of these names that is not ours is refused, not taken.
+
+    host                                                        namespace mncni-wg
+    pods -- mncni0 -- routes -- mncni-host ------------------ mncni-ns -- routes -- mncni-wg0
+            10.244.1.1/24       10.244.1.1/32                 169.254.28.84         the WireGuard device, whose UDP socket
+    10.244.0.0/16 via 169.254.28.84                                                 stays in the host: that is where it was made
+    10.244.0.0/16 unreachable, the floor: when all else is gone
+
+It needs root (CAP_NET_ADMIN in both namespaces, CAP_SYS_ADMIN to make one), python3, iproute2, nftables, wireguard-tools, and WireGuard in
+the kernel or as wireguard-go.
+
+Reading order: settings, node store, records (what others say about themselves, trusted in nothing), then the stages. Every pass
+runs all stages: each looks at the kernel, compares with what should be (pure), and applies the difference. Where nothing differs,
+nothing is written.
+"""
+
+import argparse
+import base64
+import binascii
+import bisect
+import contextlib
+import fcntl
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+if __name__ == "__main__":
+    sys.path.append(os.path.dirname(os.path.realpath(__file__)))  # -I leaves it out; mncni.py ships beside this file
+
+import mncni
+from mncni import CNIError, Command, apply, in_netns, ip_batch, look_ip, look_link, write_file
+
+log = logging.getLogger("mncni-agent")
+
+OK, FAILED, USAGE, RUNNING_ALREADY = 0, 1, 2, 3
+ROUTE_PROTOCOL = 201  # how routes of ours are told from others
+FLOOR_METRIC = 4278198272  # behind every other route there is
+DEVICE, HOST_VETH, NS_VETH = "mncni-wg0", "mncni-host", "mncni-ns"
+NEXT_HOPS = {4: "169.254.28.84", 6: "fe80::28:84"}  # of NS_VETH, for the host's route into the tunnel
+POLL_S = 0.5  # how often the directory store is looked at
+AUDIT_S = 10  # a full look at the kernel, whether or not anything seems to have happened
+HOLD_S = 60  # how long a mass disappearance of nodes is doubted
+UNDERLAY_OVERHEAD = {4: 60, 6: 80}  # IP header, UDP header, WireGuard's 32 bytes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator decided. CIDRs and endpoints are ipaddress objects; ports are (slot 0, slot 1)."""
+
+    node_name: str
+    nodes_dir: str
+    cluster_cidrs: tuple
+    pod_cidrs: tuple
+    endpoints: tuple
+    ports: tuple
+    bridge: str
+    namespace: str
+    mtu: int
+    masquerade: bool
+    conf_dir: str
+    bin_dir: str
+    state_dir: str
+    run_dir: str
+
+    @property
+    def netns(self):
+        return f"/run/netns/{self.namespace}"
+
+    @property
+    def gateways(self):
+        """{pod CIDR: the pods' gateway, its first address}."""
+        return {cidr: cidr.network_address + 1 for cidr in self.pod_cidrs}
+
+    @property
+    def families(self):
+        return sorted({cidr.version for cidr in self.pod_cidrs})
+
+
+def network(text):
+    return ipaddress.ip_network(text)  # ValueError for host bits: argparse shows the text
+
+
+def boolean(text):
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+def port_pair(text):
+    """Two different UDP ports: slot 0's, and slot 1's, which key rotation will use."""
+    ports = tuple(int(part) for part in text.split(","))
+    if len(set(ports)) != 2 or not all(0 < port < 65536 for port in ports):
+        raise ValueError(text)
+    return ports
+
+
+def link_name(text):
+    if not mncni.is_ifname(text):
+        raise ValueError(text)
+    return text
+
+
+FLAGS = (
+    # flag, type, default, repeatable, help
+    ("--node-name", str, socket.gethostname(), False, "this node's name"),
+    ("--nodes-dir", str, "", False, "directory of node records, <node>.json each: the node store that needs no cluster"),
+    ("--cluster-cidr", network, None, True, "addresses of all pods; repeatable"),
+    ("--pod-cidr", network, None, True, "addresses of this node's pods, inside --cluster-cidr; repeatable"),
+    (
+        "--endpoint",
+        ipaddress.ip_address,
+        None,
+        True,
+        "address at which other nodes reach this one; repeatable (default: the default route's source)",
+    ),
+    ("--port", port_pair, "28384,28385", False, "UDP ports of the two key slots"),
+    ("--bridge", link_name, "mncni0", False, "the pods' bridge"),
+    ("--namespace", link_name, "mncni-wg", False, "the namespace of the tunnel"),
+    ("--mtu", int, "0", False, "MTU of the pods; 0: the underlay's less WireGuard's overhead"),
+    ("--masquerade", boolean, "true", False, "give traffic from pods to outside the cluster the node's address"),
+    ("--conf-dir", str, "/etc/cni/net.d", False, "where the CNI configuration goes"),
+    ("--bin-dir", str, mncni.DEFAULT_BIN_DIR, False, "where the CNI plugin goes"),
+    ("--state-dir", str, "/var/lib/mncni", False, "state that outlives a boot: the key, the last good list of nodes"),
+    ("--run-dir", str, mncni.DEFAULT_RUN_DIR, False, "state that does not"),
+)
+
+
+def build_parser(environ):
+    """The command line. Every flag of `run` has its MNCNI_* variable; a repeatable one takes a comma-separated list there."""
+    parser = argparse.ArgumentParser(prog="agent.py", description="MNCNI's node agent: an encrypted pod network between nodes.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, about in (("run", "build the node's network and keep it"), ("status", "what is up, and why not")):
+        command = commands.add_parser(name, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        for flag, kind, default, repeatable, text in FLAGS:
+            if repeatable:  # argparse would add to a default what the command line says: parse_settings looks at the variable
+                command.add_argument(flag, type=kind, action="append", help=text)
+            else:
+                given = environ.get("MNCNI_" + flag[2:].upper().replace("-", "_"))
+                command.add_argument(flag, type=kind, default=given or default, help=text)
+    commands.choices["status"].add_argument("--json", action="store_true", help="for programs")
+    return parser
+
+
+def parse_settings(parser, options, environ):
+    """Settings from parsed options. Leaves with exit status 2 and a message that names the flag."""
+    lists = {}
+    for key, kind in (("cluster_cidr", network), ("pod_cidr", network), ("endpoint", ipaddress.ip_address)):
+        given = environ.get(f"MNCNI_{key.upper()}")
+        try:
+            lists[key] = tuple(getattr(options, key) or (map(kind, given.split(",")) if given else ()))
+        except ValueError as error:
+            parser.error(f"MNCNI_{key.upper()}: {error}")
+    for cidr in lists["pod_cidr"]:
+        if not is_part(cidr, lists["cluster_cidr"]):
+            parser.error(f"--pod-cidr {cidr} is no part of --cluster-cidr {', '.join(map(str, lists['cluster_cidr'])) or '(none given)'}")
+        if cidr.num_addresses < 4:
+            parser.error(f"--pod-cidr {cidr} is too small: it needs room for a gateway and a pod")
+    twins = find_twins(lists["pod_cidr"])
+    if twins:
+        parser.error(f"--pod-cidr {twins[0]} overlaps --pod-cidr {twins[1]}")
+    for endpoint in lists["endpoint"]:
+        if is_in(endpoint, lists["cluster_cidr"]):
+            parser.error(f"--endpoint {endpoint} is inside --cluster-cidr: nodes and pods need addresses of their own")
+    least = smallest_mtu(lists["pod_cidr"])
+    if options.mtu and not least <= options.mtu <= 65000:
+        parser.error(f"--mtu {options.mtu} is out of range: {least} to 65000, or 0")
+    if not mncni.is_identifier(options.node_name):
+        parser.error(f"--node-name {options.node_name!r} must be letters, digits, '_', '.', '-'")
+    names = ("node_name", "nodes_dir", "bridge", "namespace", "mtu", "masquerade", "conf_dir", "bin_dir", "state_dir", "run_dir")
+    return Settings(
+        cluster_cidrs=lists["cluster_cidr"],
+        pod_cidrs=lists["pod_cidr"],
+        endpoints=lists["endpoint"],
+        ports=options.port,
+        **{name: getattr(options, name) for name in names},
+    )
+
+
+def is_part(cidr, cidrs):
+    """Whether a network is part of one of the others, but not all of it."""
+    return any(cidr.version == outer.version and cidr != outer and cidr.subnet_of(outer) for outer in cidrs)
+
+
+def is_in(address, cidrs):
+    return any(address in cidr for cidr in cidrs)
+
+
+def find_twins(cidrs):
+    """Two of the networks that overlap, None if no two do."""
+    return next((pair for pair in itertools.combinations(cidrs, 2) if pair[0].overlaps(pair[1])), None)
+
+
+def smallest_mtu(pod_cidrs):
+    return 1280 if any(cidr.version == 6 for cidr in pod_cidrs) else 576  # RFC 8200, section 5; RFC 791
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Node store: a directory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class StoreError(Exception):
+    """The store cannot be read or written: what it would say is unknown, so nothing follows from it."""
+
+
+class DirectoryStore:
+    """Node records as files, <node>.json each; dot-files are somebody's unfinished writing. The store for a cluster without an API.
+
+    records() -> {node name: text}, publish(name, text), changed() -> whether it is worth reading again.
+    """
+
+    RECORD_LIMIT = 65536  # bytes; a record has some 300
+
+    def __init__(self, path):
+        self.path = path
+        self.seen = None
+        self.files = {}  # {file name: (what stat said when it was read, text)}
+
+    def changed(self):
+        """Whether records() says something else than at the last call. It costs a stat a file."""
+        try:
+            seen = self.records()
+        except StoreError as error:
+            seen = str(error)
+        changed, self.seen = seen != self.seen, seen
+        return changed
+
+    def records(self):
+        """{node name: text} of all records. StoreError."""
+        try:
+            names = [name for name in os.listdir(self.path) if name.endswith(".json") and not name.startswith(".")]
+        except OSError as error:
+            raise StoreError(f"cannot read --nodes-dir {self.path}: {error.strerror}") from None
+        self.files = {name: self._read(name) for name in names}
+        stems = ((name[: -len(".json")], text) for name, (_, text) in self.files.items())
+        return {stem if mncni.is_identifier(stem) else shown(stem): text for stem, text in stems}
+
+    def publish(self, name, text):
+        """Write this node's record. StoreError."""
+        try:
+            write_file(os.path.join(self.path, f"{name}.json"), text)
+        except OSError as error:
+            raise StoreError(f"cannot write to --nodes-dir {self.path}: {error.strerror}") from None
+
+    def _read(self, name):
+        """(what stat says, text) of a file: what we have if it was not written since, or cannot be read; no text if we have none."""
+        path, known = os.path.join(self.path, name), self.files.get(name, (None, ""))
+        try:
+            status = os.stat(path)
+            signature = (status.st_ino, status.st_mtime_ns, status.st_size)
+            if signature == known[0]:
+                return known
+            with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:  # a FIFO must not stop us
+                return signature, (file.read(self.RECORD_LIMIT + 1) or b"").decode("utf-8", "replace")
+        except OSError:
+            return known
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records: what a node says about itself                                                     pure; trusted in nothing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class BadRecord(Exception):
+    """Why a record is not believed, in words for the operator."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A record that passed every check. key: base64. created: text that sorts by time ("" if unknown, which counts as youngest)."""
+
+    name: str
+    uid: str
+    created: str
+    pod_cidrs: tuple
+    endpoints: tuple
+    key: str
+    port: int
+
+
+def format_record(settings, uid, endpoints, key, generation, created):
+    """This node's record as text: compact JSON, its keys in the order that DESIGN fixes, because policies compare its beginning."""
+    record = {
+        "v": 1,
+        "podCIDRs": [str(cidr) for cidr in settings.pod_cidrs],
+        "uid": uid,
+        "endpoints": [str(endpoint) for endpoint in endpoints],
+        "slots": {"0": {"key": key, "port": settings.ports[0]}},
+        "gen": generation,
+        "created": created,
+    }
+    return json.dumps(record, separators=(",", ":"))
+
+
+def parse_record(name, text, cluster_cidrs):
+    """A Node from the text of a record. BadRecord says what is wrong. It costs no more than the text is long."""
+    if not mncni.is_identifier(name):
+        raise BadRecord("the node's name has characters that no node has")
+    if len(text) > DirectoryStore.RECORD_LIMIT:
+        raise BadRecord(f"the record is longer than {DirectoryStore.RECORD_LIMIT} bytes")
+    try:
+        record = json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"the record is no JSON: {error}" if text.strip() else "the record is empty") from None
+    if not isinstance(record, dict):
+        raise BadRecord("the record is no JSON object")
+    if checked(record, "v", int) != 1:
+        raise BadRecord(f"the record's version is {shown(record['v'])}, this agent reads 1")
+    slot = checked(checked(record, "slots", dict), "0", dict)
+    pod_cidrs = tuple(parse_pod_cidr(cidr, cluster_cidrs) for cidr in checked(record, "podCIDRs", list))
+    twins = find_twins(pod_cidrs)
+    if twins:
+        raise BadRecord(f"its pod CIDRs {twins[0]} and {twins[1]} overlap")
+    return Node(
+        name=name,
+        uid=checked(record, "uid", str)[:64],
+        created=parse_time(record.get("created", "")),
+        pod_cidrs=pod_cidrs,
+        endpoints=tuple(parse_endpoint(endpoint, cluster_cidrs) for endpoint in checked(record, "endpoints", list)),
+        key=parse_key(checked(slot, "key", str)),
+        port=parse_port(checked(slot, "port", int)),
+    )
+
+
+def unique_keys(pairs):
+    """json.loads hook: a key given twice means one thing to us and another to the next reader."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands in it twice")
+    return found
+
+
+def checked(mapping, key, kind):
+    """mapping[key], of the given type and, if a list, of 1 to 16 elements. BadRecord."""
+    value = mapping.get(key)
+    if type(value) is not kind or (kind in (list, str) and not value):
+        raise BadRecord(f'"{key}" is {shown(value)}, not {mncni.kind_of(kind())} with content')
+    if kind is list and len(value) > 16:
+        raise BadRecord(f'"{key}" has {len(value)} elements')
+    return value
+
+
+def shown(value):
+    """A stranger's value, fit for a log line: JSON, short."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:  # json.loads can get one level further than json.dumps
+        text = "(nested too deep)"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def parse_time(text):
+    """RFC 3339 text in a form that sorts, "" if it is none. It only breaks ties, so a bad one is not worth a quarantine."""
+    try:
+        return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").isoformat()
+    except (ValueError, TypeError):
+        return ""
+
+
+def parse_pod_cidr(text, cluster_cidrs):
+    try:
+        cidr = ipaddress.ip_network(text if isinstance(text, str) and "%" not in text else "")  # %: ipaddress lets anything follow
+    except ValueError:
+        raise BadRecord(f"pod CIDR {shown(text)} is no network") from None
+    if not is_part(cidr, cluster_cidrs):
+        raise BadRecord(f"pod CIDR {cidr} is no part of the cluster CIDR")
+    return cidr
+
+
+def parse_endpoint(text, cluster_cidrs):
+    try:
+        address = ipaddress.ip_address(text if isinstance(text, str) and "%" not in text else "")
+    except ValueError:
+        raise BadRecord(f"endpoint {shown(text)} is no IP address") from None
+    mapped = address.version == 6 and address.ipv4_mapped
+    if mapped or address.is_unspecified or address.is_loopback or address.is_multicast or address.is_link_local:
+        raise BadRecord(f"endpoint {address} cannot be another node's address")
+    if is_in(address, cluster_cidrs):
+        raise BadRecord(f"endpoint {address} is inside the cluster CIDR: it would be reached through itself")
+    return address
+
+
+def parse_key(text):
+    """A WireGuard public key, base64 in its one canonical form. BadRecord."""
+    try:
+        key = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise BadRecord("the key is no base64") from None
+    if len(key) != 32:
+        raise BadRecord(f"the key has {len(key)} bytes, not 32")
+    if not any(key):
+        raise BadRecord("the key is all zero")
+    if base64.b64encode(key).decode() != text:
+        raise BadRecord("the key is not in canonical base64")
+    return text
+
+
+def parse_port(port):
+    if not 0 < port < 65536:
+        raise BadRecord(f"port {shown(port)} is out of range")
+    return port
+
+
+class Roster:
+    """Which records are believed. judge() is pure but for a memory: a record is validated once per content."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.memory = {}
+
+    def judge(self, records, own_key, own_endpoints):
+        """({name: Node}, {name: reason}) of the other nodes' records. Of two that claim one key or one address, the older is believed."""
+        usable, quarantine = {}, {}
+        self.memory = {name: known for name, known in self.memory.items() if name in records}
+        for name, text in sorted(records.items()):
+            if name == self.settings.node_name:
+                continue
+            verdict = self.verdict(name, text)
+            reason = verdict if isinstance(verdict, str) else self._clash_with_self(verdict, own_key, own_endpoints)
+            if reason:
+                quarantine[name] = reason
+            else:
+                usable[name] = verdict
+        quarantine.update(find_clashes(usable.values()))
+        return {name: node for name, node in usable.items() if name not in quarantine}, quarantine
+
+    def verdict(self, name, text):
+        """A Node, or the reason why a record is not believed whatever the others say."""
+        known = self.memory.get(name)
+        if known is None or known[0] != text:
+            try:
+                known = (text, parse_record(name, text, self.settings.cluster_cidrs))
+            except BadRecord as error:
+                known = (text, str(error))
+            self.memory[name] = known
+        return known[1]
+
+    def sound(self, records):
+        """The names of the records that are believed, unless others clash with them."""
+        return {name for name, text in records.items() if isinstance(self.verdict(name, text), Node)}
+
+    def _clash_with_self(self, node, own_key, own_endpoints):
+        if node.key == own_key:
+            return "it has this node's key"
+        for cidr in node.pod_cidrs:
+            if any(cidr.overlaps(own) for own in self.settings.pod_cidrs):
+                return f"its pod CIDR {cidr} is this node's"
+        if choose_endpoint(node, own_endpoints) is None:
+            return f"it has no endpoint of a family that this node has: {', '.join(map(str, node.endpoints))}"
+        return None
+
+
+def find_clashes(nodes):
+    """{name: reason} of the nodes that lose to an older one: same key, or pod CIDRs that overlap."""
+    lost, keys, held = {}, {}, {4: [], 6: []}  # held: (first, last, name) of the CIDRs believed so far, in order and disjoint
+    for node in sorted(nodes, key=seniority):
+        owner = keys.get(node.key) or next(filter(None, (find_overlap(held[cidr.version], cidr) for cidr in node.pod_cidrs)), None)
+        if owner:
+            what = "key" if node.key in keys else "pod CIDR"
+            lost[node.name] = f"its {what} is that of the older node {owner}"
+            continue
+        keys[node.key] = node.name
+        for cidr in node.pod_cidrs:
+            bisect.insort(held[cidr.version], (int(cidr.network_address), int(cidr.broadcast_address), node.name))
+    return lost
+
+
+def find_overlap(held, cidr):
+    """The name that holds part of a CIDR, None if nobody does. held is sorted and disjoint."""
+    first, last = int(cidr.network_address), int(cidr.broadcast_address)
+    place = bisect.bisect_right(held, (last, 1 << 129, ""))  # everything from here on begins behind the CIDR
+    return held[place - 1][2] if place and held[place - 1][1] >= first else None
+
+
+def seniority(node):
+    return (node.created or "9999", node.uid, node.name)
+
+
+def choose_endpoint(node, own_endpoints):
+    """The first endpoint of a node whose family this node has, None if there is none."""
+    families = {endpoint.version for endpoint in own_endpoints}
+    return next((endpoint for endpoint in node.endpoints if endpoint.version in families), None)
+
+
+def endpoint_text(address, port):
+    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+
+
+def lost_too_many(lost, known):
+    """Whether so many of the known nodes are lost at once that the store is the likelier cause: more than three and more than a fifth."""
+    return len(lost) > max(3, len(known) // 5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# State on disk: the key, the last good list of nodes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_key():
+    """A WireGuard private key, base64: 32 random bytes, clamped (RFC 7748, section 5)."""
+    key = bytearray(os.urandom(32))
+    key[0] &= 248
+    key[31] = (key[31] & 127) | 64
+    return base64.b64encode(key).decode()
+
+
+def ensure_key(path, device_key):
+    """The private key in the file at path; made first if there is none, taken from a running device if that has one. CNIError 5
+    for a damaged file: a new key would be a new identity, so that is the operator's decision."""
+    directory = os.path.dirname(path)
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    ensure_mode(directory, 0o700)
+    text = mncni.read_file(path)
+    if text is None:  # half a key must not survive a power failure either, hence each step is on the disk before the next
+        text = device_key or make_key()
+        write_if_changed(f"{path}.new", text + "\n", mode=0o600)
+        sync(f"{path}.new")
+        os.rename(f"{path}.new", path)
+        sync(directory)
+        return text
+    ensure_mode(path, 0o600)
+    try:
+        return parse_key(text.strip())
+    except BadRecord as error:
+        what = f"the key file {path} is damaged: {error}"
+        raise CNIError(mncni.IO_FAILURE, f"{what}; put the key back, or remove the file and restart to get a new one") from None
+
+
+def ensure_mode(path, mode):
+    if stat.S_IMODE(os.stat(path).st_mode) != mode:
+        os.chmod(path, mode)
+
+
+def sync(path):
+    """Have a file, or the names in a directory, on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_json(path):
+    """The object in a file of ours; {} if there is none, or it is unreadable: it is a help, no truth."""
+    try:
+        value = json.loads(mncni.read_file(path) or "{}")
+    except (OSError, ValueError):
+        value = None
+    if not isinstance(value, dict):
+        log.warning("%s is unreadable; going on without", path)
+    return value if isinstance(value, dict) else {}
+
+
+def load_state(path):
+    """{"own": our record's fields, "records": {name: text}}, the last good list."""
+    state = load_json(path)
+    own, records = (state.get(key) if isinstance(state.get(key), dict) else {} for key in ("own", "records"))
+    return {"own": own, "records": {name: text for name, text in records.items() if isinstance(text, str)}}
+
+
+def write_if_changed(path, text, mode=0o644):
+    """Write a file unless it says so already. Returns whether it was written. CNIError 5 naming the file."""
+    try:
+        if mncni.read_file(path) == text:
+            return False
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_file(path, text, mode)
+    except OSError as error:  # a full disk does not say which file was written
+        raise CNIError(mncni.IO_FAILURE, f"cannot write {path}: {error.strerror}") from None
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Routes and firewall: pure
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def route(dst, **fields):
+    """A route in the form that is compared: dst, kind ("unicast", "unreachable"), and via, dev, src, metric where they matter."""
+    return {"dst": str(dst), "kind": fields.pop("kind", "unicast"), **{key: str(value) for key, value in fields.items()}}
+
+
+def floor_routes(cidrs):
+    return [route(cidr, kind="unreachable", metric=FLOOR_METRIC) for cidr in cidrs]
+
+
+def host_routes(settings):
+    """The host's routes: the cluster into the tunnel, with the pods' gateway as source, and the floor below that."""
+    routes = floor_routes([*settings.cluster_cidrs, *settings.pod_cidrs])
+    if 4 in settings.families:
+        routes.append(route(f"{NEXT_HOPS[4]}/32", dev=HOST_VETH))
+    for version in settings.families:
+        source = next(gateway for cidr, gateway in settings.gateways.items() if cidr.version == version)
+        for cidr in settings.cluster_cidrs:
+            if cidr.version == version:
+                routes.append(route(cidr, via=NEXT_HOPS[version], dev=HOST_VETH, src=source))
+    return routes
+
+
+def ns_routes(settings):
+    """What the namespace has to route: own pods to the host, the rest of the cluster into the device, anything else nowhere."""
+    routes = [route(default, kind="unreachable", metric=FLOOR_METRIC) for default in ("0.0.0.0/0", "::/0")]
+    routes += [route(cidr, dev=DEVICE) for cidr in settings.cluster_cidrs if cidr.version in settings.families]
+    return routes + [route(cidr, via=gateway, dev=NS_VETH) for cidr, gateway in settings.gateways.items()]
+
+
+def parse_route(entry, family):
+    """A route of `ip -json` in the form of route()."""
+    dst = {"4": "0.0.0.0/0", "6": "::/0"}[family[1]] if entry["dst"] == "default" else str(ipaddress.ip_network(entry["dst"], strict=False))
+    if entry.get("type", "unicast") != "unicast":
+        return route(dst, kind=entry["type"], metric=entry.get("metric", 0))
+    fields = {"via": entry.get("gateway"), "dev": entry.get("dev"), "src": entry.get("prefsrc")}
+    return route(dst, **{key: value for key, value in fields.items() if value})
+
+
+def missing_routes(wanted, present):
+    """Lines for `ip -batch` that set what is not there or is there otherwise."""
+    return [route_line("replace", entry) for entry in wanted if entry not in present]
+
+
+def stale_routes(wanted, present):
+    """Lines that delete what is ours and no longer wanted."""
+    keys = {(entry["dst"], entry.get("metric")) for entry in wanted}
+    return [route_line("delete", entry) for entry in present if (entry["dst"], entry.get("metric")) not in keys]
+
+
+def route_line(verb, entry):
+    """onlink: the next hop is on this link because we put it there, not because an address says so."""
+    words = ["route", verb, *([entry["kind"]] if entry["kind"] != "unicast" else []), entry["dst"]]
+    for key in ("via", "dev", "src", "metric"):
+        words += [key, entry[key]] if key in entry else []
+    return " ".join([*words, *(["onlink"] if "via" in entry else []), "proto", str(ROUTE_PROTOCOL)])
+
+
+def nft_set(name, version, cidrs):
+    """A named set of networks as nft text, "" for no networks of that family: then no rule names it either."""
+    own = list(ipaddress.collapse_addresses(cidr for cidr in cidrs if cidr.version == version))
+    kind = {4: "ipv4_addr", 6: "ipv6_addr"}[version]
+    return f"  set {name}{version} {{ type {kind}; flags interval; elements = {{ {', '.join(map(str, own))} }}; }}\n" if own else ""
+
+
+def host_firewall(settings, leaked=(0, 0)):
+    """The table "inet mncni" of the host as nft text. leaked: (packets, bytes) that the leak counter goes on from."""
+    lines, forward, output, inbound, nat = [], [], [], [], []
+    bridge, tunnel = settings.bridge, HOST_VETH
+    for version in (4, 6):
+        ip = {4: "ip", 6: "ip6"}[version]
+        cluster = nft_set("cluster", version, settings.cluster_cidrs)
+        pods = nft_set("pods", version, settings.pod_cidrs)
+        lines += [cluster, pods]
+        if cluster:
+            leak = f'{ip} daddr @cluster{version} oifname != {{ "{bridge}", "{tunnel}", "lo" }} counter name leaked drop'
+            forward.append(leak)
+            output.append(leak)
+        if not pods:  # pods have no address of this family, so what they send of it has a false one
+            forward.append(f'iifname "{bridge}" meta nfproto ipv{version} drop')
+            continue
+        forward += [f'iifname "{bridge}" {ip} saddr != @pods{version} drop', f'iifname "{tunnel}" {ip} daddr != @pods{version} drop']
+        local = {4: "", 6: "ip6 saddr != fe80::/10 ip6 saddr != :: "}[version]  # neighbour discovery has such sources
+        link = {4: "", 6: "ip6 daddr != fe80::/10 ip6 daddr != ff02::/16 "}[version]
+        inbound += [
+            f'iifname "{bridge}" {ip} saddr != @pods{version} {local}drop',
+            f'iifname "{tunnel}" {ip} daddr != @pods{version} {link}drop',
+        ]
+        gateway = next(gateway for cidr, gateway in settings.gateways.items() if cidr.version == version)
+        nat.append(f'oifname "{tunnel}" {ip} saddr != @pods{version} snat {ip} to {gateway}')
+        if settings.masquerade:
+            multicast = {4: "224.0.0.0/4", 6: "ff00::/8"}[version]
+            nat.append(f"{ip} saddr @pods{version} {ip} daddr != @cluster{version} {ip} daddr != {multicast} masquerade")
+    chains = nft_chain("forward", "filter", "forward", "filter - 10", forward) + nft_chain(
+        "output", "filter", "output", "filter - 10", output
+    )
+    chains += nft_chain("input", "filter", "input", "filter - 10", inbound) + nft_chain("nat", "nat", "postrouting", "srcnat - 10", nat)
+    counter = f"  counter leaked {{ packets {leaked[0]} bytes {leaked[1]} }}\n"
+    return nft_table(counter + "".join(lines) + chains)
+
+
+def ns_firewall(settings):
+    """The table "inet mncni" of the namespace: from the host into the device, from the device to own pods, nothing else, and nothing
+    for the namespace itself but neighbour discovery."""
+    rules = [f'iifname "{NS_VETH}" oifname "{DEVICE}" accept']
+    sets = "".join(nft_set("pods", version, settings.pod_cidrs) for version in (4, 6))
+    for version in settings.families:
+        ip = {4: "ip", 6: "ip6"}[version]
+        rules.append(f'iifname "{DEVICE}" oifname "{NS_VETH}" {ip} daddr @pods{version} accept')
+    forward = nft_chain("forward", "filter", "forward", "filter", rules, "drop")
+    neighbours = ["icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"]
+    return nft_table(sets + forward + nft_chain("input", "filter", "input", "filter", neighbours, "drop"))
+
+
+def nft_chain(name, kind, hook, priority, rules, policy="accept"):
+    body = "".join(f"    {rule}\n" for rule in rules)
+    return f"  chain {name} {{\n    type {kind} hook {hook} priority {priority}; policy {policy};\n{body}  }}\n"
+
+
+def nft_table(body):
+    """One transaction that puts a table in the place of the one there may be: no packet sees the gap."""
+    return f"table inet mncni\ndelete table inet mncni\ntable inet mncni {{\n{body}}}\n"
+
+
+def parse_nft(text):
+    """(what `nft -j list table` says less handles and counts, (packets, bytes) of the leak counter)."""
+    leaked, objects = (0, 0), []
+    for item in json.loads(text or "{}").get("nftables", []):
+        if "metainfo" in item:
+            continue
+        if "counter" in item and item["counter"].get("name") == "leaked":
+            leaked = (item["counter"]["packets"], item["counter"]["bytes"])
+        objects.append(without_volatile(item))
+    return objects, leaked
+
+
+def without_volatile(value):
+    """A JSON value less what changes by itself: handles, packet and byte counts."""
+    if isinstance(value, dict):
+        return {key: without_volatile(item) for key, item in value.items() if key not in ("handle", "packets", "bytes")}
+    return [without_volatile(item) for item in value] if isinstance(value, list) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Peers: pure
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def desired_peers(nodes, own_endpoints):
+    """{key: {"name", "endpoint", "allowed_ips"}} from {name: Node}."""
+    peers = {}
+    for name, node in nodes.items():
+        endpoint = endpoint_text(choose_endpoint(node, own_endpoints), node.port)
+        peers[node.key] = {"name": name, "endpoint": endpoint, "allowed_ips": {str(cidr) for cidr in node.pod_cidrs}}
+    return peers
+
+
+def parse_dump(text):
+    """{"private_key", "public_key", "port", "peers": {key: {"endpoint", "allowed_ips", "handshake", "rx", "tx"}}} of `wg show dump`.
+
+    Never to be logged: its first line holds the private key. CNIError 100 without a word of it if it reads otherwise. wg(8), show."""
+    absent = ("(none)", "off", "")
+    try:
+        lines = [line.split("\t") for line in text.splitlines()]
+        private, public, port = lines[0][:3]
+        peers = {}
+        for key, _, endpoint, allowed_ips, handshake, rx, tx, _ in lines[1:]:
+            peers[key] = {
+                "endpoint": "" if endpoint in absent else endpoint,
+                "allowed_ips": set() if allowed_ips in absent else set(allowed_ips.split(",")),
+                "handshake": int(handshake),
+                "rx": int(rx),
+                "tx": int(tx),
+            }
+        keys = {"private_key": "" if private in absent else private, "public_key": "" if public in absent else public}
+        return {**keys, "port": int(port), "peers": peers}
+    except (ValueError, IndexError):
+        raise CNIError(mncni.COMMAND_FAILED, "cannot understand what `wg show dump` says; is this wireguard-tools too new?") from None
+
+
+def plan_peers(desired, present, sent):
+    """Arguments for `wg set <device>`, a list per peer: what differs and nothing else, new and changed peers before removals.
+
+    sent: {key: endpoint} that we set last. An endpoint is sent again only when a record changed it: WireGuard itself follows a peer
+    that moves, and every repetition would fight it.
+    """
+    changes = []
+    for key, peer in sorted(desired.items(), key=lambda item: item[1]["name"]):
+        there = present.get(key)
+        words = []
+        if there is None or not there["endpoint"] or (peer["endpoint"] != there["endpoint"] and sent.get(key) != peer["endpoint"]):
+            words += ["endpoint", peer["endpoint"]]
+        if there is None or there["allowed_ips"] != peer["allowed_ips"]:
+            words += ["allowed-ips", ",".join(sorted(peer["allowed_ips"]))]
+        if words:
+            changes.append(["peer", key, *words])
+    return changes + [["peer", key, "remove"] for key in sorted(set(present) - set(desired))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages of a pass: each looks, compares, applies the difference. Their order is the safety: the floor comes first.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Context:
+    """What a pass works with, and what passes remember from one another.
+
+    loaded: {"host" or "ns": [table text, what the kernel listed right after it was loaded]}, also in a file, so that the next agent
+    need not load it again. peers: see desired_peers. sent: endpoints that we set, by key; None before the first pass.
+    """
+
+    settings: Settings
+    run: object
+    boot_id: str
+    endpoints: tuple = ()
+    mtu: int = 0
+    public_key: str = ""
+    nodes: dict = field(default_factory=dict)
+    loaded: dict = field(default_factory=dict)
+    peers: dict = field(default_factory=dict)
+    sent: dict = None
+    daemons: list = field(default_factory=list)
+
+
+def look_routes(run, netns=""):
+    """Our routes, both families, in the form of route()."""
+    command = f"route show table main proto {ROUTE_PROTOCOL}"
+    return [parse_route(entry, family) for family in ("-4", "-6") for entry in look_ip([command], run, netns, family)]
+
+
+def ensure_endpoints(context):
+    """Find out the node's addresses, where the operator did not say. CNIError 7 for one that the floor would cut off."""
+    context.endpoints = context.settings.endpoints or look_endpoints(context.run)
+    for endpoint in context.endpoints:
+        if is_in(endpoint, context.settings.cluster_cidrs):
+            what = f"this node's address {endpoint} is inside --cluster-cidr"
+            raise CNIError(mncni.BAD_CONFIG, f"{what}: nodes and pods need addresses of their own")
+
+
+def ensure_mtu(context):
+    """Find out the pods' MTU, where the operator did not say. CNIError 7 if it cannot be known."""
+    settings, context.mtu = context.settings, context.settings.mtu
+    if not context.endpoints:
+        raise CNIError(mncni.BAD_CONFIG, "no default route tells this node's address: give it with --endpoint")
+    if context.mtu:
+        return
+    commands = [f"address show to {address}" for address in context.endpoints]
+    links = [link for link in look_ip(commands, context.run) if link.get("addr_info")]
+    if not links:
+        raise CNIError(mncni.BAD_CONFIG, f"no interface has the address --endpoint {', '.join(map(str, context.endpoints))}; is it up?")
+    overhead = max(UNDERLAY_OVERHEAD[endpoint.version] for endpoint in context.endpoints)
+    context.mtu = min(link["mtu"] for link in links) - overhead
+    if context.mtu < smallest_mtu(settings.pod_cidrs):
+        what = f"the underlay's MTU leaves {context.mtu} bytes for pods, too little"
+        raise CNIError(mncni.BAD_CONFIG, f"{what}; set --mtu, or raise the underlay's")
+
+
+def look_endpoints(run):
+    """The source addresses of the default routes, IPv4 first; none where there is none, or not yet."""
+    probes = {"-4": "route get 192.0.2.1", "-6": "route get 2001:db8::1"}  # documentation addresses: only a default route leads there
+    found = []
+    for family, probe in probes.items():
+        with contextlib.suppress(CNIError):
+            found += [ipaddress.ip_address(entry["prefsrc"]) for entry in look_ip([probe], run, "", family) if entry.get("prefsrc")]
+    return tuple(found)
+
+
+def ensure_floor(context):
+    """Before anything else is built: what is for the cluster and cannot go through the tunnel goes nowhere."""
+    settings, run = context.settings, context.run
+    lines = missing_routes(floor_routes([*settings.cluster_cidrs, *settings.pod_cidrs]), look_routes(run))
+    apply([ip_batch(lines)] if lines else [], run)
+    ensure_firewall(context, "host", lambda leaked: host_firewall(settings, leaked))
+
+
+def ensure_firewall(context, where, text_of):
+    """Load the table "inet mncni" of the host or the namespace unless it stands as we loaded it."""
+    netns = context.settings.netns if where == "ns" else ""
+    listing, leaked = look_firewall(context.run, netns)
+    text, expected = context.loaded.get(where, ["", None])
+    if listing == expected and text == text_of((0, 0)):
+        return
+    if leaked[0]:
+        log.warning("%d packets for the cluster were on their way out in clear and were dropped", leaked[0])
+    apply([Command(in_netns(netns, ["nft", "-f", "-"]), text_of(leaked))], context.run)
+    context.loaded[where] = [text_of((0, 0)), look_firewall(context.run, netns)[0]]
+    write_if_changed(os.path.join(context.settings.run_dir, "firewall.json"), json.dumps(context.loaded) + "\n")
+
+
+def look_firewall(run, netns):
+    command = Command(in_netns(netns, ["nft", "-j", "list", "table", "inet", "mncni"]))
+    reply = run(command)
+    if reply.exit_code != 0 and not mncni.is_gone_nft(reply):
+        raise mncni.command_failed(command, reply)
+    return parse_nft(reply.stdout)
+
+
+def ensure_namespace(context):
+    """The namespace, forwarding and filtering in it, and its floor: no way out for what has no route."""
+    settings, run = context.settings, context.run
+    facts = look_namespace(context)
+    if facts is None:
+        apply([Command(["ip", "netns", "add", settings.namespace])], run)
+        facts = look_namespace(context)
+    foreign = sorted(link["ifname"] for link in facts if "ifname" in link and link["ifname"] not in ("lo", DEVICE, NS_VETH))
+    if foreign:
+        raise CNIError(
+            mncni.BAD_CONFIG, f'namespace "{settings.namespace}" is somebody else\'s: it has {", ".join(foreign)}; set --namespace'
+        )
+    apply(plan_ns_sysctls(facts, settings.netns), run)
+    lines = [f"link set dev {link['ifname']} up" for link in facts if link.get("ifname") == "lo" and "UP" not in link["flags"]]
+    lines += missing_routes([entry for entry in ns_routes(settings) if entry["kind"] == "unreachable"], look_routes(run, settings.netns))
+    apply([ip_batch(lines, settings.netns)] if lines else [], run)
+    ensure_firewall(context, "ns", lambda leaked: ns_firewall(settings))
+
+
+def look_namespace(context):
+    """Links, addresses and sysctls in the namespace, None if there is none. A name without a namespace behind it is removed."""
+    settings = context.settings
+    try:
+        return look_ip(["address show", "netconf show"], context.run, settings.netns)
+    except CNIError as error:
+        if error.code != mncni.BAD_NETNS:
+            raise
+        if os.path.lexists(settings.netns):
+            apply([Command(["ip", "netns", "delete", settings.namespace])], context.run)
+        return None
+
+
+def plan_ns_sysctls(facts, netns):
+    """Forward both families (a new namespace does not forward IPv6), and no reverse path filter: routes are few and strict already."""
+    entries = [entry for entry in facts if "interface" in entry]
+    keys = {"inet": "net/ipv4/ip_forward", "inet6": "net/ipv6/conf/all/forwarding"}
+    off = [keys[entry["family"]] for entry in entries if entry["interface"] == "all" and not entry["forwarding"]]
+    filtered = [f"net/ipv4/conf/{entry['interface']}/rp_filter" for entry in entries if entry.get("rp_filter", "off") != "off"]
+    return [write for write in (off and write_on(off, 1, netns), filtered and write_on(filtered, 0, netns)) if write]
+
+
+def write_on(keys, value, netns):
+    return mncni.write_sysctls(sorted(keys), value, netns)
+
+
+def ensure_links(context):
+    """The veth pair and the WireGuard device, each with its MTU, up, and where it belongs."""
+    settings, run = context.settings, context.run
+    host = look_ip([f"address show dev {HOST_VETH}", f"address show dev {DEVICE}"], run)
+    inside = look_ip(["address show"], run, settings.netns)
+    apply(plan_veth(settings, context.mtu, look_link(HOST_VETH, host), look_link(NS_VETH, inside)), run)
+    device = look_link(DEVICE, inside)
+    if device is None:
+        device = move_device(context, look_link(DEVICE, host))
+    lines = [f"link set dev {DEVICE} mtu {context.mtu}"] if device.get("mtu") != context.mtu else []
+    lines += [] if "UP" in device.get("flags", []) else [f"link set dev {DEVICE} up"]
+    apply([ip_batch(lines, settings.netns)] if lines else [], run)
+
+
+def refuse_foreign(link):
+    """CNIError 7 unless a link is absent or ours."""
+    if link is not None and link.get("ifalias") != mncni.OWNER_ALIAS:
+        what = f'link "{link["ifname"]}" is somebody else\'s: it lacks the alias "{mncni.OWNER_ALIAS}"'
+        raise CNIError(mncni.BAD_CONFIG, f"{what}; rename or remove it")
+
+
+def plan_veth(settings, mtu, host, inside):
+    """Commands for the veth pair. Half a pair is no pair: what is left of it is removed first. CNIError 7 if it is not ours."""
+    refuse_foreign(host)
+    lines, inner = [], []
+    if host is None or inside is None:
+        lines += [f"link delete dev {HOST_VETH}"] if host is not None else []
+        inner_first = [ip_batch([f"link delete dev {NS_VETH}"], settings.netns)] if inside is not None else []
+        host_mac, ns_mac = mncni.mac_of(HOST_VETH, "0a:59"), mncni.mac_of(NS_VETH, "0a:59")
+        peer = f"peer name {NS_VETH} netns {settings.netns} mtu {mtu} address {ns_mac}"
+        lines.append(f"link add name {HOST_VETH} mtu {mtu} address {host_mac} type veth {peer}")
+        lines.append(f"link set dev {HOST_VETH} alias {mncni.OWNER_ALIAS} up")
+        return [*inner_first, ip_batch(lines), ip_batch([f"link set dev {NS_VETH} up"], settings.netns)]
+    for name, link, target in ((HOST_VETH, host, lines), (NS_VETH, inside, inner)):
+        target += [f"link set dev {name} mtu {mtu}"] if link["mtu"] != mtu else []
+        target += [] if "UP" in link["flags"] else [f"link set dev {name} up"]
+    return ([ip_batch(lines)] if lines else []) + ([ip_batch(inner, settings.netns)] if inner else [])
+
+
+def move_device(context, device):
+    """Make the device in the host, where its UDP socket stays, and move it into the namespace under the same name. What a crash left
+    in the host is moved on. Returns {}: nothing of it is set yet."""
+    if device is None:
+        create_device(context)
+    elif device.get("linkinfo", {}).get("info_kind") not in ("wireguard", "tun"):
+        raise CNIError(mncni.BAD_CONFIG, f'link "{DEVICE}" is somebody else\'s: it is no WireGuard device; rename or remove it')
+    apply(
+        [ip_batch([f"link set dev {DEVICE} alias {mncni.OWNER_ALIAS}", f"link set dev {DEVICE} netns {context.settings.netns}"])],
+        context.run,
+    )
+    return {}
+
+
+def create_device(context):
+    """A WireGuard device in the host: the kernel's, else wireguard-go's. CNIError 4 if there is neither."""
+    command = ip_batch([f"link add name {DEVICE} type wireguard"])
+    reply = context.run(command)
+    if reply.exit_code == 0:
+        return
+    if not any(words in reply.stderr for words in ("not supported", "Unknown device type")):
+        raise mncni.command_failed(command, reply)
+    try:
+        context.daemons.append(start_wireguard_go(context.settings.run_dir))
+    except FileNotFoundError:
+        what = "this kernel has no WireGuard (module wireguard) and there is no program wireguard-go"
+        raise CNIError(mncni.BAD_ENVIRONMENT, f"{what}: load the one, or install the other (package wireguard-go)") from None
+    answers = Command(["wg", "show", DEVICE, "dump"])
+    wait_until(lambda: context.run(answers).exit_code == 0, 10, "no answer from wireguard-go, whose log is in --run-dir")
+
+
+def start_wireguard_go(run_dir):
+    """wireguard-go in a session of its own: it carries the node's traffic and outlives the agent."""
+    with open(os.path.join(run_dir, "wireguard-go.log"), "a", encoding="utf-8") as output:
+        return subprocess.Popen(
+            ["wireguard-go", "-f", DEVICE],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env={**os.environ, "LOG_LEVEL": "error", "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/usr/bin:/sbin:/bin"},
+        )
+
+
+def wait_until(is_so, timeout_s, what):
+    """Wait for a state. CNIError 100 after timeout_s."""
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        if time.monotonic() > deadline:
+            raise CNIError(mncni.COMMAND_FAILED, f"{what} (waited {timeout_s} s)")
+        time.sleep(0.05)
+
+
+def look_device(context):
+    """parse_dump of our device."""
+    command = Command(in_netns(context.settings.netns, ["wg", "show", DEVICE, "dump"]))
+    reply = context.run(command)
+    if reply.exit_code != 0:
+        raise mncni.command_failed(command, reply)
+    return parse_dump(reply.stdout)
+
+
+def wg_set(context, words):
+    return Command(in_netns(context.settings.netns, ["wg", "set", DEVICE, *words]))
+
+
+def ensure_identity(context):
+    """The device's key and port. Each is written only if it differs: wireguard-go drops packets at every repetition."""
+    settings, device = context.settings, look_device(context)
+    key_path = os.path.join(settings.state_dir, "key0")
+    words = ["listen-port", str(settings.ports[0])] if device["port"] != settings.ports[0] else []
+    if ensure_key(key_path, device["private_key"]) != device["private_key"]:
+        words += ["private-key", key_path]
+    if words:
+        apply([wg_set(context, words)], context.run)
+        device = look_device(context)
+    context.public_key = device["public_key"]
+
+
+def ensure_bridge(context):
+    """The pods' bridge with their gateway addresses."""
+    settings = context.settings
+    conf = {"bridge": settings.bridge, "mtu": context.mtu, "forceAddress": True, "adoptBridge": False}
+    bridge = look_link(settings.bridge, look_ip([f"address show dev {settings.bridge}"], context.run))
+    refuse_foreign(bridge)
+    mncni.refuse_foreign_bridge(conf, bridge)
+    lines = mncni.plan_bridge(conf, bridge, [f"{gateway}/{cidr.prefixlen}" for cidr, gateway in settings.gateways.items()])
+    apply([ip_batch(lines)] if lines else [], context.run)
+
+
+def ensure_addresses(context):
+    """Addresses of the veth pair, then every route, in the host and in the namespace; then what is ours and stale goes."""
+    settings, run = context.settings, context.run
+    gateways = {f"{gateway}/{gateway.max_prefixlen}" for gateway in settings.gateways.values()}
+    next_hops = {f"{NEXT_HOPS[version]}/{ {4: 32, 6: 64}[version] }" for version in settings.families}
+    for name, wanted, routes, netns in (
+        (HOST_VETH, gateways, host_routes(settings), ""),
+        (NS_VETH, next_hops, ns_routes(settings), settings.netns),
+    ):
+        link = look_link(name, look_ip([f"address show dev {name}"], run, netns)) or {"addr_info": []}  # just gone: ip will say so
+        present = look_routes(run, netns)
+        lines = plan_addresses(name, wanted, link) + missing_routes(routes, present) + stale_routes(routes, present)
+        apply([ip_batch(lines, netns)] if lines else [], run)
+
+
+def plan_addresses(name, wanted, link):
+    """Lines that give a link the wanted addresses and take away others; link-local ones that the kernel made stay."""
+    present = {f"{info['local']}/{info['prefixlen']}": info for info in link["addr_info"]}
+    stale = [address for address, info in present.items() if address not in wanted and info.get("scope") == "global"]
+    lines = [f"address delete {address} dev {name}" for address in sorted(stale)]
+    return lines + [
+        f"address replace {address} dev {name}{' nodad' if ':' in address else ''}" for address in sorted(wanted - set(present))
+    ]
+
+
+def ensure_forwarding(context):
+    """The host routes for its pods."""
+    gateways = [str(gateway) for gateway in context.settings.gateways.values()]
+    apply(mncni.plan_forwarding(gateways, mncni.look_forwarding(context.run)), context.run)
+
+
+def ensure_peers(context):
+    """WireGuard's peers are the believed nodes."""
+    changes = plan_peers(context.peers, look_device(context)["peers"], context.sent)
+    for start in range(0, len(changes), 100):
+        apply([wg_set(context, [word for change in changes[start : start + 100] for word in change])], context.run)
+    context.sent = endpoints_of(context.peers)
+
+
+def endpoints_of(peers):
+    return {key: peer["endpoint"] for key, peer in peers.items()}
+
+
+STAGES = (
+    ensure_endpoints,
+    ensure_floor,
+    ensure_mtu,
+    ensure_namespace,
+    ensure_links,
+    ensure_identity,
+    ensure_bridge,
+    ensure_addresses,
+    ensure_forwarding,
+)
+
+
+def conflist(settings, mtu):
+    """The CNI configuration of this node, as text. It chains all plugins of mncni.py: they cost nothing to pods that do not ask."""
+    plugin = {
+        "type": "mncni",
+        "plugin": ["naivewg"] + [name for name, verbs in mncni.PLUGINS.items() if not verbs.get("first")],
+        "capabilities": {"ips": True, "mac": True},
+        "bridge": settings.bridge,
+        "mtu": mtu,
+        "ready": os.path.join(settings.run_dir, "ready"),
+        "ipam": {"ranges": [[{"subnet": str(cidr)}] for cidr in settings.pod_cidrs]},
+    }
+    return json.dumps({"cniVersion": "1.0.0", "cniVersions": ["1.0.0", "1.1.0"], "name": "mncni", "plugins": [plugin]}, indent=2) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The agent: events only say that it is time for a pass; a pass starts from the present state
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Agent:
+    """The node's agent. clock: seconds that only go forward. store: see DirectoryStore."""
+
+    def __init__(self, settings, store, run, clock=time.monotonic):
+        self.settings, self.store, self.clock = settings, store, clock
+        self.context = Context(settings, run, mncni.boot_id(), loaded=load_json(os.path.join(settings.run_dir, "firewall.json")))
+        self.roster = Roster(settings)
+        self.state_path = os.path.join(settings.state_dir, "nodes.json")
+        self.state = load_state(self.state_path)
+        self.records = dict(self.state["records"])
+        self.quarantine = {}
+        self.stored = None  # our record as the store has it
+        self.doubt_until = None  # on self.clock; while it is set, nodes that vanish are kept
+        self.store_trouble = ""
+        self.reason = "starting"
+        self.next_pass = 0
+
+    def tick(self):
+        """One look at the store and, if something happened or an audit is due, one pass. Returns whether the node's network stands."""
+        changed = self.store.changed()
+        if self.doubt_until is not None and self.clock() >= self.doubt_until:
+            changed = True
+        if not changed and self.clock() < self.next_pass:
+            return not self.reason
+        try:
+            self.reconcile()
+            self.next_pass = self.clock() + AUDIT_S
+            self.say("")
+        except Exception as error:  # whatever it is, the next pass starts from the present state, and the network stays
+            self.next_pass = self.clock() + 1
+            details = getattr(error, "details", "").splitlines()
+            reason = (str(error) or type(error).__name__) + (f" ({details[0]})" if details else "")
+            if not isinstance(error, (CNIError, OSError)) and reason != self.reason:
+                log.exception("a defect of the agent, please report it")
+            self.say(reason)
+        self.write_status()
+        return not self.reason
+
+    def reconcile(self):
+        """One pass: all stages, what the store says, our record, then the files that let pods in."""
+        context = self.context
+        os.makedirs(self.settings.run_dir, exist_ok=True)
+        for stage in STAGES:
+            stage(context)
+        if context.sent is None:  # after a restart: what the agent before us sent
+            self.judge()
+            context.sent = endpoints_of(context.peers)
+        troubles = [self.read_store()]
+        self.judge()
+        ensure_peers(context)
+        self.note([*troubles, self.publish(), self.save_state()])
+        mncni.install(self.settings.bin_dir)
+        write_if_changed(os.path.join(self.settings.run_dir, "ready"), self.ready_text(""))
+        path = os.path.join(self.settings.conf_dir, "10-mncni.conflist")
+        if write_if_changed(path, conflist(self.settings, context.mtu)):
+            log.info("wrote %s: pods can come", path)
+
+    def read_store(self):
+        """Take over the store's records; returns why not, or "". What it has lost is not believed at once: the last good records stay."""
+        hold = self.clock() + HOLD_S
+        try:
+            records = self.store.records()
+        except StoreError as error:
+            self.stored, self.doubt_until = None, hold
+            return f"{error}; going on with the last good list of nodes"
+        self.stored = records.get(self.settings.node_name)
+        if self.stored is None and self.state["own"]:
+            self.doubt_until = hold
+            return "the node store has lost this node's record; going on with the last good list of nodes"
+        lost = set(self.context.nodes) - self.roster.sound(records)
+        if lost_too_many(lost, self.context.nodes) and self.doubt_until is None:
+            self.doubt_until = hold
+        if lost and self.doubt_until is not None and self.clock() < self.doubt_until:
+            self.records = {**records, **{name: self.records[name] for name in lost}}
+            return f"good records of {len(lost)} nodes have vanished; keeping these nodes for up to {HOLD_S} s"
+        self.doubt_until, self.records = None, records
+        return ""
+
+    def note(self, troubles):
+        """Tell log and status what is wrong with the store; "" among the troubles is none."""
+        trouble = "; ".join(filter(None, troubles))
+        if trouble and trouble != self.store_trouble:
+            log.warning("%s", trouble)
+        self.store_trouble = trouble
+
+    def judge(self):
+        """Decide which records are believed; say what changed."""
+        context = self.context
+        nodes, quarantine = self.roster.judge(self.records, context.public_key, context.endpoints)
+        for name in sorted(set(quarantine) | set(self.quarantine)):
+            if quarantine.get(name) != self.quarantine.get(name):
+                word = "believed again" if name in nodes else "gone"
+                log.warning("node %s: %s", name, f"quarantined: {quarantine[name]}" if name in quarantine else word)
+        for name in sorted(set(nodes) ^ set(context.nodes)):
+            log.info("node %s %s", name, "joined" if name in nodes else "left")
+        self.quarantine, context.nodes = quarantine, nodes
+        context.peers = desired_peers(nodes, context.endpoints)
+
+    def publish(self):
+        """Have our record in the store as it should be; returns why not, or "". Its generation grows with every change."""
+        own, name = self.state["own"], self.settings.node_name
+        own.setdefault("uid", str(uuid.uuid4()))
+        own.setdefault("created", datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
+        own["gen"] = own.get("gen", 1)
+        text = self.own_record()
+        if own.get("text") not in (None, text):
+            own["gen"] += 1
+            text = self.own_record()
+        stored = self.roster.verdict(name, self.stored or "")
+        if "text" in own and isinstance(stored, Node) and stored.uid != own["uid"]:  # two that write in turn would never end
+            return f"another node has written the record of {name}: give each node a --node-name of its own, or remove the record"
+        own["text"] = text
+        try:
+            if self.stored != text:
+                self.store.publish(name, text)
+            return ""
+        except StoreError as error:
+            return str(error)
+
+    def own_record(self):
+        own, context = self.state["own"], self.context
+        return format_record(self.settings, own["uid"], context.endpoints, context.public_key, own["gen"], own["created"])
+
+    def save_state(self):
+        """Keep the last good list of nodes for the next start; returns why not, or "". It is a help: the network stands without."""
+        believed = {name: self.records[name] for name in self.context.nodes}
+        state = {"own": self.state["own"], "records": believed}
+        try:
+            write_if_changed(self.state_path, json.dumps(state, indent=1, sort_keys=True) + "\n", mode=0o600)
+            return ""
+        except CNIError as error:
+            return f"{error}; the list of nodes would not outlive a restart"
+
+    def say(self, reason):
+        """Tell plugin, log and status whether the network stands ("") or why not."""
+        if reason != self.reason:
+            log.log(logging.ERROR if reason else logging.INFO, "%s", f"the network is not up: {reason}" if reason else "the network is up")
+        self.reason = reason
+        path = os.path.join(self.settings.run_dir, "ready")
+        if reason and os.path.exists(path):  # before the first success there is none, and there is to be none
+            with contextlib.suppress(CNIError):
+                write_if_changed(path, self.ready_text(reason))
+
+    def ready_text(self, reason):
+        return json.dumps({"bootID": self.context.boot_id, "device": HOST_VETH, "ok": not reason, "reason": reason}) + "\n"
+
+    def write_status(self):
+        """What `agent.py status` reads; no secrets, no figures that change by themselves."""
+        context, settings = self.context, self.settings
+        status = {
+            "node": settings.node_name,
+            "ok": not self.reason,
+            "reason": self.reason,
+            "store": self.store_trouble,
+            "pid": os.getpid(),
+            "publicKey": context.public_key,
+            "podCIDRs": [str(cidr) for cidr in settings.pod_cidrs],
+            "endpoints": [str(endpoint) for endpoint in context.endpoints],
+            "mtu": context.mtu,
+            "nodes": {
+                peer["name"]: {"key": key, "endpoint": peer["endpoint"], "podCIDRs": sorted(peer["allowed_ips"])}
+                for key, peer in context.peers.items()
+            },
+            "quarantine": self.quarantine,
+        }
+        with contextlib.suppress(CNIError):
+            write_if_changed(os.path.join(settings.run_dir, "status.json"), json.dumps(status, indent=1) + "\n")
+
+
+def run_agent(settings, environ):
+    """The exit code of `agent.py run`: it returns when it is told to stop, and leaves everything standing."""
+    try:
+        os.makedirs(settings.run_dir, exist_ok=True)
+        lock = take_lock(os.path.join(settings.run_dir, "agent.lock"), timeout_s=1)  # `status` holds it for a moment
+    except OSError as error:
+        log.error("cannot use --run-dir: %s", error)
+        return FAILED
+    if lock is None:
+        log.error("another agent runs here: it holds %s/agent.lock", settings.run_dir)
+        return RUNNING_ALREADY
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    stopping = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stopping.append(number))
+    run = mncni.make_run(environ, trace=lambda command: log.debug("+ %s", command))
+    agent = Agent(settings, DirectoryStore(settings.nodes_dir), run)
+    while not stopping:
+        agent.tick()
+        for daemon in agent.context.daemons:
+            daemon.poll()  # reaps it, should it have ended
+        select.select([reader], [], [], POLL_S)
+    log.info("stopping; the network stays as it is")
+    return OK
+
+
+def take_lock(path, timeout_s=0):
+    """An open, locked file, or None if another process holds it. The kernel drops the lock with the process, however it ends."""
+    lock = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)  # who can open it can lock it
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                os.close(lock)
+                return None
+        time.sleep(0.01)  # flock has no deadline of its own
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Status
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def look_status(settings, run):
+    """The agent's own word, with WireGuard's figures per peer: {"node", "ok", "reason", "running", "peers": [...], "quarantine", ...}."""
+    status = load_json(os.path.join(settings.run_dir, "status.json"))
+    if not status:
+        return {"node": settings.node_name, "ok": False, "running": False, "reason": "no agent has run here since the boot", "peers": []}
+    lock = take_lock(os.path.join(settings.run_dir, "agent.lock"))
+    status["running"] = lock is None
+    if lock is not None:
+        os.close(lock)
+    try:
+        present = look_device(Context(settings, run, ""))["peers"]
+    except CNIError as error:
+        present = {}
+        status.update(ok=False, reason=status["reason"] or f"the WireGuard device is not there: {error}")
+    status["peers"] = [describe_peer(name, node, present.get(node["key"])) for name, node in sorted(status.pop("nodes").items())]
+    if not status["running"]:
+        status.update(ok=False, reason=status["reason"] or "no agent is running; the network stands as the last one left it")
+    status["ok"] = status["ok"] and not status["quarantine"] and not status["store"] and all(peer["present"] for peer in status["peers"])
+    return status
+
+
+def describe_peer(name, node, present):
+    """A peer for `status`: present: WireGuard has it; handshake: when last, in Unix time, 0 for never."""
+    figures = {key: (present or {}).get(key, 0) for key in ("handshake", "rx", "tx")}
+    endpoint = (present or {}).get("endpoint") or node["endpoint"]
+    return {"name": name, "endpoint": endpoint, "podCIDRs": node["podCIDRs"], "present": present is not None, **figures}
+
+
+def format_status(status, now):
+    """The status for people."""
+    word = "ok" if status["ok"] else "not ok"
+    lines = [f"node {status['node']}: {word}" + (f": {status['reason']}" if status["reason"] else "")]
+    if status.get("store"):
+        lines.append(f"node store: {status['store']}")
+    if status.get("podCIDRs"):
+        endpoints = ", ".join(status["endpoints"])
+        lines.append(f"pods {', '.join(status['podCIDRs'])}, MTU {status['mtu']}, endpoint {endpoints}, key {status['publicKey']}")
+    rows = [("PEER", "ENDPOINT", "PODS", "HANDSHAKE", "RECEIVED", "SENT")] if status["peers"] else []
+    for peer in status["peers"]:
+        handshake = (
+            f"{max(0, int(now - peer['handshake']))} s ago" if peer["handshake"] else "never" if peer["present"] else "not a peer yet"
+        )
+        rows.append((peer["name"], peer["endpoint"], ", ".join(peer["podCIDRs"]), handshake, f"{peer['rx']} B", f"{peer['tx']} B"))
+    widths = [max(len(row[column]) for row in rows) for column in range(6)] if rows else []
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines += [f"{name}: quarantined: {reason}" for name, reason in sorted(status.get("quarantine", {}).items())]
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(arguments, environ):
+    """The exit code."""
+    parser = build_parser(environ)
+    options = parser.parse_args(arguments)
+    settings = parse_settings(parser, options, environ)
+    level = logging.DEBUG if environ.get("MNCNI_DEBUG") == "1" else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    needed = {"--nodes-dir": settings.nodes_dir, "--cluster-cidr": settings.cluster_cidrs, "--pod-cidr": settings.pod_cidrs}
+    for flag, value in needed.items():
+        if options.command == "run" and not value:
+            parser.error(f"{flag} is needed: see agent.py run --help")
+    if os.geteuid() != 0:
+        log.error("agent.py %s needs root: network namespaces and links are root's", options.command)
+        return FAILED
+    if options.command == "status":
+        status = look_status(settings, mncni.make_run(environ))
+        sys.stdout.write(json.dumps(status, indent=2) + "\n" if options.json else format_status(status, time.time()))
+        return OK if status["ok"] else FAILED
+    return run_agent(settings, environ)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], dict(os.environ)))

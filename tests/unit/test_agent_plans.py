@@ -1,0 +1,528 @@
+"""What agent.py would do, as data: peers, routes, addresses, links, firewalls, the conflist. Pure: no root, no kernel, no files."""
+
+import dataclasses
+import json
+
+import pytest
+
+import agent
+import mncni
+from tests.unit.agent_data import V4, V6, key_of, make_settings, parse, text_of
+
+A, B, C, D = (key_of(number) for number in (1, 2, 3, 4))
+SECRET = "SECRETsecretSECRETsecretSECRETsecretSECRET0="
+BOTH, ONLY4, ONLY6 = make_settings(), make_settings([4]), make_settings([6])
+
+
+def raised(function, *arguments):
+    """The CNIError of a call that has to fail."""
+    with pytest.raises(mncni.CNIError) as caught:
+        function(*arguments)
+    return caught.value
+
+
+# ---- peers ----
+
+
+def peer(name, endpoint, *allowed_ips):
+    return {"name": name, "endpoint": endpoint, "allowed_ips": set(allowed_ips)}
+
+
+def present(endpoint, *allowed_ips):
+    return {"endpoint": endpoint, "allowed_ips": set(allowed_ips), "handshake": 0, "rx": 0, "tx": 0}
+
+
+def test_nothing_to_do_is_an_empty_plan():
+    desired = {A: peer("a", "192.0.2.1:1", "10.244.1.0/24")}
+    assert agent.plan_peers(desired, {A: present("192.0.2.1:1", "10.244.1.0/24")}, {}) == []
+    assert agent.plan_peers({}, {}, {}) == []
+
+
+def test_a_new_peer_gets_all_that_it_needs():
+    desired = {A: peer("a", "192.0.2.1:1", "fd00:244:1::/64", "10.244.1.0/24")}
+    assert agent.plan_peers(desired, {}, {}) == [["peer", A, "endpoint", "192.0.2.1:1", "allowed-ips", "10.244.1.0/24,fd00:244:1::/64"]]
+
+
+def test_only_what_changed_is_sent():
+    there = {A: present("192.0.2.1:1", "10.244.1.0/24"), B: present("192.0.2.2:1", "10.244.2.0/24")}
+    sent = {A: "192.0.2.1:1", B: "192.0.2.2:1"}
+    moved = {A: peer("a", "192.0.2.77:1", "10.244.1.0/24"), B: peer("b", "192.0.2.2:1", "10.244.2.0/24")}
+    assert agent.plan_peers(moved, there, sent) == [["peer", A, "endpoint", "192.0.2.77:1"]]
+    grown = {A: peer("a", "192.0.2.1:1", "10.244.1.0/24"), B: peer("b", "192.0.2.2:1", "10.244.2.0/24", "10.244.3.0/24")}
+    assert agent.plan_peers(grown, there, sent) == [["peer", B, "allowed-ips", "10.244.2.0/24,10.244.3.0/24"]]
+
+
+def test_a_peer_that_roams_is_not_fought():
+    desired = {A: peer("a", "192.0.2.1:1", "10.244.1.0/24")}
+    there = {A: present("198.51.100.9:4711", "10.244.1.0/24")}
+    assert agent.plan_peers(desired, there, {A: "192.0.2.1:1"}) == []
+
+
+def test_a_roaming_peer_whose_record_changes_is_followed_there():
+    desired = {A: peer("a", "192.0.2.2:1", "10.244.1.0/24")}
+    there = {A: present("198.51.100.9:4711", "10.244.1.0/24")}
+    assert agent.plan_peers(desired, there, {A: "192.0.2.1:1"}) == [["peer", A, "endpoint", "192.0.2.2:1"]]
+
+
+def test_a_peer_without_an_endpoint_gets_it_again():
+    desired = {A: peer("a", "192.0.2.1:1", "10.244.1.0/24")}
+    assert agent.plan_peers(desired, {A: present("", "10.244.1.0/24")}, {A: "192.0.2.1:1"}) == [["peer", A, "endpoint", "192.0.2.1:1"]]
+
+
+def test_removals_come_last_and_the_order_is_by_name():
+    desired = {C: peer("b", "192.0.2.3:1", "10.244.3.0/24"), A: peer("c", "192.0.2.1:1", "10.244.1.0/24")}
+    plan = agent.plan_peers(desired, {B: present("192.0.2.2:1", "10.244.2.0/24"), D: present("")}, {})
+    assert [words[1:3] for words in plan] == [[C, "endpoint"], [A, "endpoint"], [B, "remove"], [D, "remove"]]
+
+
+def play(plan, state):
+    """State after `wg set`, as the kernel does it: allowed-ips replaces, and takes a network from the peer that had it."""
+    state = {key: set(cidrs) for key, cidrs in state.items()}
+    for _, key, *words in plan:
+        if words == ["remove"]:
+            state.pop(key)
+            continue
+        options = dict(zip(words[::2], words[1::2]))
+        if "allowed-ips" in options:
+            wanted = set(options["allowed-ips"].split(","))
+            state = {other: cidrs - wanted for other, cidrs in state.items()} | {key: wanted} if wanted else state
+    return state
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ({A: {"x"}, B: {"y"}}, {A: {"y"}, B: {"x"}}),
+        ({A: {"x", "y"}, B: {"z"}}, {A: {"x"}, B: {"y", "z"}}),
+        ({A: {"x"}}, {B: {"x"}}),
+        ({A: {"x"}, B: {"y"}, C: {"z"}}, {A: {"z"}, B: {"x"}, C: {"y"}}),
+        ({A: {"x"}, B: {"y"}}, {B: {"x", "y"}}),
+    ],
+)
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_pod_cidrs_that_move_between_peers_end_where_they_belong(before, after, names):
+    order = {A: names[0], B: names[1], C: "c"}
+    desired = {key: peer(order[key], "192.0.2.1:1", *cidrs) for key, cidrs in after.items()}
+    plan = agent.plan_peers(desired, {key: present("192.0.2.1:1", *cidrs) for key, cidrs in before.items()}, {})
+    assert play(plan, before) == after
+
+
+def test_desired_peers_choose_the_first_endpoint_of_a_family_that_this_node_has():
+    node = agent.parse_record("a", text_of(1, endpoints=["2001:db8::7", "192.0.2.7"]), BOTH.cluster_cidrs)
+    assert agent.desired_peers({"a": node}, (V4,)) == {A: peer("a", "192.0.2.7:28384", "10.244.1.0/24")}
+    assert agent.desired_peers({"a": node}, (V4, V6)) == {A: peer("a", "[2001:db8::7]:28384", "10.244.1.0/24")}
+
+
+# ---- wg show dump ----
+
+DUMP = f"{SECRET}\t{A}\t28384\toff\n" + "".join(
+    "\t".join(words) + "\n"
+    for words in (
+        [B, "(none)", "192.0.2.2:28384", "10.244.2.0/24,fd00:244:2::/64", "1700000000", "12", "34", "off"],
+        [C, SECRET, "(none)", "(none)", "0", "0", "0", "25"],
+    )
+)
+
+
+def test_a_dump_is_read():
+    assert agent.parse_dump(DUMP) == {
+        "private_key": SECRET,
+        "public_key": A,
+        "port": 28384,
+        "peers": {
+            B: {**present("192.0.2.2:28384", "10.244.2.0/24", "fd00:244:2::/64"), "handshake": 1700000000, "rx": 12, "tx": 34},
+            C: present(""),
+        },
+    }
+
+
+def test_a_device_without_a_key_has_none():
+    assert agent.parse_dump("(none)\t(none)\t0\toff\n") == {"private_key": "", "public_key": "", "port": 0, "peers": {}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\n",
+        SECRET,
+        f"{SECRET}\t{A}",
+        f"{SECRET}\t{A}\tport\toff",
+        f"x\t{A}\t{SECRET}\toff",  # fields that moved
+        DUMP.replace("\t", " "),
+        DUMP.replace("12\t", ""),
+        DUMP.replace("12\t", f"{SECRET}\t"),
+        DUMP.replace("off\n", "off\tnew\n"),
+        DUMP + SECRET,
+    ],
+)
+def test_an_unreadable_dump_is_an_error_that_keeps_the_secret(text):
+    error = raised(agent.parse_dump, text)
+    assert SECRET not in f"{error!r} {error.msg} {error.details}"
+    assert error.__suppress_context__, "nor does a traceback show what int() was given"
+
+
+# ---- routes ----
+
+ROUTES_4 = """[{"type":"unicast","dst":"10.244.0.0/16","gateway":"169.254.28.84","dev":"mncni-host","scope":"global",
+"prefsrc":"10.244.255.1","flags":["onlink"]},{"type":"unreachable","dst":"10.244.0.0/16","scope":"global","metric":4278198272,"flags":[]},{"type":"unreachable",
+"dst":"10.244.255.0/24","scope":"global","metric":4278198272,"flags":[]},
+{"type":"unicast","dst":"169.254.28.84","dev":"mncni-host","scope":"link","flags":[]}]"""
+ROUTES_6 = """[{"type":"unreachable","dst":"default","dev":"lo","scope":"global","metric":4278198272,"flags":[],"pref":"medium"}]"""
+
+
+def test_the_kernels_routes_are_read_in_the_form_of_the_wanted_ones():
+    found = [agent.parse_route(entry, "-4") for entry in json.loads(ROUTES_4)]
+    wanted = agent.host_routes(ONLY4)
+    assert agent.missing_routes(wanted, found) == [] == agent.stale_routes(wanted, found)
+    assert [agent.parse_route(entry, "-6") for entry in json.loads(ROUTES_6)] == agent.floor_routes(["::/0"])
+
+
+def lines_of(routes):
+    return [agent.route_line("replace", entry) for entry in routes]
+
+
+def test_the_hosts_routes_of_both_families():
+    assert lines_of(agent.host_routes(BOTH)) == [
+        "route replace unreachable 10.244.0.0/16 metric 4278198272 proto 201",
+        "route replace unreachable fd00:244::/32 metric 4278198272 proto 201",
+        "route replace unreachable 10.244.255.0/24 metric 4278198272 proto 201",
+        "route replace unreachable fd00:244:ffff::/64 metric 4278198272 proto 201",
+        "route replace 169.254.28.84/32 dev mncni-host proto 201",
+        "route replace 10.244.0.0/16 via 169.254.28.84 dev mncni-host src 10.244.255.1 onlink proto 201",
+        "route replace fd00:244::/32 via fe80::28:84 dev mncni-host src fd00:244:ffff::1 onlink proto 201",
+    ]
+
+
+def test_the_namespaces_routes_of_both_families():
+    assert lines_of(agent.ns_routes(BOTH)) == [
+        "route replace unreachable 0.0.0.0/0 metric 4278198272 proto 201",
+        "route replace unreachable ::/0 metric 4278198272 proto 201",
+        "route replace 10.244.0.0/16 dev mncni-wg0 proto 201",
+        "route replace fd00:244::/32 dev mncni-wg0 proto 201",
+        "route replace 10.244.255.0/24 via 10.244.255.1 dev mncni-ns onlink proto 201",
+        "route replace fd00:244:ffff::/64 via fd00:244:ffff::1 dev mncni-ns onlink proto 201",
+    ]
+
+
+def test_a_node_of_one_family_routes_that_family_alone_but_has_a_floor_under_both():
+    assert not [line for line in lines_of(agent.host_routes(ONLY4)) if "::" in line]
+    assert not [line for line in lines_of(agent.host_routes(ONLY6)) if "." in line]
+    for settings in (ONLY4, ONLY6):
+        assert lines_of(agent.ns_routes(settings))[:2] == lines_of(agent.ns_routes(BOTH))[:2]
+
+
+def test_a_route_that_differs_is_replaced_and_one_too_many_deleted():
+    wanted = agent.host_routes(ONLY4)
+    other = agent.route("10.244.0.0/16", via="169.254.28.84", dev="mncni-host", src="10.244.1.1")
+    gone = agent.route("10.9.0.0/16", via="169.254.28.84", dev="mncni-host", src="10.244.1.1")
+    floor = agent.floor_routes(["10.9.0.0/16"])[0]
+    found = [other, gone, floor, *wanted[:-1]]
+    assert agent.missing_routes(wanted, found) == lines_of(wanted[-1:])
+    assert agent.stale_routes(wanted, found) == [
+        "route delete 10.9.0.0/16 via 169.254.28.84 dev mncni-host src 10.244.1.1 onlink proto 201",
+        "route delete unreachable 10.9.0.0/16 metric 4278198272 proto 201",
+    ]
+
+
+def test_the_floor_is_a_stage_before_anything_that_makes_a_link_or_can_lack_knowledge():
+    names = [stage.__name__ for stage in agent.STAGES]
+    assert names.index("ensure_floor") < min(names.index(name) for name in names if name not in ("ensure_endpoints", "ensure_floor"))
+
+
+# ---- addresses, links, sysctls ----
+
+
+def address(local, prefixlen, scope="global"):
+    return {"local": local, "prefixlen": prefixlen, "scope": scope}
+
+
+def test_addresses_that_lack_are_added_and_others_go_but_the_kernels_link_local_stays():
+    link = {"addr_info": [address("10.244.1.1", 32), address("fe80::1", 64, "link"), address("fd00:244:1::1", 128)]}
+    assert agent.plan_addresses("mncni-host", {"10.244.255.1/32", "fd00:244:ffff::1/128"}, link) == [
+        "address delete 10.244.1.1/32 dev mncni-host",
+        "address delete fd00:244:1::1/128 dev mncni-host",
+        "address replace 10.244.255.1/32 dev mncni-host",
+        "address replace fd00:244:ffff::1/128 dev mncni-host nodad",
+    ]
+
+
+def test_addresses_that_are_there_are_left_alone():
+    link = {"addr_info": [address("169.254.28.84", 32), address("fe80::28:84", 64, "link"), address("fe80::859:1", 64, "link")]}
+    assert agent.plan_addresses("mncni-ns", {"169.254.28.84/32", "fe80::28:84/64"}, link) == []
+
+
+def veth(name, mtu=1440, flags=("UP",), alias="mncni"):
+    return {"ifname": name, "mtu": mtu, "flags": list(flags), "ifalias": alias}
+
+
+HOST_END, NS_END = veth("mncni-host"), veth("mncni-ns", alias=None)
+
+
+def shell(plan):
+    return [str(command) for command in plan]
+
+
+PAIR_LINES = """link add name mncni-host mtu 1440 address 0a:59:c6:d7:9e:73 type veth peer name mncni-ns netns /run/netns/mncni-wg \
+mtu 1440 address 0a:59:df:8b:80:31
+link set dev mncni-host alias mncni up
+E"""
+NS_END_UP = "nsenter --net=/run/netns/mncni-wg ip -batch - <<'E'\nlink set dev mncni-ns up\nE"
+
+
+def test_a_veth_pair_is_made_whole():
+    assert shell(agent.plan_veth(BOTH, 1440, None, None)) == ["ip -batch - <<'E'\n" + PAIR_LINES, NS_END_UP]
+
+
+def test_what_is_left_of_a_broken_pair_is_removed_first():
+    made = [f"ip -batch - <<'E'\nlink delete dev mncni-host\n{PAIR_LINES}", NS_END_UP]
+    assert shell(agent.plan_veth(BOTH, 1440, HOST_END, None)) == made
+    inner = "nsenter --net=/run/netns/mncni-wg ip -batch - <<'E'\nlink delete dev mncni-ns\nE"
+    assert shell(agent.plan_veth(BOTH, 1440, None, NS_END)) == [inner, f"ip -batch - <<'E'\n{PAIR_LINES}", NS_END_UP]
+
+
+def test_a_pair_that_stands_is_left_alone_and_one_that_differs_is_set():
+    assert agent.plan_veth(BOTH, 1440, HOST_END, NS_END) == []
+    changed = agent.plan_veth(BOTH, 1400, veth("mncni-host", flags=[]), NS_END)
+    assert shell(changed) == [
+        "ip -batch - <<'E'\nlink set dev mncni-host mtu 1400\nlink set dev mncni-host up\nE",
+        "nsenter --net=/run/netns/mncni-wg ip -batch - <<'E'\nlink set dev mncni-ns mtu 1400\nE",
+    ]
+
+
+@pytest.mark.parametrize("alias", [None, "", "mncni2", "office"])
+def test_a_foreign_link_of_our_name_is_refused_not_taken(alias):
+    error = raised(agent.plan_veth, BOTH, 1440, veth("mncni-host", alias=alias), None)
+    assert (error.code, error.msg) == (7, 'link "mncni-host" is somebody else\'s: it lacks the alias "mncni"; rename or remove it')
+
+
+def netconf(family, interface, forwarding=True, rp_filter=None):
+    return {"family": family, "interface": interface, "forwarding": forwarding, **({"rp_filter": rp_filter} if rp_filter else {})}
+
+
+def test_forwarding_and_the_path_filter_are_set_where_they_are_wrong():
+    new = [
+        {"ifname": "lo", "flags": []},
+        netconf("inet", "lo", rp_filter="off"),
+        netconf("inet", "mncni-ns", rp_filter="strict"),
+        netconf("inet", "all", False, "loose"),
+        netconf("inet6", "all", False),
+        netconf("inet6", "lo", False),
+    ]
+    nsenter = "nsenter --net=/run/netns/mncni-wg tee"
+    assert shell(agent.plan_ns_sysctls(new, BOTH.netns)) == [
+        f"{nsenter} /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding <<'E'\n1\nE",
+        f"{nsenter} /proc/sys/net/ipv4/conf/all/rp_filter /proc/sys/net/ipv4/conf/mncni-ns/rp_filter <<'E'\n0\nE",
+    ]
+    right = [netconf("inet", "all", rp_filter="off"), netconf("inet6", "all"), netconf("inet6", "lo", False)]
+    assert agent.plan_ns_sysctls(right, BOTH.netns) == []
+
+
+# ---- the node's address and MTU ----
+
+
+class Kernel:
+    """run() that answers look_ip by its lines: {line: what ip prints in JSON}; a line that is not there fails."""
+
+    def __init__(self, replies):
+        self.replies, self.asked = replies, []
+
+    def __call__(self, command):
+        lines = command.stdin.splitlines()
+        self.asked += lines
+        known = [self.replies[line] for line in lines if line in self.replies]
+        failed = "" if len(known) == len(lines) else "RTNETLINK answers: Network is unreachable\nCommand failed -:1\n"
+        return mncni.Reply(1 if failed else 0, "".join(json.dumps(reply) + "\n" for reply in known), failed)
+
+
+def underlay(replies, **changes):
+    settings = dataclasses.replace(BOTH, endpoints=(), **changes)
+    return agent.Context(settings, Kernel(replies), "boot")
+
+
+ROUTE_4, ROUTE_6 = "route get 192.0.2.1", "route get 2001:db8::1"
+
+
+def test_the_nodes_addresses_are_those_of_its_default_routes():
+    context = underlay({ROUTE_4: [{"dst": "192.0.2.1", "prefsrc": "192.0.2.7"}], ROUTE_6: [{"prefsrc": "2001:db8::7"}]})
+    agent.ensure_endpoints(context)
+    assert [str(endpoint) for endpoint in context.endpoints] == ["192.0.2.7", "2001:db8::7"]
+
+
+def test_a_node_without_a_default_route_yet_gets_its_floor_before_it_complains():
+    context = underlay({})
+    agent.ensure_endpoints(context)
+    error = raised(agent.ensure_mtu, context)
+    assert (error.code, error.msg) == (7, "no default route tells this node's address: give it with --endpoint")
+    assert raised(agent.ensure_mtu, underlay({}, mtu=1400)).code == 7
+
+
+def test_a_node_whose_own_address_is_inside_the_cluster_cidr_is_refused_before_the_floor_cuts_it_off():
+    error = raised(agent.ensure_endpoints, underlay({ROUTE_4: [{"prefsrc": "10.244.3.3"}]}))
+    assert error.msg == "this node's address 10.244.3.3 is inside --cluster-cidr: nodes and pods need addresses of their own"
+
+
+@pytest.mark.parametrize(
+    "endpoints, links, mtu",
+    [((V4,), [1500], 1440), ((V6,), [1500], 1420), ((V4, V6), [1500, 1400], 1320), ((V4,), [9001], 8941)],
+)
+def test_the_pods_mtu_is_the_underlays_less_the_overhead(endpoints, links, mtu):
+    replies = {f"address show to {address}": [{}, {"mtu": link, "addr_info": [{}]}] for address, link in zip(endpoints, links)}
+    context = underlay(replies)
+    context.endpoints = endpoints
+    agent.ensure_mtu(context)
+    assert context.mtu == mtu
+
+
+@pytest.mark.parametrize("settings, link, least", [(BOTH, 1339, 1280), (ONLY4, 635, 576)])
+def test_an_underlay_too_narrow_for_the_pods_is_refused(settings, link, least):
+    context = agent.Context(settings, Kernel({f"address show to {V4}": [{"mtu": link, "addr_info": [{}]}]}), "boot", endpoints=(V4,))
+    assert f"leaves {least - 1} bytes" in raised(agent.ensure_mtu, context).msg
+
+
+def test_an_endpoint_that_no_interface_has_is_named():
+    context = agent.Context(BOTH, Kernel({f"address show to {V4}": [{}, {}]}), "boot", endpoints=(V4,))
+    assert raised(agent.ensure_mtu, context).msg == "no interface has the address --endpoint 192.0.2.1; is it up?"
+
+
+# ---- firewalls: the whole text ----
+
+HOST_FIREWALL = """\
+table inet mncni
+delete table inet mncni
+table inet mncni {
+  counter leaked { packets 3 bytes 252 }
+  set cluster4 { type ipv4_addr; flags interval; elements = { 10.244.0.0/16 }; }
+  set pods4 { type ipv4_addr; flags interval; elements = { 10.244.255.0/24 }; }
+  set cluster6 { type ipv6_addr; flags interval; elements = { fd00:244::/32 }; }
+  set pods6 { type ipv6_addr; flags interval; elements = { fd00:244:ffff::/64 }; }
+  chain forward {
+    type filter hook forward priority filter - 10; policy accept;
+    ip daddr @cluster4 oifname != { "mncni0", "mncni-host", "lo" } counter name leaked drop
+    iifname "mncni0" ip saddr != @pods4 drop
+    iifname "mncni-host" ip daddr != @pods4 drop
+    ip6 daddr @cluster6 oifname != { "mncni0", "mncni-host", "lo" } counter name leaked drop
+    iifname "mncni0" ip6 saddr != @pods6 drop
+    iifname "mncni-host" ip6 daddr != @pods6 drop
+  }
+  chain output {
+    type filter hook output priority filter - 10; policy accept;
+    ip daddr @cluster4 oifname != { "mncni0", "mncni-host", "lo" } counter name leaked drop
+    ip6 daddr @cluster6 oifname != { "mncni0", "mncni-host", "lo" } counter name leaked drop
+  }
+  chain input {
+    type filter hook input priority filter - 10; policy accept;
+    iifname "mncni0" ip saddr != @pods4 drop
+    iifname "mncni-host" ip daddr != @pods4 drop
+    iifname "mncni0" ip6 saddr != @pods6 ip6 saddr != fe80::/10 ip6 saddr != :: drop
+    iifname "mncni-host" ip6 daddr != @pods6 ip6 daddr != fe80::/10 ip6 daddr != ff02::/16 drop
+  }
+  chain nat {
+    type nat hook postrouting priority srcnat - 10; policy accept;
+    oifname "mncni-host" ip saddr != @pods4 snat ip to 10.244.255.1
+    ip saddr @pods4 ip daddr != @cluster4 ip daddr != 224.0.0.0/4 masquerade
+    oifname "mncni-host" ip6 saddr != @pods6 snat ip6 to fd00:244:ffff::1
+    ip6 saddr @pods6 ip6 daddr != @cluster6 ip6 daddr != ff00::/8 masquerade
+  }
+}
+"""
+NS_FIREWALL = """\
+table inet mncni
+delete table inet mncni
+table inet mncni {
+  set pods4 { type ipv4_addr; flags interval; elements = { 10.244.255.0/24 }; }
+  set pods6 { type ipv6_addr; flags interval; elements = { fd00:244:ffff::/64 }; }
+  chain forward {
+    type filter hook forward priority filter; policy drop;
+    iifname "mncni-ns" oifname "mncni-wg0" accept
+    iifname "mncni-wg0" oifname "mncni-ns" ip daddr @pods4 accept
+    iifname "mncni-wg0" oifname "mncni-ns" ip6 daddr @pods6 accept
+  }
+  chain input {
+    type filter hook input priority filter; policy drop;
+    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept
+  }
+}
+"""
+
+
+def without_family(text, version):
+    """A firewall text less the rules and sets of a family; what pods send of that family is dropped instead."""
+    last = {4: 'iifname "mncni-host" ip daddr != @pods4 drop', 6: 'iifname "mncni-host" ip6 daddr != @pods6 drop'}[version]
+    text = text.replace(last, f'iifname "mncni0" meta nfproto ipv{version} drop', 1)
+    return "".join(line for line in text.splitlines(True) if f"pods{version}" not in line and f"cluster{version}" not in line)
+
+
+def test_the_hosts_firewall_of_both_families():
+    assert agent.host_firewall(BOTH, (3, 252)) == HOST_FIREWALL
+
+
+@pytest.mark.parametrize("settings, absent", [(ONLY4, 6), (ONLY6, 4)])
+def test_a_node_of_one_family_has_that_familys_rules_and_lets_pods_send_no_other(settings, absent):
+    assert agent.host_firewall(settings, (3, 252)) == without_family(HOST_FIREWALL, absent)
+    assert agent.ns_firewall(settings) == without_family(NS_FIREWALL, absent)
+
+
+def test_the_namespaces_firewall_lets_nothing_through_but_pods_traffic():
+    assert agent.ns_firewall(BOTH) == NS_FIREWALL
+
+
+def test_masquerade_can_be_left_to_others():
+    text = agent.host_firewall(dataclasses.replace(BOTH, masquerade=False), (3, 252))
+    assert text == "".join(line for line in HOST_FIREWALL.splitlines(True) if "masquerade" not in line)
+
+
+def test_adjacent_networks_are_one_element_since_nft_refuses_two():
+    settings = parse("--cluster-cidr", "10.1.0.0/16", "--cluster-cidr", "10.0.0.0/16", "--pod-cidr", "10.0.1.0/24")
+    assert "elements = { 10.0.0.0/15 };" in agent.host_firewall(settings)
+
+
+LISTING = """{"nftables": [{"metainfo": {"version": "1.0.6", "release_name": "Lester Gooch #5", "json_schema_version": 1}},
+{"table": {"family": "inet", "name": "mncni", "handle": 2}},
+{"counter": {"family": "inet", "name": "leaked", "table": "mncni", "handle": 5, "packets": 7, "bytes": 588}},
+{"rule": {"family": "inet", "table": "mncni", "chain": "forward", "handle": 4, "expr": [{"counter": {"packets": 1, "bytes": 84}},
+{"accept": null}]}}]}"""
+
+
+def test_a_listing_is_compared_without_what_changes_by_itself():
+    objects, leaked = agent.parse_nft(LISTING)
+    assert leaked == (7, 588)
+    assert objects == [
+        {"table": {"family": "inet", "name": "mncni"}},
+        {"counter": {"family": "inet", "name": "leaked", "table": "mncni"}},
+        {"rule": {"family": "inet", "table": "mncni", "chain": "forward", "expr": [{"counter": {}}, {"accept": None}]}},
+    ]
+    later = LISTING.replace('"handle": 4', '"handle": 44').replace('"packets": 7', '"packets": 8')
+    assert agent.parse_nft(later) == (objects, (8, 588))
+    assert agent.parse_nft(LISTING.replace("accept", "drop"))[0] != objects
+
+
+def test_no_table_is_an_empty_listing():
+    assert agent.parse_nft("") == ([], (0, 0)) == agent.parse_nft('{"nftables": []}')
+
+
+# ---- what others read: record, conflist ----
+
+
+def test_the_record_has_its_keys_in_the_order_that_policies_compare():
+    text = agent.format_record(BOTH, "u-1", (V4, V6), A, 7, "2024-01-01T00:00:00Z")
+    assert text == (
+        '{"v":1,"podCIDRs":["10.244.255.0/24","fd00:244:ffff::/64"],"uid":"u-1","endpoints":["192.0.2.1","2001:db8::1"],'
+        f'"slots":{{"0":{{"key":"{A}","port":28384}}}},"gen":7,"created":"2024-01-01T00:00:00Z"}}'
+    )
+
+
+@pytest.mark.parametrize("settings", [BOTH, ONLY4, ONLY6])
+def test_the_plugin_accepts_the_conflist(settings):
+    conflist = json.loads(agent.conflist(settings, 1420))
+    assert (conflist["cniVersion"], conflist["cniVersions"], conflist["name"]) == ("1.0.0", ["1.0.0", "1.1.0"], "mncni")
+    (plugin,) = conflist["plugins"]
+    environ = {"CNI_COMMAND": "ADD", "CNI_CONTAINERID": "c", "CNI_IFNAME": "eth0", "CNI_NETNS": "/run/netns/x"}
+    request = mncni.Request(environ, {**plugin, "cniVersion": "1.0.0", "name": "mncni"})
+    parsed = mncni.parse_naivewg(request)
+    assert (parsed["bridge"], parsed["mtu"], parsed["ready"], parsed["ipMasq"]) == ("mncni0", 1420, "/run/mncni/ready", False)
+    subnets = [ranges[0]["subnet"] for ranges in parsed["ipam"]["range_sets"]]
+    assert tuple(subnets) == settings.pod_cidrs
+    assert [str(ranges[0]["gateway"]) for ranges in parsed["ipam"]["range_sets"]] == [str(g) for g in settings.gateways.values()]
+    stages = mncni.choose_plugins(plugin, "mncni", mncni.PLUGINS)
+    assert plugin["type"] == "mncni" and plugin["plugin"][0] == "naivewg" and len(stages) == len(plugin["plugin"])

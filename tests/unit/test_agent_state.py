@@ -1,0 +1,907 @@
+"""What agent.py keeps and believes: settings, the directory store, the key, the lock, the last good list of nodes, secrets.
+
+Passes run here with a WireGuard device in memory and without the stages that need a kernel, on a clock of their own.
+"""
+
+import base64
+import dataclasses
+import json
+import logging
+import os
+import re
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+import agent
+import mncni
+from tests.unit.agent_data import V4, key_of, make_settings, parse, record, text_of
+
+# ---- settings ----
+
+GOOD = ("--cluster-cidr", "10.244.0.0/16", "--pod-cidr", "10.244.1.0/24")
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--cluster-cidr", "10.244.0.1/16"], "--cluster-cidr.*10.244.0.1/16"),
+        (["--cluster-cidr", "cluster"], "--cluster-cidr.*cluster"),
+        ([*GOOD, "--pod-cidr", "10.245.0.0/24"], "--pod-cidr 10.245.0.0/24 is no part of --cluster-cidr 10.244.0.0/16"),
+        ([*GOOD, "--pod-cidr", "10.244.0.0/16"], "--pod-cidr 10.244.0.0/16 is no part of"),
+        ([*GOOD, "--pod-cidr", "fd00::/64"], "--pod-cidr fd00::/64 is no part of"),
+        (["--pod-cidr", "10.244.1.0/24"], r"--pod-cidr 10.244.1.0/24 is no part of --cluster-cidr \(none given\)"),
+        ([*GOOD, "--pod-cidr", "10.244.1.0/24"], "--pod-cidr 10.244.1.0/24 overlaps --pod-cidr 10.244.1.0/24"),
+        ([*GOOD, "--pod-cidr", "10.244.1.128/25"], "overlaps --pod-cidr 10.244.1.128/25"),
+        ([*GOOD, "--pod-cidr", "10.244.2.0/31"], "--pod-cidr 10.244.2.0/31 is too small"),
+        ([*GOOD, "--endpoint", "10.244.9.9"], "--endpoint 10.244.9.9 is inside --cluster-cidr"),
+        (["--endpoint", "node1"], "--endpoint.*node1"),
+        (["--port", "1"], "--port.*'1'"),
+        (["--port", "1,1"], "--port.*'1,1'"),
+        (["--port", "1,65536"], "--port.*'1,65536'"),
+        (["--port", "a,b"], "--port.*'a,b'"),
+        (["--bridge", "0123456789abcdef"], "--bridge.*0123456789abcdef"),
+        (["--bridge", "a b"], "--bridge.*'a b'"),
+        (["--namespace", "../x"], r"--namespace.*'\.\./x'"),
+        (["--mtu", "big"], "--mtu.*big"),
+        (["--mtu", "500"], "--mtu 500 is out of range: 576 to 65000"),
+        (["--mtu", "65001"], "--mtu 65001 is out of range"),
+        (["--cluster-cidr", "fd00::/48", "--pod-cidr", "fd00::/64", "--mtu", "1279"], "--mtu 1279 is out of range: 1280 to"),
+        (["--masquerade", "maybe"], "--masquerade.*'maybe'"),
+        (["--node-name", "a/b"], "--node-name 'a/b'"),
+        (["--node-name", ".."], "--node-name '..'"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_a_wrong_flag_exits_2_naming_flag_and_value(argv, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        agent.main(["run", *argv], {})
+    assert left.value.code == 2
+    (last,) = capsys.readouterr().err.splitlines()[-1:]
+    assert re.search(said, last), last
+
+
+@pytest.mark.parametrize(
+    "environ, said",
+    [
+        ({"MNCNI_CLUSTER_CIDR": "10.0.0.0/8,x"}, "MNCNI_CLUSTER_CIDR: 'x'"),
+        ({"MNCNI_POD_CIDR": "10.0.0.1/8"}, "MNCNI_POD_CIDR: 10.0.0.1/8 has host bits set"),
+        ({"MNCNI_ENDPOINT": "node1"}, "MNCNI_ENDPOINT: 'node1'"),
+        ({"MNCNI_PORT": "7"}, "--port.*'7'"),
+        ({"MNCNI_MASQUERADE": "1"}, "--masquerade.*'1'"),
+    ],
+)
+def test_a_wrong_variable_exits_2_too(environ, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        agent.main(["run"], environ)
+    assert left.value.code == 2 and re.search(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "argv, lacking",
+    [(GOOD, "--nodes-dir"), (["--nodes-dir", "/nodes"], "--cluster-cidr"), (["--nodes-dir", "/nodes", *GOOD[:2]], "--pod-cidr")],
+)
+def test_what_run_cannot_do_without_is_asked_for(argv, lacking, capsys):
+    with pytest.raises(SystemExit) as left:
+        agent.main(["run", *argv], {})
+    assert left.value.code == 2 and f"{lacking} is needed" in capsys.readouterr().err
+
+
+def test_every_flag_of_run_has_its_variable_and_the_flag_wins():
+    environ = {
+        "MNCNI_NODE_NAME": "n7",
+        "MNCNI_NODES_DIR": "/n",
+        "MNCNI_CLUSTER_CIDR": "10.0.0.0/8,fd00::/32",
+        "MNCNI_POD_CIDR": "10.7.0.0/24,fd00:0:7::/64",
+        "MNCNI_ENDPOINT": "192.0.2.7,2001:db8::7",
+        "MNCNI_PORT": "1,2",
+        "MNCNI_BRIDGE": "br7",
+        "MNCNI_NAMESPACE": "ns7",
+        "MNCNI_MTU": "1400",
+        "MNCNI_MASQUERADE": "FALSE",
+        "MNCNI_CONF_DIR": "/c",
+        "MNCNI_BIN_DIR": "/b",
+        "MNCNI_STATE_DIR": "/s",
+        "MNCNI_RUN_DIR": "/r",
+    }
+    assert {"MNCNI_" + flag[2:].upper().replace("-", "_") for flag, *_ in agent.FLAGS} == set(environ)
+    settings = parse(environ=environ)
+    shown = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    assert {key: [str(item) for item in value] if isinstance(value, tuple) else value for key, value in shown.items()} == {
+        "node_name": "n7",
+        "nodes_dir": "/n",
+        "cluster_cidrs": ["10.0.0.0/8", "fd00::/32"],
+        "pod_cidrs": ["10.7.0.0/24", "fd00:0:7::/64"],
+        "endpoints": ["192.0.2.7", "2001:db8::7"],
+        "ports": ["1", "2"],
+        "bridge": "br7",
+        "namespace": "ns7",
+        "mtu": 1400,
+        "masquerade": False,
+        "conf_dir": "/c",
+        "bin_dir": "/b",
+        "state_dir": "/s",
+        "run_dir": "/r",
+    }
+    assert (settings.netns, settings.families) == ("/run/netns/ns7", [4, 6])
+    other = parse("--cluster-cidr", "10.9.0.0/16", "--pod-cidr", "10.9.1.0/24", "--mtu", "1300", environ=environ)
+    assert ([str(cidr) for cidr in other.cluster_cidrs], other.mtu) == (["10.9.0.0/16"], 1300)
+
+
+def test_empty_variables_count_as_absent():
+    names = ["MNCNI_" + flag[2:].upper().replace("-", "_") for flag, *_ in agent.FLAGS]
+    assert parse(environ=dict.fromkeys(names, "")) == parse()
+
+
+def test_the_agent_says_that_it_needs_root(mocker, caplog):
+    mocker.patch("os.geteuid", return_value=1000)
+    assert agent.main(["run", "--nodes-dir", "/nodes", *GOOD], {}) == 1
+    assert agent.main(["status"], {}) == 1
+    assert "agent.py run needs root" in caplog.text and "agent.py status needs root" in caplog.text
+
+
+# ---- the directory store ----
+
+
+@pytest.fixture
+def store(tmp_path):
+    (tmp_path / "nodes").mkdir()
+    return agent.DirectoryStore(str(tmp_path / "nodes"))
+
+
+def write(store, name, text, mode="w"):
+    with open(os.path.join(store.path, name), mode) as file:
+        file.write(text)
+
+
+def test_records_are_the_json_files_by_node_name(store):
+    write(store, "a.json", "1")
+    write(store, "b.json", "2")
+    write(store, "b.json~", "3")
+    write(store, "README", "4")
+    write(store, ".c.json", "5")
+    write(store, ".json", "6")
+    assert store.records() == {"a": "1", "b": "2"}
+
+
+def test_changed_says_whether_the_records_say_something_else(store):
+    assert store.changed() and not store.changed(), "the first look is news"
+    write(store, "a.json", "1")
+    assert store.changed() and not store.changed()
+    write(store, "a.json", "22")
+    assert store.changed() and not store.changed()
+    write(store, ".b.json", "unfinished")
+    assert not store.changed()
+    os.rename(os.path.join(store.path, ".b.json"), os.path.join(store.path, "b.json"))
+    assert store.changed() and not store.changed()
+    os.unlink(os.path.join(store.path, "a.json"))
+    assert store.changed() and not store.changed()
+
+
+def test_a_record_written_again_as_it_was_is_no_news(store):
+    store.publish("a", "1")
+    assert store.changed()
+    store.publish("a", "1")
+    os.utime(os.path.join(store.path, "a.json"))
+    assert not store.changed()
+
+
+def test_a_file_that_was_not_written_is_not_read_again(store, mocker):
+    for number in range(50):
+        store.publish(f"n{number}", "1")
+    store.records()
+    opened = mocker.spy(os, "open")
+    store.publish("n7", "22")
+    opened.reset_mock()
+    assert store.records()["n7"] == "22"
+    assert [call.args[0] for call in opened.call_args_list] == [os.path.join(store.path, "n7.json")]
+
+
+def test_a_half_written_record_is_read_as_it_is_and_again_when_it_is_whole(store):
+    text = text_of(1)
+    write(store, "a.json", text[:40])
+    assert store.records() == {"a": text[:40]}
+    write(store, "a.json", text[40:], "a")
+    assert store.changed() and store.records() == {"a": text}
+
+
+def test_publish_is_whole_or_absent_and_leaves_nothing_else(store):
+    store.publish("a", "1")
+    store.publish("a", "2")
+    assert (os.listdir(store.path), store.records()) == (["a.json"], {"a": "2"})
+
+
+@pytest.mark.parametrize("make", ["absent", "a file"])
+def test_a_store_that_is_not_there_is_an_error_and_its_coming_and_going_is_news(store, make):
+    store.publish("a", "1")
+    assert store.changed()
+    os.rename(store.path, store.path + ".away")
+    if make == "a file":
+        Path(store.path).write_text("")
+    assert store.changed() and not store.changed()
+    for act in (store.records, lambda: store.publish("a", "1")):
+        with pytest.raises(agent.StoreError, match=f"--nodes-dir {store.path}: (No such|Not a)"):
+            act()
+    if make == "a file":
+        os.unlink(store.path)
+    os.rename(store.path + ".away", store.path)
+    assert store.changed() and store.records() == {"a": "1"}
+
+
+def test_an_unreadable_store_is_an_error(store, mocker):
+    mocker.patch("os.listdir", side_effect=PermissionError(13, "Permission denied"))
+    with pytest.raises(agent.StoreError, match="Permission denied"):
+        store.records()
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "loop", "dangling", "device"])
+def test_what_is_no_file_neither_stops_the_agent_nor_hides_the_others(store, kind):
+    path = os.path.join(store.path, "bad.json")
+    make = {
+        "directory": lambda: os.mkdir(path),
+        "fifo": lambda: os.mkfifo(path),
+        "loop": lambda: os.symlink(path, path),
+        "dangling": lambda: os.symlink("/nowhere", path),
+        "device": lambda: os.symlink("/dev/zero", path),
+    }
+    make[kind]()
+    store.publish("a", "1")
+    found = store.records()
+    assert found.pop("a") == "1" and list(found) == ["bad"]
+    assert isinstance(agent.Roster(make_settings()).verdict("bad", found["bad"]), str)
+    assert store.changed() and not store.changed()
+
+
+def test_a_fifo_that_somebody_holds_open_does_not_stop_the_agent(store):
+    path = os.path.join(store.path, "bad.json")
+    os.mkfifo(path)
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        assert store.records() == {"bad": ""}
+    finally:
+        os.close(descriptor)
+
+
+def test_a_file_that_cannot_be_read_for_now_keeps_its_text(store, mocker):
+    store.publish("a", "1")
+    store.records()
+    store.publish("a", "2")
+    mocker.patch("os.stat", side_effect=OSError(5, "Input/output error"))
+    assert store.records() == {"a": "1"}
+    mocker.stopall()
+    assert store.records() == {"a": "2"}
+
+
+def test_no_more_than_the_limit_is_read(store):
+    write(store, "a.json", "x" * 1_000_000)
+    assert len(store.records()["a"]) == store.RECORD_LIMIT + 1
+
+
+def test_a_name_that_no_node_has_is_shown_so_that_a_terminal_survives_it(store):
+    for name in (b"a\nb.json", b"\x1b[2J.json", b"\xff.json"):
+        with open(os.path.join(store.path.encode(), name), "w") as file:
+            file.write(text_of(1))
+    found = store.records()
+    assert len(found) == 3 and all(name.isascii() and name.isprintable() for name in found)
+    assert not agent.Roster(make_settings()).judge(found, "", (V4,))[0]
+
+
+# ---- the key ----
+
+
+def is_clamped(key):
+    raw = base64.b64decode(key)
+    return len(raw) == 32 and raw[0] & 7 == 0 and raw[31] & 192 == 64
+
+
+def mode_of(path):
+    return stat.S_IMODE(os.stat(path).st_mode)
+
+
+@pytest.fixture
+def key_path(tmp_path):
+    return str(tmp_path / "state" / "key0")
+
+
+@pytest.fixture(params=[0o022, 0o000, 0o077])
+def umask(request):
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+def test_a_key_is_made_once_0600_in_a_0700_directory(key_path, umask):
+    key = agent.ensure_key(key_path, "")
+    assert is_clamped(key) and agent.ensure_key(key_path, "other") == key
+    assert (mode_of(key_path), mode_of(os.path.dirname(key_path))) == (0o600, 0o700)
+    assert os.listdir(os.path.dirname(key_path)) == ["key0"]
+
+
+def test_keys_differ():
+    assert len({agent.make_key() for _ in range(100)}) == 100 and all(is_clamped(agent.make_key()) for _ in range(100))
+
+
+def test_a_running_device_gives_its_key_to_a_node_that_lost_the_file(key_path):
+    device_key = agent.make_key()
+    assert agent.ensure_key(key_path, device_key) == device_key == mncni.read_file(key_path).strip()
+
+
+def test_wrong_modes_are_put_right_and_right_ones_not_written(key_path, mocker):
+    key = agent.ensure_key(key_path, "")
+    os.chmod(key_path, 0o644)
+    os.chmod(os.path.dirname(key_path), 0o755)
+    assert agent.ensure_key(key_path, "") == key
+    assert (mode_of(key_path), mode_of(os.path.dirname(key_path))) == (0o600, 0o700)
+    changed = mocker.spy(os, "chmod")
+    agent.ensure_key(key_path, "")
+    assert changed.call_count == 0
+
+
+NO_KEYS = ["", "\n", "AAAA", "no key at all", key_of(0), key_of(1)[:-4], key_of(1) * 2, key_of(1) + "\n" + key_of(2), "\0" * 45, "é"]
+
+
+@pytest.mark.parametrize("damage", NO_KEYS)
+def test_a_damaged_key_file_is_refused_and_kept(key_path, damage):
+    agent.ensure_key(key_path, "")
+    with open(key_path, "w") as file:
+        file.write(damage)
+    with pytest.raises(mncni.CNIError, match=f"the key file {key_path} is damaged") as caught:
+        agent.ensure_key(key_path, "")
+    assert caught.value.code == 5 and mncni.read_file(key_path) == damage
+    assert not damage.strip("\0\n") or damage not in str(caught.value)
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename", "open"])
+def test_a_key_that_cannot_be_kept_is_no_key(key_path, call, mocker):
+    os.makedirs(os.path.dirname(key_path))
+    mocker.patch(f"os.{call}", side_effect=OSError(28, "No space left on device"))
+    with pytest.raises((mncni.CNIError, OSError), match="No space left"):
+        agent.ensure_key(key_path, "")
+    mocker.stopall()
+    assert not os.path.exists(key_path)
+    assert is_clamped(agent.ensure_key(key_path, ""))
+
+
+# ---- the lock ----
+
+
+def test_a_second_agent_leaves_with_3(tmp_path, caplog):
+    settings = make_settings(run_dir=str(tmp_path))
+    lock = agent.take_lock(str(tmp_path / "agent.lock"))
+    assert agent.run_agent(settings, {}) == 3
+    assert f"another agent runs here: it holds {tmp_path}/agent.lock" in caplog.text
+    os.close(lock)
+
+
+def test_a_look_at_the_status_does_not_keep_an_agent_from_starting(tmp_path):
+    path = str(tmp_path / "agent.lock")
+    lock = agent.take_lock(path)
+    threading.Timer(0.05, os.close, [lock]).start()
+    agents = agent.take_lock(path, timeout_s=30)
+    assert agents is not None
+    os.close(agents)
+
+
+def test_no_other_user_can_take_the_lock(tmp_path, umask):
+    os.close(agent.take_lock(str(tmp_path / "agent.lock")))
+    assert mode_of(tmp_path / "agent.lock") == 0o600
+
+
+def test_a_run_dir_that_cannot_be_used_is_named(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    assert agent.run_agent(make_settings(run_dir=str(tmp_path / "file" / "run")), {}) == 1
+    assert f"{tmp_path}/file/run" in caplog.text
+
+
+# ---- passes ----
+
+
+class FakeWireGuard:
+    """run() that plays `wg` on a device in memory. log: every command, as its trace would show it."""
+
+    def __init__(self):
+        self.private, self.port, self.peers, self.log, self.broken = "", 0, {}, [], None
+
+    def __call__(self, command):
+        self.log.append(str(command))
+        assert command.argv[:2] == ["nsenter", "--net=/run/netns/mncni-wg"] and command.argv[2] == "wg", command
+        verb, _, *words = command.argv[3:]
+        if self.broken is not None:
+            return mncni.Reply(*self.broken)
+        return mncni.Reply(0, self.dump() if verb == "show" else self.set(words), "")
+
+    def public(self):
+        return key_of(4711) if self.private else "(none)"
+
+    def dump(self):
+        lines = [[self.private or "(none)", self.public(), str(self.port), "off"]]
+        for key, fields in self.peers.items():
+            lines.append([key, "(none)", fields["endpoint"], fields["allowed-ips"], "0", "0", "0", "off"])
+        return "".join("\t".join(words) + "\n" for words in lines)
+
+    def set(self, words):
+        peer = None
+        while words:
+            name = words.pop(0)
+            if name == "listen-port":
+                self.port = int(words.pop(0))
+            elif name == "private-key":
+                self.private = mncni.read_file(words.pop(0)).strip()
+            elif name == "peer":
+                peer = words.pop(0)
+                self.peers.setdefault(peer, {"endpoint": "(none)", "allowed-ips": "(none)"})
+            elif name == "remove":
+                del self.peers[peer]
+            else:
+                self.peers[peer][name] = words.pop(0)
+        return ""
+
+    def writes(self):
+        """The commands so far that change the device; forgets them."""
+        found = [line.partition(" wg ")[2] for line in self.log if " wg set " in line]
+        self.log.clear()
+        return found
+
+    def names(self):
+        """The numbers of the peers, see key_of."""
+        return sorted(int.from_bytes(base64.b64decode(key), "big") for key in self.peers)
+
+
+class Bench:
+    """An agent on its bench: files below tmp_path, a WireGuard device in memory, time at will."""
+
+    def __init__(self, tmp_path):
+        self.dir, self.now, self.run = tmp_path, 1000.0, FakeWireGuard()
+        dirs = {name: str(tmp_path / name) for name in ("nodes_dir", "conf_dir", "bin_dir", "state_dir", "run_dir")}
+        self.settings = make_settings([4], mtu=1400, **dirs)
+        os.mkdir(self.settings.nodes_dir)
+        self.start()
+
+    def start(self):
+        """A new agent, as after a restart: it knows what is in files and in the device."""
+        store = agent.DirectoryStore(self.settings.nodes_dir)
+        self.agent = agent.Agent(self.settings, store, self.run, clock=lambda: self.now)
+
+    def write(self, *numbers, text=None):
+        for number in numbers:
+            (self.dir / "nodes_dir" / f"n{number}.json").write_text(text_of(number) if text is None else text)
+
+    def remove(self, *numbers):
+        for number in numbers:
+            (self.dir / "nodes_dir" / f"n{number}.json").unlink()
+
+    def tick(self, later_s=0.5):
+        """Whether the network stands after the next tick."""
+        self.now += later_s
+        return self.agent.tick()
+
+    def settle(self):
+        """Ticks until the store says nothing new."""
+        for _ in range(4):
+            assert self.tick(), self.agent.reason
+        self.run.writes()
+
+    def text(self, name):
+        return mncni.read_file(str(self.dir / name))
+
+    def status(self):
+        return json.loads(self.text("run_dir/status.json"))
+
+    @property
+    def own(self):
+        return self.dir / "nodes_dir" / "self.json"
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(agent, "STAGES", (agent.ensure_endpoints, agent.ensure_mtu, agent.ensure_identity))
+    return Bench(tmp_path)
+
+
+def test_peers_follow_the_store(bench):
+    bench.write(1, 2)
+    bench.settle()
+    assert bench.run.names() == [1, 2]
+    bench.write(3)
+    assert bench.tick() and bench.run.writes() == [f"set mncni-wg0 peer {key_of(3)} endpoint 192.0.2.3:28384 allowed-ips 10.244.3.0/24"]
+    bench.remove(1)
+    assert bench.tick() and bench.run.writes() == [f"set mncni-wg0 peer {key_of(1)} remove"]
+    bench.write(2, text="{}")
+    assert bench.tick() and bench.run.writes() == [f"set mncni-wg0 peer {key_of(2)} remove"]
+    assert (bench.status()["quarantine"], bench.run.names()) == ({"n2": '"v" is null, not a number with content'}, [3])
+    bench.write(2)
+    assert bench.tick() and bench.run.names() == [2, 3] and bench.status()["quarantine"] == {}
+
+
+def test_a_thousand_new_peers_go_in_batches_that_fit_a_command_line(bench):
+    text = '{{"v":1,"podCIDRs":["10.244.{}.{}/30"],"uid":"u","endpoints":["192.0.2.1"],"slots":{{"0":{{"key":"{}","port":1}}}}}}'
+    for number in range(1, 1001):
+        bench.write(number, text=text.format(number // 64, number % 64 * 4, key_of(number)))
+    assert bench.tick() and len(bench.run.names()) == 1000
+    assert len([line for line in bench.run.writes() if " peer " in line]) == 10
+
+
+def test_a_quiet_hour_writes_nothing(bench):
+    bench.write(1, 2)
+    bench.settle()
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in bench.dir.rglob("*") if path.is_file()}
+    bench.run.log.clear()
+    for _ in range(360):
+        assert bench.tick(10)
+    assert len(bench.run.log) == 720 and bench.run.writes() == []
+    assert before == {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in bench.dir.rglob("*") if path.is_file()}
+
+
+def test_between_audits_a_store_without_news_costs_no_pass(bench):
+    bench.settle()
+    bench.tick(10)
+    bench.run.log.clear()
+    os.utime(bench.own)
+    for _ in range(9):
+        bench.tick(1)
+    assert bench.run.log == []
+    bench.tick(1)
+    assert len(bench.run.log) == 2
+
+
+def test_a_restart_writes_nothing_to_the_device_and_does_not_fight_a_peer_that_roams(bench):
+    bench.write(1, 2)
+    bench.settle()
+    bench.run.peers[key_of(1)]["endpoint"] = "198.51.100.9:4711"
+    bench.start()
+    bench.settle()
+    assert bench.run.peers[key_of(1)]["endpoint"] == "198.51.100.9:4711"
+    assert bench.run.writes() == []
+
+
+def test_a_restart_follows_a_record_that_changed_meanwhile(bench):
+    bench.write(1)
+    bench.settle()
+    bench.write(1, text=text_of(1, endpoints=["192.0.2.77"]))
+    bench.start()
+    assert bench.tick() and bench.run.writes() == [f"set mncni-wg0 peer {key_of(1)} endpoint 192.0.2.77:28384"]
+
+
+def test_a_restart_without_the_store_goes_on_with_the_last_good_list(bench):
+    bench.write(1, 2)
+    bench.write(3, text="bad")
+    bench.settle()
+    os.rename(bench.settings.nodes_dir, bench.settings.nodes_dir + ".away")
+    bench.run.peers.clear()  # as after a reboot
+    bench.start()
+    for _ in range(100):
+        assert bench.tick(10)
+    assert bench.run.names() == [1, 2]
+    assert "going on with the last good list of nodes" in bench.status()["store"]
+
+
+def test_a_store_that_is_missing_keeps_the_peers_and_one_that_returns_is_believed(bench, caplog):
+    bench.write(1, 2)
+    bench.settle()
+    away = bench.settings.nodes_dir + ".away"
+    os.rename(bench.settings.nodes_dir, away)
+    for _ in range(100):
+        assert bench.tick(10)
+    assert bench.run.names() == [1, 2] and "No such file" in bench.status()["store"]
+    assert caplog.text.count("No such file") == 2, "said once: cannot read, cannot write"
+    os.rename(away, bench.settings.nodes_dir)
+    bench.write(3)
+    assert bench.tick() and bench.run.names() == [1, 2, 3] and bench.status()["store"] == ""
+
+
+def test_a_store_without_our_record_is_not_believed_and_gets_it_back(bench):
+    bench.write(1, 2)
+    bench.settle()
+    text = bench.own.read_text()
+    bench.own.unlink()
+    bench.remove(1)
+    assert bench.tick() and bench.run.names() == [1, 2] and bench.own.read_text() == text
+    assert "lost this node's record" in bench.status()["store"]
+    bench.tick()
+    assert bench.run.names() == [1, 2] and "1 nodes have vanished" in bench.status()["store"]
+    bench.tick(59)
+    assert bench.run.names() == [1, 2]
+    bench.tick(1)
+    assert bench.run.names() == [2] and bench.status()["store"] == ""
+
+
+def test_an_emptied_store_is_held_for_60_s_and_filled_again_by_its_nodes(bench):
+    bench.write(1, 2)
+    bench.settle()
+    bench.own.unlink()
+    bench.remove(1, 2)
+    bench.tick()
+    bench.tick()
+    bench.write(1, 2)
+    assert bench.tick() and bench.status()["store"] == "" and bench.run.writes() == []
+    bench.remove(1)
+    assert bench.tick() and bench.run.names() == [2], "a later loss is no part of that"
+
+
+@pytest.mark.parametrize("how", ["removed", "emptied", "broken"])
+def test_many_nodes_lost_at_once_are_kept_for_60_s_then_gone(bench, how):
+    bench.write(*range(1, 11))
+    bench.settle()
+    lose = {"removed": bench.remove, "emptied": lambda *n: bench.write(*n, text=""), "broken": lambda *n: bench.write(*n, text="{")}
+    lose[how](1, 2, 3, 4)
+    for _ in range(11):
+        assert bench.tick(5) and len(bench.run.names()) == 10
+        assert "good records of 4 nodes have vanished" in bench.status()["store"]
+    assert bench.run.writes() == []
+    bench.write(11)
+    assert bench.tick(4) and 11 in bench.run.names(), "what a doubted store adds is believed"
+    assert bench.tick(5) and len(bench.run.names()) == 11
+    bench.tick(1)
+    assert bench.run.names() == [5, 6, 7, 8, 9, 10, 11] and bench.status()["store"] == ""
+
+
+def test_a_few_nodes_lost_at_once_are_gone_at_once(bench):
+    bench.write(*range(1, 11))
+    bench.settle()
+    bench.remove(1, 2, 3)
+    assert bench.tick() and bench.run.names() == [4, 5, 6, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("known, lost, too_many", [(0, 0, False), (3, 3, False), (4, 4, True), (20, 4, False), (20, 5, True)])
+def test_too_many_is_more_than_three_and_more_than_a_fifth(known, lost, too_many):
+    assert agent.lost_too_many(set(range(lost)), set(range(known))) is too_many
+
+
+def test_lost_nodes_that_return_end_the_doubt(bench):
+    bench.write(*range(1, 11))
+    bench.settle()
+    bench.remove(*range(1, 11))
+    bench.tick()
+    bench.write(*range(1, 11))
+    assert bench.tick() and bench.status()["store"] == "" and bench.run.writes() == []
+    bench.remove(1)
+    assert bench.tick() and len(bench.run.names()) == 9
+
+
+def test_a_doubt_survives_a_restart(bench):
+    bench.write(*range(1, 11))
+    bench.settle()
+    bench.remove(*range(1, 11))
+    bench.tick(30)
+    bench.start()
+    assert bench.tick(0) and len(bench.run.names()) == 10
+    bench.tick(59)
+    assert len(bench.run.names()) == 10
+    bench.tick(1)
+    assert bench.run.names() == []
+
+
+def test_a_doubted_store_is_not_written_to_at_every_look(bench):
+    """Else each agent would wake each other one, twice a second."""
+    bench.write(*range(1, 11))
+    bench.settle()
+    bench.remove(*range(1, 11))
+    bench.tick()
+    before = bench.own.stat().st_ino
+    for _ in range(50):
+        bench.tick(1)
+    assert bench.own.stat().st_ino == before
+
+
+# ---- our own record ----
+
+
+def test_our_record_is_written_once_and_its_generation_grows_with_its_changes(bench):
+    bench.settle()
+    first = json.loads(bench.own.read_text())
+    assert list(first) == ["v", "podCIDRs", "uid", "endpoints", "slots", "gen", "created"] and first["gen"] == 1
+    bench.settings = dataclasses.replace(bench.settings, ports=(4711, 4712))
+    bench.start()
+    bench.settle()
+    second = json.loads(bench.own.read_text())
+    assert second == {**first, "slots": {"0": {"key": key_of(4711), "port": 4711}}, "gen": 2}
+    bench.start()
+    bench.settle()
+    assert json.loads(bench.own.read_text()) == second
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "\0" * 200])
+def test_our_damaged_record_is_written_again(bench, damage):
+    bench.settle()
+    text = bench.own.read_text()
+    bench.own.write_text(damage)
+    assert bench.tick() and bench.own.read_text() == text
+
+
+def test_two_nodes_of_one_name_do_not_overwrite_each_other_for_ever(bench):
+    bench.settle()
+    theirs = json.dumps({**record(7), "uid": "another"})
+    bench.own.write_text(theirs)
+    for _ in range(5):
+        bench.tick(10)
+    assert bench.own.read_text() == theirs
+    assert "another node has written the record of self" in bench.status()["store"]
+    bench.own.unlink()
+    bench.tick()
+    assert json.loads(bench.own.read_text())["uid"] != "another"
+
+
+def test_a_node_that_lost_its_state_takes_its_record_over(bench):
+    bench.own.write_text(json.dumps({**record(7), "uid": "before"}))
+    bench.settle()
+    assert json.loads(bench.own.read_text())["uid"] != "before"
+
+
+def test_a_store_that_cannot_be_written_is_not_told_at_every_pass_and_does_not_bring_the_network_down(bench, mocker, caplog):
+    mocker.patch.object(agent.DirectoryStore, "publish", side_effect=agent.StoreError("cannot write to --nodes-dir"))
+    assert bench.tick(10) and bench.status()["store"] == "cannot write to --nodes-dir"
+    assert bench.tick(10) and bench.status()["store"].endswith("cannot write to --nodes-dir")
+    caplog.clear()
+    assert bench.tick(10) and caplog.text == ""
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"own":[],"records":[]}', '{"own":null}', '{"records":{"a":1}}', "\0\0"])
+def test_a_damaged_list_of_nodes_counts_as_none(tmp_path, text):
+    (tmp_path / "nodes.json").write_text(text)
+    assert agent.load_state(str(tmp_path / "nodes.json")) == {"own": {}, "records": {}}
+    assert agent.load_state(str(tmp_path)) == {"own": {}, "records": {}}
+
+
+# ---- when a pass fails ----
+
+
+def break_stage(monkeypatch, error):
+    def stage(context):
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(agent, "STAGES", (stage, agent.ensure_endpoints, agent.ensure_mtu, agent.ensure_identity))
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (mncni.CNIError(100, "ip failed: no", "ip -batch -: link x\nno\nCommand failed -:1"), "ip failed: no (ip -batch -: link x)"),
+        (mncni.CNIError(7, "link is somebody else's"), "link is somebody else's"),
+        (OSError(30, "Read-only file system", "/var/lib/x"), "[Errno 30] Read-only file system: '/var/lib/x'"),
+        (TypeError("'NoneType' object is not subscriptable"), "'NoneType' object is not subscriptable"),
+        (RecursionError(), "RecursionError"),
+    ],
+)
+def test_no_error_ends_the_agent_and_each_is_told(bench, monkeypatch, caplog, error, said):
+    bench.write(1)
+    bench.settle()
+    break_stage(monkeypatch, error)
+    assert not bench.tick(10) and not bench.tick(1) and not bench.tick(1)
+    ready = json.loads(bench.text("run_dir/ready"))
+    assert (bench.status()["reason"], bench.status()["ok"], ready["reason"], ready["ok"]) == (said, False, said, False)
+    assert bench.status()["nodes"] and bench.run.names() == [1], "the peers stay"
+    assert caplog.text.count(f"the network is not up: {said}") == 1
+    assert caplog.text.count("Traceback") == isinstance(error, (TypeError, RecursionError))
+    break_stage(monkeypatch, None)
+    assert bench.tick(1) and bench.status()["ok"] and json.loads(bench.text("run_dir/ready"))["ok"]
+
+
+def test_before_the_first_success_there_is_neither_ready_file_nor_conflist(bench, monkeypatch):
+    break_stage(monkeypatch, mncni.CNIError(7, "no"))
+    assert not bench.tick()
+    assert bench.text("run_dir/ready") is None and not os.path.exists(bench.settings.conf_dir)
+    break_stage(monkeypatch, None)
+    assert bench.tick(1)
+    assert json.loads(bench.text("run_dir/ready")) == {"bootID": mncni.boot_id(), "device": "mncni-host", "ok": True, "reason": ""}
+    assert bench.text("conf_dir/10-mncni.conflist") == agent.conflist(bench.settings, 1400)
+
+
+def test_a_plugin_that_cannot_be_installed_lets_no_pod_in(bench):
+    os.mkdir(bench.settings.bin_dir)
+    (bench.dir / "bin_dir" / "mncni").write_text("#!/bin/sh\n")
+    assert not bench.tick()
+    assert "is not MNCNI's own" in bench.status()["reason"] and bench.text("run_dir/ready") is None
+
+
+@pytest.mark.parametrize("name", ["key0", "nodes.json"])
+def test_a_full_disk_is_named_with_the_file_and_costs_the_network_only_at_the_key(bench, monkeypatch, name):
+    real = agent.write_file
+
+    def write_file(path, text, mode=0o644):
+        if path.startswith(os.path.join(bench.settings.state_dir, name)):
+            raise OSError(28, "No space left on device")  # as write() says it: without the file
+        real(path, text, mode)
+
+    monkeypatch.setattr(agent, "write_file", write_file)
+    assert bench.tick() is (name != "key0")
+    said = bench.status()["reason" if name == "key0" else "store"]
+    assert said.startswith(f"cannot write {bench.settings.state_dir}/{name}") and "No space left on device" in said
+    monkeypatch.undo()
+
+
+# ---- secrets ----
+
+
+def everything_said(bench, caplog):
+    """All that the agent says or keeps for others: commands, logs, every file but the key."""
+    files = [path.read_text() for path in bench.dir.rglob("*") if path.is_file() and path.name != "key0" and path.suffix != ".py"]
+    return "\n".join([*bench.run.log, caplog.text, *(str(entry.__dict__) for entry in caplog.records), *files])
+
+
+@pytest.mark.parametrize("broken", ["nothing", "moved fields", "cut short", "garbage", "wg fails"])
+def test_the_private_key_is_in_no_command_log_file_or_error(bench, caplog, broken):
+    bench.write(1, 2)
+    bench.settle()
+    key = mncni.read_file(f"{bench.settings.state_dir}/key0").strip()
+    assert bench.run.private == key
+    broken_dumps = {
+        "nothing": None,
+        "moved fields": (0, f"new\t{bench.run.public()}\t{key}\toff\n", ""),
+        "cut short": (0, key, ""),
+        "garbage": (0, f"{key}\t{key}\t1\toff\n{key}\t{key}\n{key}", ""),
+        "wg fails": (1, key, "Unable to access interface: No such device"),
+    }
+    bench.run.broken = broken_dumps[broken]
+    assert bench.tick(10) is (broken == "nothing")
+    bench.start()
+    bench.tick(10)
+    assert key not in everything_said(bench, caplog)
+    with_wg = agent.look_status(bench.settings, bench.run)
+    assert key not in json.dumps(with_wg) + agent.format_status(with_wg, 0)
+
+
+def test_files_are_readable_by_those_who_need_them_and_no_others(bench, umask):
+    bench.write(1)
+    bench.settle()
+    modes = {str(path.relative_to(bench.dir)): oct(mode_of(path)) for path in bench.dir.rglob("*")}
+    for name in ("state_dir/key0", "state_dir/nodes.json"):
+        assert modes[name] == "0o600"
+    assert modes["state_dir"] == "0o700"
+    assert all(int(mode, 8) & 0o022 == 0 for name, mode in modes.items() if "/" in name and "self" in name)
+
+
+# ---- status ----
+
+
+def status_of(bench):
+    return agent.look_status(bench.settings, bench.run)
+
+
+@pytest.fixture
+def running(bench):
+    """The bench, its agent holding the lock as a running one does."""
+    bench.write(1, 2)
+    bench.settle()
+    lock = agent.take_lock(f"{bench.settings.run_dir}/agent.lock")
+    yield bench
+    os.close(lock)
+
+
+def test_status_before_any_agent_ran(bench):
+    status = status_of(bench)
+    assert not status["ok"] and "no agent has run here" in agent.format_status(status, 0)
+
+
+def test_status_of_a_healthy_node(running):
+    status = status_of(running)
+    assert (status["ok"], status["running"], [peer["name"] for peer in status["peers"]]) == (True, True, ["n1", "n2"])
+    running.run.peers[key_of(1)]["endpoint"] = "198.51.100.9:4711"
+    assert agent.format_status(status_of(running), 0) == (
+        "node self: ok\n"
+        f"pods 10.244.255.0/24, MTU 1400, endpoint 192.0.2.1, key {key_of(4711)}\n"
+        "PEER  ENDPOINT           PODS           HANDSHAKE  RECEIVED  SENT\n"
+        "n1    198.51.100.9:4711  10.244.1.0/24  never      0 B       0 B\n"
+        "n2    192.0.2.2:28384    10.244.2.0/24  never      0 B       0 B\n"
+    )
+
+
+def test_status_says_why_not(running):
+    running.write(2, text="{}")
+    running.tick()
+    status = status_of(running)
+    assert not status["ok"] and 'n2: quarantined: "v" is null' in agent.format_status(status, 0)
+    del running.run.peers[key_of(1)]
+    assert "not a peer yet" in agent.format_status(status_of(running), 0) and not status_of(running)["ok"]
+    running.run.broken = (1, "", "Unable to access interface: No such device")
+    assert "the WireGuard device is not there" in agent.format_status(status_of(running), 0)
+
+
+def test_status_when_the_agent_is_gone(bench):
+    bench.settle()
+    status = status_of(bench)
+    assert (status["ok"], status["running"]) == (False, False)
+    assert agent.format_status(status, 0).startswith("node self: not ok: no agent is running; the network stands as the last one left it\n")
