@@ -132,8 +132,8 @@ def parse_args(text):
     return dict(pair.split("=", 1) for pair in text.split(";") if "=" in pair)
 
 
-def parse_json_object(text):
-    """The dict that text holds. CNIError 6 for anything else: not UTF-8, not JSON, not an object, nested beyond reason."""
+def parse_json_object(text, what="the network configuration on stdin"):
+    """The dict that text holds; `what` it is, for messages. CNIError 6 for anything else: no UTF-8, no JSON, no object, nested too deep."""
 
     def refuse_constant(word):
         raise ValueError(f"{word} is not JSON")
@@ -142,10 +142,10 @@ def parse_json_object(text):
         text.encode("utf-8")
         value = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:  # UnicodeError and JSONDecodeError are ValueErrors
-        what = "it is empty" if not text.strip() else str(error) or type(error).__name__
-        raise CNIError(DECODE_FAILURE, f"cannot decode the network configuration on stdin: {what}") from None
+        why = "it is empty" if not text.strip() else str(error) or type(error).__name__
+        raise CNIError(DECODE_FAILURE, f"cannot decode {what}: {why}") from None
     if not isinstance(value, dict):
-        raise CNIError(DECODE_FAILURE, f"the network configuration on stdin is not a JSON object but {kind_of(value)}")
+        raise CNIError(DECODE_FAILURE, f"{what} is not a JSON object but {kind_of(value)}")
     return value
 
 
@@ -231,7 +231,7 @@ def parse_prev_result(conf):
             raise config_error(f'"prevResult" is no result: "{key}" must be an array of objects')
     for ip in result.get("ips") or []:
         index = ip.get("interface")
-        if not is_address(ip.get("address"), ipaddress.ip_interface):
+        if not is_address(ip.get("address"), ipaddress.ip_interface) or "/" not in ip["address"]:
             raise config_error(f'"prevResult" is no result: {ip.get("address")!r} is not an address with its prefix length')
         if index is not None and (type(index) is not int or not 0 <= index < len(result.get("interfaces") or [])):
             raise config_error(f'"prevResult" is no result: "interface" {index!r} is not an index into its interfaces')
@@ -272,6 +272,7 @@ def answer(environ, stdin_text, run, plugins=None, called_as="mncni"):
         stages = choose_plugins(conf, called_as, plugins or PLUGINS)
         request = Request(environ, conf)
         check_netns(request, environ)
+        run = logged(run, request)
         result = VERBS[request.command](request, stages, run)
         return 0, json.dumps(result_to_version(result, version)) + "\n" if result is not None else ""
     except CNIError as error:
@@ -475,6 +476,38 @@ def lazy_run(environ, trace=None):
     return run
 
 
+LOG_LIMIT = 10 * 1024 * 1024  # bytes; then the file is put aside, in the place of the one put aside before
+
+
+def logged(run, request):
+    """run, which also appends each command, its time and how it ended to the file that "logFile" names. CNIError 7 for a bad name."""
+    path = typed(request.conf, "logFile", str, "")
+    if not path:
+        return run
+    if not os.path.isabs(path):
+        raise config_error(f'"logFile" must be an absolute path, not {path!r}')
+
+    def log_and_run(command):
+        begin = time.monotonic()
+        reply = run(command)
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        who = f"{request.command} {request.network} {request.container_id} {request.ifname}"
+        took = f"{(time.monotonic() - begin) * 1000:.1f} ms, exit {reply.exit_code}"
+        best_effort(append_log, path, f"{now} {who}: {took}: {command}\n{reply.stderr if reply.exit_code else ''}")
+        return reply
+
+    return log_and_run
+
+
+def append_log(path, text):
+    """Append to a log that only root reads: configurations may hold secrets."""
+    if os.path.exists(path) and os.path.getsize(path) > LOG_LIMIT:
+        os.rename(path, f"{path}.1")
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with open(fd, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+
+
 def missing_tool(name):
     package = PACKAGES.get(name)
     return CNIError(BAD_ENVIRONMENT, f'cannot find the program "{name}"' + (f": install the package {package}" if package else ""))
@@ -668,13 +701,21 @@ class Leases:
 
     def release_all_but(self, keep):
         """Release every attachment that is not in keep, a set of (container ID, interface)."""
-        for key in os.listdir(self.index_dir) if os.path.isdir(self.index_dir) else []:
-            path = os.path.join(self.index_dir, key)
-            owner, _ = self._parse(read_file(path))
+        for path, owner in self._index():
             if owner is None:
                 remove_file(path)  # torn, or of an earlier boot: the leases it may name count as free
             elif owner not in keep:
                 self.release(*owner)
+
+    def attachments(self):
+        """[(container ID, interface)] of all attachments of this boot that hold leases."""
+        return [owner for _, owner in self._index() if owner]
+
+    def _index(self):
+        """(path, owner) of every entry of the index; None for an owner that counts as none."""
+        for key in sorted(os.listdir(self.index_dir)) if os.path.isdir(self.index_dir) else []:
+            path = os.path.join(self.index_dir, key)
+            yield path, self._parse(read_file(path))[0]
 
     def last(self, set_index):
         """The address (int) that a range set gave out last, 0 if none."""
@@ -1142,8 +1183,7 @@ def plan_gateways(conf, ips):
     """The addresses that the bridge has to carry, like "10.244.1.1/24"; none if it is not the pods' gateway."""
     if not conf["isDefaultGateway"]:
         return []
-    prefixes = [ip["address"].partition("/")[2] for ip in ips]
-    return sorted({f"{ip['gateway']}/{prefix}" for ip, prefix in zip(ips, prefixes)})
+    return sorted({f"{ip['gateway']}/{ip['address'].partition('/')[2]}" for ip in ips if ip.get("gateway")})
 
 
 def plan_bridge(conf, bridge, gateways):
@@ -1335,11 +1375,15 @@ def naivewg_add(request, run):
 
 
 def with_gateways(conf, ipam):
-    """An IPAM result in which every address has a gateway, if the bridge is to be one: the subnet's first address where IPAM names none."""
+    """An IPAM result in which each address has a gateway, if the bridge is to be one: where IPAM names none, the first of its subnet."""
     if not conf["isDefaultGateway"]:
         return ipam
-    ips = [{**ip, "gateway": ip.get("gateway") or str(ipaddress.ip_interface(ip["address"]).network[1])} for ip in ipam["ips"]]
-    return {**ipam, "ips": ips}
+    return {**ipam, "ips": [ip if ip.get("gateway") else derive_gateway(ip) for ip in ipam["ips"]]}
+
+
+def derive_gateway(ip):
+    network = ipaddress.ip_interface(ip["address"]).network
+    return {**ip, "gateway": str(network[1])} if network.num_addresses > 2 else ip
 
 
 def naivewg_del(request, run):
@@ -1523,7 +1567,7 @@ PLUGINS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line: install, help; and main
+# install: put the plugin where a runtime looks for it
 # ---------------------------------------------------------------------------------------------------------------------
 
 LAUNCHER_MARK = "# A launcher written by `mncni.py install`"
@@ -1537,52 +1581,171 @@ mncni.main()
 
 
 def is_ours(path):
-    """Whether a file in a plugin directory was written by `install`: a launcher or mncni.py itself."""
+    """Whether a file in a plugin directory is absent or was written by `install`: a launcher, or mncni.py itself."""
     text = read_file(path)
     return text is None or LAUNCHER_MARK in text[:200] or '"""MNCNI' in text[:200]
 
 
 def install(bin_dir=DEFAULT_BIN_DIR, names=(), force=False):
-    """Write mncni.py and its launchers into bin_dir; returns the paths written. CNIError 7 at a foreign file without force.
+    """Write mncni.py and its launchers into bin_dir; returns their paths. CNIError 7 at a foreign file without force.
 
     Whole files by rename: a runtime may be starting the old one at this moment (ETXTBSY, half a script).
     """
+    unknown = [name for name in names if name not in PLUGINS]
+    if unknown:
+        raise config_error(f'there is no plugin "{unknown[0]}" to install a launcher for; there are: {", ".join(PLUGINS)}')
     with open(os.path.realpath(__file__), encoding="utf-8") as file:
-        source = file.read()
-    texts = {os.path.join(bin_dir, "mncni.py"): source, os.path.join(bin_dir, "mncni"): LAUNCHER}
-    if not os.path.exists(os.path.join(bin_dir, "loopback")) or is_ours(os.path.join(bin_dir, "loopback")):
-        texts[os.path.join(bin_dir, "loopback")] = LAUNCHER
-    for name in names:
-        if name not in PLUGINS:
-            raise config_error(f'there is no plugin "{name}" to install a launcher for; there are: {", ".join(PLUGINS)}')
-        texts[os.path.join(bin_dir, name)] = LAUNCHER
-    for path in texts:
+        texts = {"mncni.py": file.read(), "mncni": LAUNCHER, **dict.fromkeys(names, LAUNCHER)}
+    if is_ours(os.path.join(bin_dir, "loopback")):  # the reference plugin's is as good
+        texts["loopback"] = LAUNCHER
+    paths = {os.path.join(bin_dir, name): text for name, text in texts.items()}
+    for path in paths:
         if not is_ours(path) and not force:
             raise config_error(f"{path} is not MNCNI's own; --force replaces it, and whatever used it gets our plugin")
     os.makedirs(bin_dir, exist_ok=True)
-    for path, text in texts.items():
+    for path, text in paths.items():
         if read_file(path) != text or not os.access(path, os.X_OK):
             write_file(path, text, mode=0o755)
-    return list(texts)
+            os.chmod(path, 0o755)  # whatever the umask says: the runtime may not be root
+    return list(paths)
 
 
-def command_line(arguments):
-    """The exit code of `mncni.py install | --help | --version`."""
+def precompile(root, bin_dir, run):
+    """Compile the installed mncni.py with the python3 of the system below root: an image may be read-only when it runs.
+
+    Checked by content, not by time: images have times of their own. CNIError 4 if that system has no python3.
+    """
+    if not os.path.exists(os.path.join(root, "usr/bin/python3")):
+        raise CNIError(
+            BAD_ENVIRONMENT, f"there is no /usr/bin/python3 in {root}: install the package python3 there, mncni.py runs under it"
+        )
+    compile_it = ["-m", "compileall", "-q", "--invalidation-mode", "checked-hash", os.path.join(bin_dir, "mncni.py")]
+    apply([Command(["chroot", root, "/usr/bin/python3", "-IS", *compile_it])], run)
+
+
+def install_command(options, run):
+    """`mncni.py install`: prints what it wrote."""
+    bin_dir = os.path.join(options.root, options.bin_dir.lstrip("/")) if options.root else options.bin_dir
+    for path in install(bin_dir, [name for name in options.names.split(",") if name], options.force):
+        print(path)
+    if options.root:
+        precompile(options.root, options.bin_dir, run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# explain: what a call would run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Explainer:
+    """A `run` that runs nothing: it prints each command, and answers as a host would that has nothing yet but a lo in every namespace."""
+
+    def __init__(self, say):
+        self.say, self.heading = say, ""
+
+    def __call__(self, command):
+        looks = "-json" in command.argv or "-j" in command.argv
+        heading = "# It looks:" if looks else "# It changes:"
+        self.say(f"\n{heading}\n{command}" if heading != self.heading else str(command))
+        self.heading = heading
+        if "CNI_COMMAND" in command.environ:
+            self.say("# ... another plugin; the address below stands for the one that it gives.")
+            return Reply(0, json.dumps({"ips": [{"address": "192.0.2.2/24", "gateway": "192.0.2.1"}]}), "")
+        lo = {"ifname": "lo", "address": "00:00:00:00:00:00", "flags": ["UP"], "addr_info": [{"local": "127.0.0.1", "prefixlen": 8}]}
+        return Reply(0, json.dumps([lo]) if command.stdin == "address show dev lo\n" else "", "")
+
+
+def explain_command(options, run):
+    """`mncni.py explain`: a call of each plugin of a conflist as a shell script. It needs no root and changes nothing."""
+    text = read_file(options.conflist)
+    if text is None:
+        raise config_error(f"there is no file {options.conflist}")
+    conflist = parse_json_object(text, options.conflist)
+    stages = typed(conflist, "plugins", list, [conflist])
+    if not stages:
+        raise config_error(f'"plugins" of {options.conflist} is empty: the network has no plugin')
+    versions = [version for version in [conflist.get("cniVersion"), *typed(conflist, "cniVersions", list, [])] if version in CNI_VERSIONS]
+    shared = {"name": conflist.get("name"), "cniVersion": max(versions, default=NEWEST)}
+    print(f"# What CNI_COMMAND={options.command} runs for {options.conflist}: container c1, namespace /run/netns/c1, interface eth0,")
+    print("# on a host that has nothing of it yet. Nothing was changed to find out.")
+    result = None
+    for conf in stages:
+        print(f"\n# ---- type {conf.get('type')}, plugin {json.dumps(conf.get('plugin', conf.get('type')))} ----")
+        result = explain_stage({**conf, **shared}, result, options.command)
+
+
+def explain_stage(conf, prev_result, command):
+    """Print what one plugin of a list runs, given the ADD result (or None) of the one before it. Returns its ADD result."""
+    import tempfile  # +20 ms, explain only
+
+    if "plugin" not in conf and conf.get("type") not in PLUGINS:
+        print("# Not a plugin of MNCNI's.")
+        return prev_result
+    conf = parse_conf(json.dumps(conf))
+    with tempfile.TemporaryDirectory() as directory:
+        environ = {"CNI_CONTAINERID": "c1", "CNI_NETNS": "/run/netns/c1", "CNI_IFNAME": "eth0", "MNCNI_RUN_DIR": directory}
+        request = Request({**environ, "CNI_COMMAND": command}, conf)
+        if delegate_type(request):  # wherever it may be on the node: here only its name counts
+            environ["CNI_PATH"] = directory
+            write_file(os.path.join(directory, delegate_type(request)), "")
+        elif typed(conf, "ipam", dict, {}):
+            conf["ipam"]["dataDir"] = directory
+        conf.update({"ready": "", "logFile": "", "cni.dev/valid-attachments": []})
+        stages = choose_plugins(conf, conf.get("type"), PLUGINS)
+
+        def say(text):
+            print(text.replace(directory, DEFAULT_BIN_DIR))
+
+        run = Explainer(say if command == "ADD" else lambda text: None)
+        result = explain_call("ADD", environ, {**conf, "prevResult": prev_result}, stages, run)
+        if command != "ADD":
+            run = Explainer(say)
+            explain_call(command, environ, {**conf, "prevResult": result}, stages, run)
+        print("" if run.heading else "# It starts no command.")
+    return result
+
+
+def explain_call(command, environ, conf, stages, run):
+    """The result of one call as the Explainer lets it run. CHECK is bound to find everything missing: that is no error here."""
+    try:
+        return VERBS[command](Request({**environ, "CNI_COMMAND": command}, conf), stages, run)
+    except CNIError as error:
+        if command != "CHECK" or error.code != COMMAND_FAILED:
+            raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line and main
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_parser():
     import argparse  # +2 ms, the command line only
 
     parser = argparse.ArgumentParser(prog="mncni.py", description="MNCNI: CNI plugins for Linux in one file. A container runtime calls it.")
     parser.add_argument("--version", action="version", version=f"mncni {PROGRAM_VERSION}, CNI {', '.join(CNI_VERSIONS)}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="action", required=True)
     command = commands.add_parser("install", help="write mncni.py and its launchers into a plugin directory")
+    command.add_argument("--root", default="", metavar="DIR", help="of a system that is not running: an image; its own python3 precompiles")
     command.add_argument("--bin-dir", default=DEFAULT_BIN_DIR, metavar="DIR", help=f"the plugin directory (default {DEFAULT_BIN_DIR})")
     command.add_argument("--names", default="", metavar="A,B", help=f"launchers of these names too: {', '.join(PLUGINS)}")
     command.add_argument("--force", action="store_true", help="replace files that are not MNCNI's own")
-    options = parser.parse_args(arguments)
+    command.set_defaults(act=install_command)
+    command = commands.add_parser("explain", help="print what a call would run, as a shell script; changes nothing")
+    command.add_argument("conflist", metavar="CONFLIST", help="a CNI configuration, as in /etc/cni/net.d")
+    command.add_argument("--command", default="ADD", choices=VERBS, help="(default ADD)")
+    command.set_defaults(act=explain_command)
+    return parser
+
+
+def command_line(arguments):
+    """The exit code of `mncni.py install | explain | --help | --version`."""
+    options = build_parser().parse_args(arguments)
     try:
-        for path in install(options.bin_dir, [name for name in options.names.split(",") if name], options.force):
-            print(path)
+        options.act(options, lazy_run(dict(os.environ)))
     except (CNIError, OSError) as error:
-        print(f"mncni.py install: {error}", file=sys.stderr)
+        details = f"\n{error.details}" if getattr(error, "details", "") else ""
+        print(f"mncni.py {options.action}: {error}{details}", file=sys.stderr)
         return 1
     return 0
 
