@@ -25,12 +25,14 @@ import binascii
 import bisect
 import contextlib
 import fcntl
+import glob
 import ipaddress
 import itertools
 import json
 import logging
 import os
 import select
+import shutil
 import signal
 import socket
 import stat
@@ -49,12 +51,17 @@ from mncni import CNIError, Command, apply, in_netns, ip_batch, look_ip, look_li
 
 log = logging.getLogger("mncni-agent")
 
+NETWORK = "mncni"  # the name of the network in the CNI configuration
+CONFLIST = "10-mncni.conflist"
 OK, FAILED, USAGE, RUNNING_ALREADY = 0, 1, 2, 3
 ROUTE_PROTOCOL = 201  # how routes of ours are told from others
 FLOOR_METRIC = 4278198272  # behind every other route there is
 DEVICE, HOST_VETH, NS_VETH = "mncni-wg0", "mncni-host", "mncni-ns"
+WIREGUARD_GO_SOCKET = f"/var/run/wireguard/{DEVICE}.sock"
 NEXT_HOPS = {4: "169.254.28.84", 6: "fe80::28:84"}  # of NS_VETH, for the host's route into the tunnel
 POLL_S = 0.5  # how often the directory store is looked at
+EVENT_S = 0.25  # the least time between passes that events ask for: a pass notices its own changes, and pods come in storms
+GLANCE_S = 1.5  # how often the tunnel's peers and firewall are looked at: no monitor tells of them
 AUDIT_S = 10  # a full look at the kernel, whether or not anything seems to have happened
 HOLD_S = 60  # how long a mass disappearance of nodes is doubted
 UNDERLAY_OVERHEAD = {4: 60, 6: 80}  # IP header, UDP header, WireGuard's 32 bytes
@@ -147,11 +154,18 @@ FLAGS = (
 )
 
 
+VERBS = (
+    ("run", "build the node's network and keep it"),
+    ("status", "what is up, and why not"),
+    ("uninstall", "remove all of it from this node"),
+)
+
+
 def build_parser(environ):
     """The command line. Every flag of `run` has its MNCNI_* variable; a repeatable one takes a comma-separated list there."""
     parser = argparse.ArgumentParser(prog="agent.py", description="MNCNI's node agent: an encrypted pod network between nodes.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, about in (("run", "build the node's network and keep it"), ("status", "what is up, and why not")):
+    for name, about in VERBS:
         command = commands.add_parser(name, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         for flag, kind, default, repeatable, text in FLAGS:
             if repeatable:  # argparse would add to a default what the command line says: parse_settings looks at the variable
@@ -160,6 +174,7 @@ def build_parser(environ):
                 given = environ.get("MNCNI_" + flag[2:].upper().replace("-", "_"))
                 command.add_argument(flag, type=kind, default=given or default, help=text)
     commands.choices["status"].add_argument("--json", action="store_true", help="for programs")
+    commands.choices["uninstall"].add_argument("--force", action="store_true", help="although pods are attached: they lose their network")
     return parser
 
 
@@ -228,7 +243,7 @@ class StoreError(Exception):
 class DirectoryStore:
     """Node records as files, <node>.json each; dot-files are somebody's unfinished writing. The store for a cluster without an API.
 
-    records() -> {node name: text}, publish(name, text), changed() -> whether it is worth reading again.
+    records() -> {node name: text}, publish(name, text), withdraw(name), changed() -> whether it is worth reading again.
     """
 
     RECORD_LIMIT = 65536  # bytes; a record has some 300
@@ -261,6 +276,13 @@ class DirectoryStore:
         """Write this node's record. StoreError."""
         try:
             write_file(os.path.join(self.path, f"{name}.json"), text)
+        except OSError as error:
+            raise StoreError(f"cannot write to --nodes-dir {self.path}: {error.strerror}") from None
+
+    def withdraw(self, name):
+        """Remove this node's record; none there is fine. StoreError."""
+        try:
+            mncni.remove_file(os.path.join(self.path, f"{name}.json"))
         except OSError as error:
             raise StoreError(f"cannot write to --nodes-dir {self.path}: {error.strerror}") from None
 
@@ -623,7 +645,9 @@ def ns_routes(settings):
     """What the namespace has to route: own pods to the host, the rest of the cluster into the device, anything else nowhere."""
     routes = [route(default, kind="unreachable", metric=FLOOR_METRIC) for default in ("0.0.0.0/0", "::/0")]
     routes += [route(cidr, dev=DEVICE) for cidr in settings.cluster_cidrs if cidr.version in settings.families]
-    return routes + [route(cidr, via=gateway, dev=NS_VETH) for cidr, gateway in settings.gateways.items()]
+    for cidr, gateway in settings.gateways.items():  # the gateway is inside the cluster: IPv6 would look for it behind DEVICE, and refuse
+        routes += [route(f"{gateway}/{gateway.max_prefixlen}", dev=NS_VETH), route(cidr, via=gateway, dev=NS_VETH)]
+    return routes
 
 
 def parse_route(entry, family):
@@ -901,16 +925,20 @@ def ensure_namespace(context):
     if facts is None:
         apply([Command(["ip", "netns", "add", settings.namespace])], run)
         facts = look_namespace(context)
-    foreign = sorted(link["ifname"] for link in facts if "ifname" in link and link["ifname"] not in ("lo", DEVICE, NS_VETH))
-    if foreign:
-        raise CNIError(
-            mncni.BAD_CONFIG, f'namespace "{settings.namespace}" is somebody else\'s: it has {", ".join(foreign)}; set --namespace'
-        )
+    refuse_foreign_namespace(settings, facts)
     apply(plan_ns_sysctls(facts, settings.netns), run)
     lines = [f"link set dev {link['ifname']} up" for link in facts if link.get("ifname") == "lo" and "UP" not in link["flags"]]
     lines += missing_routes([entry for entry in ns_routes(settings) if entry["kind"] == "unreachable"], look_routes(run, settings.netns))
     apply([ip_batch(lines, settings.netns)] if lines else [], run)
     ensure_firewall(context, "ns", lambda leaked: ns_firewall(settings))
+
+
+def refuse_foreign_namespace(settings, facts):
+    """CNIError 7 if the namespace has links that are not ours."""
+    foreign = sorted(link["ifname"] for link in facts if "ifname" in link and link["ifname"] not in ("lo", DEVICE, NS_VETH))
+    if foreign:
+        what = f'namespace "{settings.namespace}" is somebody else\'s: it has {", ".join(foreign)}'
+        raise CNIError(mncni.BAD_CONFIG, f"{what}; set --namespace")
 
 
 def look_namespace(context):
@@ -1000,6 +1028,8 @@ def create_device(context):
         return
     if not any(words in reply.stderr for words in ("not supported", "Unknown device type")):
         raise mncni.command_failed(command, reply)
+    with contextlib.suppress(CNIError):  # the one before takes its socket along when it ends, even if that is ours by then
+        wait_until(lambda: not os.path.exists(WIREGUARD_GO_SOCKET), 1, "")
     try:
         context.daemons.append(start_wireguard_go(context.settings.run_dir))
     except FileNotFoundError:
@@ -1012,14 +1042,13 @@ def create_device(context):
 def start_wireguard_go(run_dir):
     """wireguard-go in a session of its own: it carries the node's traffic and outlives the agent."""
     with open(os.path.join(run_dir, "wireguard-go.log"), "a", encoding="utf-8") as output:
-        return subprocess.Popen(
-            ["wireguard-go", "-f", DEVICE],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            env={**os.environ, "LOG_LEVEL": "error", "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/usr/bin:/sbin:/bin"},
-        )
+        return start_process(["wireguard-go", "-f", DEVICE], output, output, start_new_session=True)
+
+
+def start_process(argv, stdout, stderr, **options):
+    """A process that goes on beside us; the runner is for those that end."""
+    environ = {**os.environ, "LOG_LEVEL": "error", "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/usr/bin:/sbin:/bin"}
+    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=environ, **options)
 
 
 def wait_until(is_so, timeout_s, what):
@@ -1058,13 +1087,15 @@ def ensure_identity(context):
 
 
 def ensure_bridge(context):
-    """The pods' bridge with their gateway addresses."""
+    """The pods' bridge with their gateway addresses, and no others: those of an earlier pod CIDR go."""
     settings = context.settings
     conf = {"bridge": settings.bridge, "mtu": context.mtu, "forceAddress": True, "adoptBridge": False}
     bridge = look_link(settings.bridge, look_ip([f"address show dev {settings.bridge}"], context.run))
     refuse_foreign(bridge)
     mncni.refuse_foreign_bridge(conf, bridge)
-    lines = mncni.plan_bridge(conf, bridge, [f"{gateway}/{cidr.prefixlen}" for cidr, gateway in settings.gateways.items()])
+    gateways = [f"{gateway}/{cidr.prefixlen}" for cidr, gateway in settings.gateways.items()]
+    lines = mncni.plan_bridge(conf, bridge, [] if bridge else gateways)
+    lines += plan_addresses(settings.bridge, set(gateways), bridge) if bridge else []
     apply([ip_batch(lines)] if lines else [], context.run)
 
 
@@ -1093,10 +1124,30 @@ def plan_addresses(name, wanted, link):
     ]
 
 
+def ensure_ports(context):
+    """Pods that are attached are ports of the bridge, also of one that was deleted and made again: its MAC is the same, so their
+    neighbour caches are right."""
+    lines = plan_ports(context.settings.bridge, look_ip(["link show type veth"], context.run))
+    apply([ip_batch(lines)] if lines else [], context.run)
+
+
+def plan_ports(bridge, links):
+    lines = []
+    for link in links:
+        if link.get("ifalias", "").startswith(f"{mncni.OWNER_ALIAS}:{NETWORK}:") and link.get("master") != bridge:
+            lines.append(f"link set dev {link['ifname']} master {bridge} up")
+            lines.append(f"link set dev {link['ifname']} type bridge_slave hairpin on")
+    return lines
+
+
 def ensure_forwarding(context):
     """The host routes for its pods."""
     gateways = [str(gateway) for gateway in context.settings.gateways.values()]
-    apply(mncni.plan_forwarding(gateways, mncni.look_forwarding(context.run)), context.run)
+    plan = mncni.plan_forwarding(gateways, mncni.look_forwarding(context.run))
+    if any("ipv6" in " ".join(command.argv) for command in plan):  # a router heeds no other router's advertisements, unless told to
+        uplinks = {entry["dev"] for entry in look_ip(["route show default"], context.run, "", "-6") if entry.get("protocol") == "ra"}
+        plan = [write_on([f"net/ipv6/conf/{uplink}/accept_ra"], 2, "") for uplink in sorted(uplinks)] + plan
+    apply(plan, context.run)
 
 
 def ensure_peers(context):
@@ -1119,6 +1170,7 @@ STAGES = (
     ensure_links,
     ensure_identity,
     ensure_bridge,
+    ensure_ports,
     ensure_addresses,
     ensure_forwarding,
 )
@@ -1135,12 +1187,52 @@ def conflist(settings, mtu):
         "ready": os.path.join(settings.run_dir, "ready"),
         "ipam": {"ranges": [[{"subnet": str(cidr)}] for cidr in settings.pod_cidrs]},
     }
-    return json.dumps({"cniVersion": "1.0.0", "cniVersions": ["1.0.0", "1.1.0"], "name": "mncni", "plugins": [plugin]}, indent=2) + "\n"
+    return json.dumps({"cniVersion": "1.0.0", "cniVersions": ["1.0.0", "1.1.0"], "name": NETWORK, "plugins": [plugin]}, indent=2) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The agent: events only say that it is time for a pass; a pass starts from the present state
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class Monitors:
+    """`ip monitor` and `nft monitor`. What they say only means that it is time to look.
+
+    Both run in the host: a process in the namespace would keep it alive when somebody deletes it. `all-nsid` has the namespace's links
+    and routes told as well; its nft is glanced at. They end with the agent, however that ends.
+    """
+
+    COMMANDS = (["ip", "monitor", "all-nsid", "link", "address", "route", "netconf"], ["nft", "monitor"])
+    WORDS = (b"mn", b"proto 201", b" all ")  # our links and table, our routes, sysctls of all links
+
+    def __init__(self, netns):
+        self.netns = netns
+        self.inode = None
+        self.running = {}  # {"ip" or "nft": process}
+
+    def tend(self):
+        """Start what is not running. Returns whether the namespace is another one than last time, or gone."""
+        for command in self.COMMANDS:
+            process = self.running.get(command[0])
+            if process is None or process.poll() is not None:
+                process = start_process(["setpriv", "--pdeathsig", "KILL", *command], subprocess.PIPE, subprocess.DEVNULL)
+                os.set_blocking(process.stdout.fileno(), False)
+                self.running[command[0]] = process
+        inode = os.stat(self.netns).st_ino if os.path.exists(self.netns) else None
+        changed, self.inode = inode != self.inode, inode
+        return changed
+
+    def wait(self, wakeup, timeout_s):
+        """Wait for an event of ours, a byte from the pipe `wakeup`, or the end of the time. Returns whether there was an event."""
+        outputs = [process.stdout for process in self.running.values()]
+        ready, _, _ = select.select([wakeup, *outputs], [], [], timeout_s)
+        said = [output.read(1 << 20) or b"" for output in outputs if output in ready]
+        return any(word in text for text in said for word in self.WORDS)
+
+    def stop(self):
+        for process in self.running.values():
+            process.kill()
+            process.wait()
 
 
 class Agent:
@@ -1158,14 +1250,12 @@ class Agent:
         self.doubt_until = None  # on self.clock; while it is set, nodes that vanish are kept
         self.store_trouble = ""
         self.reason = "starting"
-        self.next_pass = 0
+        self.next_pass = self.next_glance = 0
 
-    def tick(self):
+    def tick(self, event=False):
         """One look at the store and, if something happened or an audit is due, one pass. Returns whether the node's network stands."""
-        changed = self.store.changed()
-        if self.doubt_until is not None and self.clock() >= self.doubt_until:
-            changed = True
-        if not changed and self.clock() < self.next_pass:
+        due = self.clock() >= min(self.next_pass, self.doubt_until if self.doubt_until is not None else self.next_pass)
+        if not (self.store.changed() or due or event or self.is_tunnel_changed()):
             return not self.reason
         try:
             self.reconcile()
@@ -1180,6 +1270,22 @@ class Agent:
             self.say(reason)
         self.write_status()
         return not self.reason
+
+    def is_tunnel_changed(self):
+        """Whether WireGuard or the namespace's firewall are otherwise than we left them: no monitor says so. Asked every GLANCE_S."""
+        context = self.context
+        if self.clock() < self.next_glance or self.reason:
+            return False
+        self.next_glance = self.clock() + GLANCE_S
+        try:
+            device = look_device(context)
+            loaded = context.loaded.get("ns", [])[1:]
+            firewall = [look_firewall(context.run, self.settings.netns)[0]] if loaded else []
+        except CNIError:
+            return True
+        allowed = {key: peer["allowed_ips"] for key, peer in device["peers"].items()}
+        wanted = {key: peer["allowed_ips"] for key, peer in context.peers.items()}
+        return allowed != wanted or device["port"] != self.settings.ports[0] or firewall != loaded
 
     def reconcile(self):
         """One pass: all stages, what the store says, our record, then the files that let pods in."""
@@ -1196,7 +1302,7 @@ class Agent:
         self.note([*troubles, self.publish(), self.save_state()])
         mncni.install(self.settings.bin_dir)
         write_if_changed(os.path.join(self.settings.run_dir, "ready"), self.ready_text(""))
-        path = os.path.join(self.settings.conf_dir, "10-mncni.conflist")
+        path = os.path.join(self.settings.conf_dir, CONFLIST)
         if write_if_changed(path, conflist(self.settings, context.mtu)):
             log.info("wrote %s: pods can come", path)
 
@@ -1330,12 +1436,16 @@ def run_agent(settings, environ):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stopping.append(number))
     run = mncni.make_run(environ, trace=lambda command: log.debug("+ %s", command))
-    agent = Agent(settings, DirectoryStore(settings.nodes_dir), run)
+    agent, monitors, event = Agent(settings, DirectoryStore(settings.nodes_dir), run), Monitors(settings.netns), False
     while not stopping:
-        agent.tick()
+        agent.tick(event)
         for daemon in agent.context.daemons:
             daemon.poll()  # reaps it, should it have ended
-        select.select([reader], [], [], POLL_S)
+        changed = monitors.tend()
+        event = monitors.wait(reader, 0 if changed else POLL_S) or changed
+        if event and not stopping:
+            select.select([reader], [], [], EVENT_S)
+    monitors.stop()
     log.info("stopping; the network stays as it is")
     return OK
 
@@ -1410,6 +1520,93 @@ def format_status(status, now):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Uninstall
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def uninstall(settings, run, force):
+    """Remove all that the agent and the plugin made on this node, the floor last. Returns notes on what stays. CNIError 7 while pods
+    are attached, unless force takes their network away."""
+    leases = mncni.Leases(mncni.DEFAULT_DATA_DIR, NETWORK)
+    attached = leases.attachments()
+    if attached and not force:
+        raise CNIError(mncni.BAD_CONFIG, f"{len(attached)} pods are attached, {attached[0][0]} for one; drain the node, or give --force")
+    for path in (os.path.join(settings.conf_dir, CONFLIST), os.path.join(settings.run_dir, "ready")):
+        mncni.remove_file(path)
+    links = look_ip(["link show"], run)
+    veths = [link["ifname"] for link in links if link.get("ifalias", "").startswith(f"{mncni.OWNER_ALIAS}:{NETWORK}:")]
+    own = [link["ifname"] for link in links if link.get("ifalias") == mncni.OWNER_ALIAS]
+    for name in [*veths, *(name for name in own if name in (settings.bridge, HOST_VETH, DEVICE))]:
+        mncni.delete_link(name, run)
+    remove_namespace(settings, run)
+    notes = [withdraw_record(settings), remove_plugins(settings)]
+    for directory in (leases.dir, settings.run_dir, settings.state_dir):
+        shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.rmdir(mncni.DEFAULT_DATA_DIR)
+    run(Command(["nft", "delete", "table", "inet", "mncni"]))
+    lines = stale_routes([], look_routes(run))
+    apply([ip_batch(lines)] if lines else [], run)
+    return [note for note in notes if note] + ["sysctls stay as they are: net.ipv4.ip_forward, net.ipv6.conf.all.forwarding"]
+
+
+def remove_namespace(settings, run):
+    """Delete the namespace if it is ours; the device goes with it, and wireguard-go with the device."""
+    facts = look_namespace(Context(settings, run, ""))
+    if facts is None:
+        return
+    refuse_foreign_namespace(settings, facts)
+    if look_link(DEVICE, facts):
+        apply([ip_batch([f"link delete dev {DEVICE}"], settings.netns)], run)
+    apply([Command(["ip", "netns", "delete", settings.namespace])], run)
+    with contextlib.suppress(CNIError):
+        wait_until(lambda: not os.path.exists(WIREGUARD_GO_SOCKET), 2, "")
+
+
+def withdraw_record(settings):
+    """Take our record out of the node store. A note if that cannot be."""
+    if not settings.nodes_dir:
+        return "no --nodes-dir was given: this node's record, if it has one, stays there"
+    try:
+        DirectoryStore(settings.nodes_dir).withdraw(settings.node_name)
+    except StoreError as error:
+        return f"{error}: this node's record stays"
+    return ""
+
+
+def remove_plugins(settings):
+    """Remove what mncni.install wrote, unless another CNI configuration uses it. A note if so."""
+    for name in sorted(os.listdir(settings.conf_dir)) if os.path.isdir(settings.conf_dir) else []:
+        if '"mncni' in (mncni.read_file(os.path.join(settings.conf_dir, name)) or ""):
+            return f"the plugins in {settings.bin_dir} stay: {name} uses them"
+    for name in ("mncni", "mncni.py", *mncni.PLUGINS):
+        path = os.path.join(settings.bin_dir, name)
+        if mncni.is_ours(path):
+            mncni.remove_file(path)
+    for path in glob.glob(os.path.join(settings.bin_dir, "__pycache__", "mncni.*")):
+        mncni.remove_file(path)
+    with contextlib.suppress(OSError):
+        os.rmdir(os.path.join(settings.bin_dir, "__pycache__"))
+    return ""
+
+
+def run_uninstall(settings, run, force):
+    """The exit code of `agent.py uninstall`."""
+    lock_path = os.path.join(settings.run_dir, "agent.lock")
+    if os.path.exists(lock_path) and take_lock(lock_path, timeout_s=1) is None:
+        log.error("an agent is running here: stop it first, it would build everything again")
+        return RUNNING_ALREADY
+    try:
+        notes = uninstall(settings, run, force)
+    except (CNIError, OSError) as error:
+        log.error("not uninstalled: %s", error)
+        return FAILED
+    for note in notes:
+        log.info("%s", note)
+    return OK
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1428,6 +1625,8 @@ def main(arguments, environ):
     if os.geteuid() != 0:
         log.error("agent.py %s needs root: network namespaces and links are root's", options.command)
         return FAILED
+    if options.command == "uninstall":
+        return run_uninstall(settings, mncni.make_run(environ), options.force)
     if options.command == "status":
         status = look_status(settings, mncni.make_run(environ))
         sys.stdout.write(json.dumps(status, indent=2) + "\n" if options.json else format_status(status, time.time()))

@@ -200,7 +200,9 @@ def test_the_namespaces_routes_of_both_families():
         "route replace unreachable ::/0 metric 4278198272 proto 201",
         "route replace 10.244.0.0/16 dev mncni-wg0 proto 201",
         "route replace fd00:244::/32 dev mncni-wg0 proto 201",
+        "route replace 10.244.255.1/32 dev mncni-ns proto 201",
         "route replace 10.244.255.0/24 via 10.244.255.1 dev mncni-ns onlink proto 201",
+        "route replace fd00:244:ffff::1/128 dev mncni-ns proto 201",
         "route replace fd00:244:ffff::/64 via fd00:244:ffff::1 dev mncni-ns onlink proto 201",
     ]
 
@@ -316,6 +318,22 @@ def test_forwarding_and_the_path_filter_are_set_where_they_are_wrong():
     ]
     right = [netconf("inet", "all", rp_filter="off"), netconf("inet6", "all"), netconf("inet6", "lo", False)]
     assert agent.plan_ns_sysctls(right, BOTH.netns) == []
+
+
+def test_a_bridge_keeps_its_gateways_and_loses_those_of_an_earlier_pod_cidr():
+    asked, ran = "address show dev mncni0", []
+    addresses = [address("10.244.9.1", 24), address("fd00:244:9::1", 64), address("fd00:244:ffff::1", 64), address("fe80::1", 64, "link")]
+    bridge = {**veth("mncni0"), "linkinfo": {"info_kind": "bridge"}, "addr_info": addresses}
+
+    def run(command):
+        if "-json" not in command.argv:
+            ran.append(str(command))
+            return mncni.Reply(0, "", "")
+        return Kernel({asked: [bridge]})(command)
+
+    agent.ensure_bridge(agent.Context(BOTH, run, "boot", mtu=1440))
+    lines = ["address delete 10.244.9.1/24 dev mncni0", "address delete fd00:244:9::1/64 dev mncni0", "address replace 10.244.255.1/24 dev mncni0"]
+    assert ran == ["ip -batch - <<'E'\n" + "\n".join(lines) + "\nE"]
 
 
 # ---- the node's address and MTU ----

@@ -542,7 +542,8 @@ def test_between_audits_a_store_without_news_costs_no_pass(bench):
     os.utime(bench.own)
     for _ in range(9):
         bench.tick(1)
-    assert bench.run.log == []
+    glances = len(bench.run.log)
+    assert 0 < glances <= 9 / agent.GLANCE_S and bench.run.writes() == []
     bench.tick(1)
     assert len(bench.run.log) == 2
 
