@@ -40,7 +40,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections import Counter
@@ -97,12 +96,11 @@ def run(argv, stdin="", env=None, timeout_s=60):
     child = start(argv, **pipes, **({"env": env} if env else {}))
     try:
         stdout, stderr = child.communicate(stdin, timeout=timeout_s)
-    except BaseException as error:
-        child.kill()
+    except subprocess.TimeoutExpired:
+        raise LabError(f"no end after {timeout_s} s: {' '.join(argv)}") from None
+    finally:
+        child.kill()                                 # nothing when it has ended
         child.wait()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise LabError(f"no end after {timeout_s} s: {' '.join(argv)}") from None
-        raise
     return child.returncode, stdout, stderr
 
 
@@ -207,10 +205,6 @@ class Lab:
         finally:
             os.close(lock)
 
-    def node_dir(self, node):
-        """Where the node's etc, opt and var live on the host."""
-        return self.dir / node
-
     def inside(self, node, path):
         """A path of a running node as the host reaches it, /proc and /run included."""
         return Path(f"/proc/{self.node(node)['pid']}/root") / path.lstrip("/")
@@ -265,7 +259,7 @@ def family_rows(lab, node):
 # The underlay
 # ---------------------------------------------------------------------------------------------------------------------------
 def make_underlay(lab):
-    """The network namespace with the bridge.: the bridge itself says nothing on the wire."""
+    """The network namespace with the bridge that the nodes are cabled to."""
     must(["ip", "netns", "add", lab.underlay])
     must(["ip", "-n", lab.underlay, "-batch", "-"], f"link set lo up\nlink add {BRIDGE} type bridge mcast_snooping 0\n"
                                                     f"link set {BRIDGE} up\n")
@@ -311,7 +305,7 @@ def pod_argv(lab, node, pod):
 
 def make_node_dir(lab, node):
     """The directories of a node that survive its reboots, and the programs in them."""
-    top = lab.node_dir(node)
+    top = lab.dir / node
     for name in ("root", "etc", "opt/mncni", "opt/cni/bin", "var/lib/mncni-lab/nodes", "var/log", "var/cache", "var/tmp"):
         (top / name).mkdir(parents=True)
     (top / "var/run").symlink_to("/run")
@@ -331,7 +325,7 @@ def make_node_dir(lab, node):
 def start_node(lab, node):
     """Boot: start init, record it, let it go on. Only then does it do anything, so no init can be lost by an interrupt."""
     boot_id = str(uuid.uuid4())
-    with open(lab.node_dir(node) / "var/log/lab-init.log", "a") as log:
+    with open(lab.dir / node / "var/log/lab-init.log", "a") as log:
         child = start(["unshare", "--fork", "--pid", "--mount", "--net", "--uts", "--ipc", "--propagation", "private", "--",
                        PYTHON, str(LAB_FILE), "node-init", str(lab.dir), node, boot_id],
                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
@@ -345,7 +339,7 @@ def start_node(lab, node):
         if read_line(child, 10) != "ready":
             raise LabError("init ended")
     except (LabError, ValueError, OSError) as error:
-        raise LabError(f"{node}: cannot boot: {error}\n{tail(lab.node_dir(node) / 'var/log/lab-init.log')}") from None
+        raise LabError(f"{node}: cannot boot: {error}\n{tail(lab.dir / node / 'var/log/lab-init.log')}") from None
     finally:
         child.stdin.close()
         child.stdout.close()
@@ -368,16 +362,10 @@ def tail(path, lines=15):
 def kill_node(lab, node):
     """End init and with it every process of the node; returns when all are gone. Nothing happens to a recycled PID."""
     row = lab.node(node)
-    with contextlib.suppress(ProcessLookupError):
-        if is_running(row):
-            descriptor = os.pidfd_open(row["pid"])   # from here on the PID cannot become another process
-            try:
-                if is_running(row):
-                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-                    if not select.select([descriptor], [], [], 10)[0]:
-                        raise LabError(f"{node}: init {row['pid']} does not end")
-            finally:
-                os.close(descriptor)
+    if is_running(row):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(row["pid"], signal.SIGKILL)
+        wait_until(lambda: not is_running(row), 10, f"end of {node}, init {row['pid']}")
     if node in lab.children:
         lab.children.pop(node).wait(10)
     with lab.changing(node) as row:
@@ -490,22 +478,19 @@ def start_agent(lab, node):
 
 def stop_agent(lab, node, timeout_s=5):
     """SIGTERM the agent and wait for its end. LabError when it is still there after timeout_s."""
-    must(node_argv(lab, node) + [PYTHON, "/opt/mncni/lab.py", "node-agent", "stop", str(timeout_s)])
+    pid = agent_pid(lab.inside(node, "/"))
+    if pid:
+        run(node_argv(lab, node) + ["sh", "-c", f"kill {pid}"])
+        wait_until(lambda: not agent_pid(lab.inside(node, "/")), timeout_s, "end of the agent")
 
 
 def node_agent(arguments):
-    """In the node: node-agent start ARGV... | stop TIMEOUT_S."""
-    if arguments[0] == "start":
-        with open(AGENT_LOG, "a") as log:
-            env = {"PATH": PATH, "HOME": "/root", "LC_ALL": "C.UTF-8"}       # as an init system would: none of the caller's
-            child = start(arguments[1:], env=env, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-        write_atomically(Path(AGENT_PID), str(child.pid))
-        os._exit(0)                                  # leave it behind; init adopts it
-    pid = agent_pid(Path("/"))
-    if pid:
-        os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: not agent_pid(Path("/")), float(arguments[1]), "end of the agent")
-    return 0
+    """In the node: node-agent start ARGV... As an init system would: with none of the caller's environment."""
+    with open(AGENT_LOG, "a") as log:
+        env = {"PATH": PATH, "HOME": "/root", "LC_ALL": "C.UTF-8"}
+        child = start(arguments[1:], env=env, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    write_atomically(Path(AGENT_PID), str(child.pid))
+    os._exit(0)                                      # leave it behind; init adopts it
 
 
 def agent_pid(root):
@@ -520,7 +505,7 @@ def agent_pid(root):
 def wait_agent(lab, node, timeout_s=AGENT_TIMEOUT_S):
     """Wait until the agent wrote its ready file (new at each boot) and, last, the conflist. LabError with the end of its log."""
     def ready():
-        conf = list((lab.node_dir(node) / "etc/cni/net.d").glob("*.conflist"))
+        conf = list((lab.dir / node / "etc/cni/net.d").glob("*.conflist"))
         if not agent_pid(lab.inside(node, "/")):
             raise LabError("the agent died")
         return conf and lab.inside(node, "/run/mncni/ready").exists()
@@ -528,7 +513,7 @@ def wait_agent(lab, node, timeout_s=AGENT_TIMEOUT_S):
     try:
         wait_until(ready, timeout_s, "conflist and ready file of the agent")
     except LabError as error:
-        raise LabError(f"{node}: {error}; the end of {AGENT_LOG}:\n{tail(lab.node_dir(node) / AGENT_LOG[1:])}") from None
+        raise LabError(f"{node}: {error}; the end of {AGENT_LOG}:\n{tail(lab.dir / node / AGENT_LOG[1:])}") from None
     lab.say(f"{node}: agent ready")
 
 
@@ -561,14 +546,12 @@ def del_pod(lab, node, pod):
 
 def pod_record(lab, node, pod):
     """What the runtime recorded of a pod, {} when there is no such pod: see `sandbox_add`."""
-    path = lab.node_dir(node) / PODS_DIR[1:] / f"{pod}.json"
+    path = lab.dir / node / PODS_DIR[1:] / f"{pod}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def check_host(source):
-    """LabError unless this is root, with the tools and the programs that the lab runs."""
-    if os.geteuid():
-        raise LabError("the lab makes network namespaces and needs root: run it with sudo")
+    """LabError unless the tools and the programs that the lab runs are there."""
     missing = [f"{tool} (package {package})" for tool, package in TOOLS.items() if not shutil.which(tool, path=PATH)]
     if missing:
         raise LabError(f"not installed: {', '.join(missing)}")
@@ -577,22 +560,18 @@ def check_host(source):
             raise LabError(f"no {part} in {source}; name the directory that has it with --source")
 
 
-def up(lab, nodes=2, pods=2, source=LAB_FILE.parents[1]):
-    """Build the whole lab. When that fails or is interrupted, everything is undone and the error raised."""
-    check_host(source)
-    with built_or_undone(lab, nodes, pods, source):
-        boot_all(lab)
-
-
 @contextlib.contextmanager
 def built_or_undone(lab, nodes, pods, source):
-    """The underlay, for the time of the with block and, if the block ends well, beyond it."""
+    """The underlay, for the time of the with block and, if the block ends well, beyond it. Else everything is undone."""
+    check_host(source)
     if not 1 <= nodes <= MAX_NODES or not 0 <= pods <= MAX_PODS:
         raise LabError(f"--nodes 1 to {MAX_NODES}, --pods 0 to {MAX_PODS}")
     try:
         lab.dir.mkdir(mode=0o700)
     except FileExistsError:
-        raise LabError(f"{lab.dir} exists, so the lab {lab.name} is up; end it with: lab.py --name {lab.name} down") from None
+        if lab.file.exists():
+            raise LabError(f"the lab {lab.name} is up; end it with: lab.py --name {lab.name} down") from None
+        raise LabError(f"{lab.dir} exists and is no lab; take another --name") from None
     try:
         create_lab(lab, nodes, pods, source)
         make_underlay(lab)
@@ -601,6 +580,7 @@ def built_or_undone(lab, nodes, pods, source):
     except BaseException:
         with signals_ignored():
             down(lab)
+            shutil.rmtree(lab.dir, ignore_errors=True)           # interrupted before there was a lab.json
         raise
 
 
@@ -620,9 +600,7 @@ def boot_all(lab):
 def down(lab):
     """End the lab and remove all of it. May be called at any time and again. What goes wrong on the way is reported."""
     if not lab.file.exists():
-        if lab.dir.is_dir() and {path.name for path in lab.dir.iterdir()} <= {".lab.json.tmp"}:
-            shutil.rmtree(lab.dir)                   # an `up` that was killed at its first step; anything else is not ours
-        return
+        return                                       # whatever else is there is not ours
     lab.say("taking the lab down")
     running = [node for node, row in lab.nodes().items() if is_running(row)]
     parallel(lambda pair: reported(lab, runtime, pair[0], "del", pair[1]),
@@ -630,7 +608,7 @@ def down(lab):
     parallel(lambda node: reported(lab, stop_agent, node), running)
     for node in lab.nodes():
         kill_node(lab, node)
-    if lab.underlay in [row["name"] for row in look(["ip", "-json", "netns"])]:
+    if Path("/run/netns", lab.underlay).exists():
         must(["ip", "netns", "del", lab.underlay])
     shutil.rmtree(lab.dir)
     lab.say("down")
@@ -648,9 +626,11 @@ def reported(lab, function, *arguments):
 # Ping and path
 # ---------------------------------------------------------------------------------------------------------------------------
 def plan_pairs(lab):
-    """Who pings whom, for each address of the target: [{"node", "pod" or "", "to_node", "to_pod", "address"}]."""
+    """Who pings whom, for each address of the target: [{"node", "pod" or "", "to_node", "to_pod", "address"}]. A node that is down
+    cannot ping; its pods are targets all the same, so the pings to them are lost."""
     targets = [(node, pod, address) for node, pod in lab.pods() for address in pod_record(lab, node, pod).get("addresses", [])]
-    sources = lab.pods() + [(node, "") for node in lab.nodes()]
+    up = [node for node, row in lab.nodes().items() if is_running(row)]
+    sources = [(node, pod) for node, pod in lab.pods() if node in up] + [(node, "") for node in up]
     return [{"node": node, "pod": pod, "to_node": to_node, "to_pod": to_pod, "address": address}
             for node, pod in sources for to_node, to_pod, address in targets if (node, pod) != (to_node, to_pod)]
 
@@ -675,7 +655,8 @@ def ping_pair(lab, pair):
 
 
 def wait_first_pongs(lab, pairs):
-    """Wait until each pair answered once, so that the pings that count meet a network that is up. Tells how long that took."""
+    """Wait until each pair answered once, so that the pings that count meet a network that is up. Returns (and says) when the
+    pairs answered, in seconds after the start of this command, sorted."""
     answered = []
 
     def pong(pair):
@@ -686,11 +667,10 @@ def wait_first_pongs(lab, pairs):
 
     with contextlib.suppress(LabError):              # a pair that never answers is for the table to show
         parallel(lambda pair: wait_until(lambda: pong(pair), FIRST_PONG_TIMEOUT_S, "pong"), pairs, workers=16)
-    if answered:
-        lab.say(f"first pong {min(answered):.1f} s after the start of this command; {len(answered)} of {len(pairs)} pairs had answered "
-                f"after {max(answered):.1f} s")
-    else:
-        lab.say("no pong")
+    answered.sort()
+    when = f", the first after {answered[0]:.1f} s, the last after {answered[-1]:.1f} s" if answered else ""
+    lab.say(f"{len(answered)} of {len(pairs)} pairs have answered{when}")
+    return answered
 
 
 def ping_all(lab):
@@ -706,8 +686,9 @@ def is_lost(row):
 
 def look_path(lab, pair):
     """The devices that a packet of this pair passes, from the routes and links of both nodes, as one readable line."""
+    own = [own for own in pod_record(lab, pair["node"], pair["pod"]).get("addresses", []) if (":" in own) == (":" in pair["address"])]
     try:
-        first = look_hops(lab, pair["node"], pod_address(lab, pair["node"], pair["pod"], pair["address"])) if pair["pod"] else []
+        first = look_hops(lab, pair["node"], own[0]) if own else []
         there = look_hops(lab, pair["node"], pair["address"])
         if pair["node"] == pair["to_node"]:
             return f"bridge {there[-1]['dev']}"
@@ -716,12 +697,6 @@ def look_path(lab, pair):
         return f"no route ({str(error).splitlines()[-1]})"
     wire = "underlay (WireGuard)" if there[-1]["wireguard"] else "underlay (NOT ENCRYPTED)"
     return " > ".join([hop["dev"] for hop in first + there] + [wire] + [f"{pair['to_node']} {hop['dev']}" for hop in last])
-
-
-def pod_address(lab, node, pod, like):
-    """The pod's own address of the same family as the address `like`."""
-    addresses = pod_record(lab, node, pod).get("addresses", [])
-    return next((address for address in addresses if (":" in address) == (":" in like)), like)
 
 
 def look_hops(lab, node, address):
@@ -744,6 +719,7 @@ def look_hops(lab, node, address):
 # ---------------------------------------------------------------------------------------------------------------------------
 # The sniffer
 # ---------------------------------------------------------------------------------------------------------------------------
+IP_VERSIONS = {b"\x08\x00": 4, b"\x86\xdd": 6}      # ethertype -> version
 WIREGUARD_PORTS = (28384, 28385)
 WIREGUARD_SIZES = {1: 148, 2: 92, 3: 64}             # handshake initiation, response, cookie; 4 = data, 32 bytes and 16 more each
 ND_TYPES = (*range(130, 138), 143)                   # ICMPv6: multicast listener and neighbour discovery
@@ -751,7 +727,8 @@ ICMP_ERRORS = {1: (3, 11, 12), 58: (1, 2, 3, 4)}     # protocol -> types that qu
 
 
 def parse_ip(packet):
-    """{"src", "dst", "protocol", "payload", "later": not the first fragment} of an IPv4 or IPv6 packet. IndexError: cut short."""
+    """{"src", "dst", "protocol", "payload", "later": not the first fragment} of an IPv4 or IPv6 packet.
+    IndexError, ValueError: cut short."""
     if packet[0] >> 4 == 4:
         return {"src": socket.inet_ntop(socket.AF_INET, packet[12:16]), "dst": socket.inet_ntop(socket.AF_INET, packet[16:20]),
                 "protocol": packet[9], "payload": packet[4 * (packet[0] & 15):], "later": bool((packet[6] & 31) << 8 | packet[7])}
@@ -765,6 +742,13 @@ def parse_ip(packet):
             "protocol": protocol, "payload": packet[offset:], "later": later}
 
 
+def parse_frame(frame):
+    """parse_ip of what is in an Ethernet frame. IndexError, ValueError: it is not IP of the version that the frame says."""
+    if frame[14] >> 4 != IP_VERSIONS.get(frame[12:14]):
+        raise ValueError
+    return parse_ip(frame[14:])
+
+
 def is_wireguard(udp):
     """Whether a UDP datagram is a WireGuard message by ports, type, zero bytes and length."""
     ports = {udp[0] << 8 | udp[1], udp[2] << 8 | udp[3]}
@@ -773,18 +757,17 @@ def is_wireguard(udp):
     return len(udp) >= 12 and plausible and not ports.isdisjoint(WIREGUARD_PORTS)
 
 
-def classify_ip(packet):
-    """As classify, for an IP packet without its link header."""
-    ip = parse_ip(packet)
+def classify_ip(ip):
+    """As classify, for what parse_ip returns."""
     protocol, payload = ip["protocol"], ip["payload"]
     if ip["later"]:
         return "fragment"                            # says nothing by itself; the first fragment is judged by what it holds
     if protocol == 17 and is_wireguard(payload):
         return "wireguard"
-    if protocol == 58 and payload[0] in ND_TYPES:
+    if protocol == 58 and ":" in ip["src"] and payload[0] in ND_TYPES:
         return "nd"
     # "No such port" about a WireGuard datagram: a node that boots is told so, and all that it quotes is encrypted.
-    if payload[0] in ICMP_ERRORS.get(protocol, ()) and classify_ip(payload[8:]) == "wireguard":
+    if payload[0] in ICMP_ERRORS.get(protocol, ()) and classify_ip(parse_ip(payload[8:])) == "wireguard":
         return "icmp-error"
     return "clear"
 
@@ -794,10 +777,10 @@ def classify(frame):
     ethertype = frame[12:14]
     if ethertype == b"\x08\x06":
         return "arp"
-    if ethertype not in (b"\x08\x00", b"\x86\xdd"):
+    if ethertype not in IP_VERSIONS:
         return "other"
     try:
-        return classify_ip(frame[14:])
+        return classify_ip(parse_frame(frame))
     except (IndexError, ValueError):
         return "clear"                               # IP that cannot be understood is not proven to be encrypted
 
@@ -806,7 +789,7 @@ def describe(frame):
     """A frame in a few words: `10.244.1.2 > 10.244.2.2 icmp`."""
     names = {1: "icmp", 2: "igmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
     try:
-        ip = parse_ip(frame[14:])
+        ip = parse_frame(frame)
         return f"{ip['src']} > {ip['dst']} {names.get(ip['protocol'], ip['protocol'])}"
     except (IndexError, ValueError):
         return f"ethertype 0x{frame[12:14].hex()}, {len(frame)} bytes"
@@ -822,14 +805,15 @@ def open_sniffer():
 
 
 def sniff(_arguments):
-    """In the underlay: print `ready`, count until SIGTERM or the end of stdin, print the counts as one JSON object."""
-    capture, counts, samples = open_sniffer(), Counter(), []
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    """In the underlay: print `ready`, count until the end of stdin, print the counts as one JSON object."""
+    capture, counts, samples, ended = open_sniffer(), Counter(), [], 0
     print("ready", flush=True)
-    deadline = float("inf")
-    while time.monotonic() < deadline:
-        ready = select.select([capture, sys.stdin], [], [], 0.1)[0]
+    while True:
+        ready = select.select([capture, sys.stdin], [], [])[0]
+        if sys.stdin in ready:
+            ended = ended or time.monotonic()
+            if capture not in ready or time.monotonic() > ended + 2:     # 2 s: for traffic that never pauses
+                break                                # all that had arrived is counted
         if capture in ready:
             frame, (interface, *_rest) = capture.recvfrom(256)
             if interface in (BRIDGE, "lo"):          # the second look at a frame that the bridge hands to its own device
@@ -838,13 +822,8 @@ def sniff(_arguments):
             counts[kind] += 1
             if kind in ("clear", "other") and describe(frame) not in samples[:9]:
                 samples.append(describe(frame))
-        elif stop.is_set() or ready:
-            break                                    # all that had arrived is counted
-        if (stop.is_set() or sys.stdin in ready) and deadline == float("inf"):
-            deadline = time.monotonic() + 2          # traffic that never pauses
     dropped = int.from_bytes(capture.getsockopt(263, 6, 8)[4:], sys.byteorder)       # PACKET_STATISTICS: packets, drops
     print(json.dumps({**counts, "dropped": dropped, "samples": samples[:9]}), flush=True)
-    return 0
 
 
 @contextlib.contextmanager
@@ -859,8 +838,7 @@ def sniffing(lab):
             raise LabError("the sniffer does not start")
         yield counts
     finally:
-        child.terminate()
-        stdout, _ = child.communicate(timeout=10)
+        stdout, _ = child.communicate(timeout=10)    # closes its stdin
     if child.returncode:
         raise LabError(f"the sniffer failed, exit status {child.returncode}")
     counts.update(dict.fromkeys(("wireguard", "arp", "nd", "icmp-error", "fragment", "clear", "other"), 0))
@@ -902,13 +880,12 @@ def parse_network(text, file_name):
     try:
         conf = json.loads(text)
         plugins = conf.get("plugins", [conf])
-        network = {"name": conf["name"], "cniVersion": plan_version(conf), "plugins": plugins, "text": text,
-                   "disableCheck": str(conf.get("disableCheck", False)).lower() == "true"}
-    except (ValueError, KeyError, TypeError) as error:
+        if not [plugin["type"] for plugin in plugins]:
+            raise ValueError("no plugin in it")
+        return {"name": conf["name"], "cniVersion": plan_version(conf), "plugins": plugins, "text": text,
+                "disableCheck": str(conf.get("disableCheck", False)).lower() == "true"}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LabError(f"{file_name}: no CNI configuration: {error!r}") from None
-    if not plugins:
-        raise LabError(f"{file_name}: no plugin in it")
-    return network
 
 
 def plan_version(conf):
@@ -963,12 +940,14 @@ def plan_attachment(record, ifname):
 def parse_answer(act, code, stdout, stderr):
     """The result a plugin printed, None for none. CNIError when it failed; the error object is on stdout (C2)."""
     try:
-        answer = json.loads(stdout) if stdout.strip() else None
+        answer = json.loads(stdout) if stdout.strip() else {}
     except ValueError:
-        raise CNIError(act, {"msg": f"exit status {code}, and stdout is not JSON", "details": stdout + stderr}) from None
+        answer = None
+    if not isinstance(answer, dict):
+        raise CNIError(act, {"msg": f"exit status {code}, and stdout is no JSON object", "details": stdout + stderr})
     if code:
         raise CNIError(act, answer or {"msg": f"exit status {code} without an error object", "details": stderr})
-    return answer
+    return answer or None
 
 
 def plan_call(command, network, plugin, attachment, prev_result):
@@ -1117,7 +1096,6 @@ def runtime_main(arguments):
         print(json.dumps(add_with_patience(pod, json.loads(rest[0]), DIRS, run)))
     else:
         {"check": sandbox_check, "del": sandbox_del}[command](pod, DIRS, run)
-    return 0
 
 
 def add_with_patience(pod, capabilities, dirs, run, timeout_s=POD_TIMEOUT_S):
@@ -1156,28 +1134,30 @@ def print_pings(rows):
 
 
 def command_up(lab, options):
-    up(lab, options.nodes, options.pods, options.source)
+    with built_or_undone(lab, options.nodes, options.pods, options.source):
+        boot_all(lab)
     lab.say(f"up; now: lab.py --name {lab.name} ping")
-    return 0
 
 
 def command_status(lab, _options):
-    nodes = [["NODE", "INIT", "BOOT ID", "AGENT", "AGENT SAYS"]]
-    for node, row in lab.nodes().items():
-        running = is_running(row) and agent_pid(lab.inside(node, "/"))
-        says = run(node_argv(lab, node) + [PYTHON, "/opt/mncni/agent.py", "status"])[1] if running else ""
-        nodes.append([node, row["pid"] or "down", row["boot_id"], "running" if running else "stopped", (says.splitlines() or ["-"])[0]])
-    print_table(nodes)
+    print_table([["NODE", "INIT", "BOOT ID", "AGENT", "AGENT SAYS"], *(node_status(lab, node) for node in lab.nodes())])
     print_table([["POD", "ADDRESSES", "CONTAINER", "CHECK"], *parallel(lambda pair: pod_status(lab, *pair), lab.pods(), workers=4)])
-    return 0
+
+
+def node_status(lab, node):
+    """The row of a node: its name, init, boot ID and agent, and the first line that the agent says about itself."""
+    row = lab.node(node)
+    if not is_running(row):
+        return [node, "down", row["boot_id"], "-", "-"]
+    _, says, _ = run(node_argv(lab, node) + [PYTHON, "/opt/mncni/agent.py", "status"])
+    return [node, row["pid"], row["boot_id"], "running" if agent_pid(lab.inside(node, "/")) else "stopped", (says.splitlines() or ["-"])[0]]
 
 
 def pod_status(lab, node, pod):
     """The row of a pod: its name, addresses, container ID and what CHECK says."""
-    record = pod_record(lab, node, pod)
+    record, check = pod_record(lab, node, pod), "ok"
     try:
         runtime(lab, node, "check", pod)
-        check = "ok"
     except LabError as error:
         check = str(error).splitlines()[0]
     return [f"{node}/{pod}", " ".join(record.get("addresses", [])) or "-", record.get("container_id", "-")[:12], check]
@@ -1201,18 +1181,15 @@ def command_exec(lab, options):
 
 def command_reboot(lab, options):
     reboot(lab, options.node)
-    return 0
 
 
 def command_down(lab, _options):
     with signals_ignored():
         down(lab)
-    return 0
 
 
 def command_demo(lab, options):
     """The whole story, with the sniffer on from before the first node boots."""
-    check_host(options.source)
     with built_or_undone(lab, options.nodes, options.pods, options.source):
         with sniffing(lab) as counts:
             lab.say("sniffer on the underlay: every frame is looked at")
@@ -1227,7 +1204,7 @@ def command_demo(lab, options):
     return int(bool(reasons) or any(map(is_lost, rows)))
 
 
-COMMANDS = {                                         # name -> (function, what it does)
+COMMANDS = {                                         # name -> (function that returns the exit status or None, what it does)
     "up": (command_up, "start the nodes and attach the pods"),
     "status": (command_status, "show nodes and pods"),
     "ping": (command_ping, "ping every pod from every other pod and node; exit status 1 when a ping is lost"),
@@ -1265,13 +1242,13 @@ def main(argv):
     """Exit status: 0 fine, 1 failed (a lost ping and a clear packet too), 2 usage, 128 + signal when interrupted."""
     try:
         if argv and argv[0] in INTERNAL:
-            return INTERNAL[argv[0]](argv[1:])
+            return INTERNAL[argv[0]](argv[1:]) or 0
         options = parse_options(argv)
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, _frame: sys.exit(128 + number))
         if os.geteuid():
             raise LabError("the lab makes network namespaces and needs root: run it with sudo")
-        return COMMANDS[options.command][0](Lab(getattr(options, "name", "mncni-lab")), options)
+        return COMMANDS[options.command][0](Lab(getattr(options, "name", "mncni-lab")), options) or 0
     except LabError as error:
         print(f"lab.py: {error}" if not (argv and argv[0] in INTERNAL) else error, file=sys.stderr)
         return 1
