@@ -58,6 +58,8 @@ ROUTE_PROTOCOL = 201  # how routes of ours are told from others
 FLOOR_METRIC = 4278198272  # behind every other route there is
 DEVICE, HOST_VETH, NS_VETH = "mncni-wg0", "mncni-host", "mncni-ns"
 WIREGUARD_GO_SOCKET = f"/var/run/wireguard/{DEVICE}.sock"
+# Link-local addresses of our own: neighbour discovery needs one on each link, and the kernel makes its own only when a link comes up.
+HOST_LINK_LOCAL, BRIDGE_LINK_LOCAL = "fe80::28:83/64", "fe80::28:82/64"
 NEXT_HOPS = {4: "169.254.28.84", 6: "fe80::28:84"}  # of NS_VETH, for the host's route into the tunnel
 POLL_S = 0.5  # how often the directory store is looked at
 EVENT_S = 0.25  # the least time between passes that events ask for: a pass notices its own changes, and pods come in storms
@@ -1095,7 +1097,8 @@ def ensure_bridge(context):
     mncni.refuse_foreign_bridge(conf, bridge)
     gateways = [f"{gateway}/{cidr.prefixlen}" for cidr, gateway in settings.gateways.items()]
     lines = mncni.plan_bridge(conf, bridge, [] if bridge else gateways)
-    lines += plan_addresses(settings.bridge, set(gateways), bridge) if bridge else []
+    wanted = {*gateways, BRIDGE_LINK_LOCAL} if 6 in settings.families else set(gateways)
+    lines += plan_addresses(settings.bridge, wanted, bridge) if bridge else []
     apply([ip_batch(lines)] if lines else [], context.run)
 
 
@@ -1103,6 +1106,7 @@ def ensure_addresses(context):
     """Addresses of the veth pair, then every route, in the host and in the namespace; then what is ours and stale goes."""
     settings, run = context.settings, context.run
     gateways = {f"{gateway}/{gateway.max_prefixlen}" for gateway in settings.gateways.values()}
+    gateways |= {HOST_LINK_LOCAL} if 6 in settings.families else set()
     next_hops = {f"{NEXT_HOPS[version]}/{ {4: 32, 6: 64}[version] }" for version in settings.families}
     for name, wanted, routes, netns in (
         (HOST_VETH, gateways, host_routes(settings), ""),

@@ -60,10 +60,13 @@ PODS_DIR = "/var/lib/mncni-lab/pods"                 # the runtime's record of i
 AGENT_TIMEOUT_S, POD_TIMEOUT_S, FIRST_PONG_TIMEOUT_S = 30, 30, 20
 MAX_NODES, MAX_PODS = 200, 200
 
-# One row per address family, {n} is the number of the node. Everything below loops over the rows a lab uses.
-FAMILIES = {
-    "ipv4": {"cluster_cidr": "10.244.0.0/16", "pod_cidr": "10.244.{n}.0/24", "endpoint": "192.0.2.{n}", "prefix": 24},
+# What a lab may be made of, {n} is the number of the node: pods have addresses of one family or of both, the underlay of one.
+POD_FAMILIES = {
+    "ipv4": {"cluster_cidr": "10.244.0.0/16", "pod_cidr": "10.244.{n}.0/24"},
+    "ipv6": {"cluster_cidr": "fd00:10:244::/48", "pod_cidr": "fd00:10:244:{n}::/64"},
 }
+KIND = {"families": ["ipv4"], "underlay": "ipv4"}     # what a lab is made of unless somebody asks for something else
+UNDERLAYS = {"ipv4": {"endpoint": "192.0.2.{n}", "prefix": 24}, "ipv6": {"endpoint": "2001:db8::{n}", "prefix": 64}}
 TOOLS = {                                            # tool -> Debian package
     "ip": "iproute2", "tc": "iproute2", "nft": "nftables", "wg": "wireguard-tools", "nsenter": "util-linux",
     "unshare": "util-linux", "mount": "mount", "umount": "mount", "pivot_root": "util-linux", "ping": "iputils-ping",
@@ -156,7 +159,7 @@ def signals_ignored():
 class Lab:
     """Names, paths and state of one lab. The state is in lab.json alone, so that several processes may work on one lab:
 
-    {"name", "families": ["ipv4"], "source": path, "nodes": {"node1": {"number": 1, "pods": ["pod1"], "boot_id": uuid,
+    {"name", "families": ["ipv4"], "underlay": "ipv4", "source": path, "nodes": {"node1": {"number": 1, "pods": ["pod1"], "boot_id": uuid,
      "pid": host PID of init, "start": its start time in clock ticks}}}; pid is 0 while the node is down.
     """
 
@@ -238,9 +241,9 @@ def is_running(row):
     return bool(row["pid"]) and process_start(row["pid"]) == row["start"]
 
 
-def create_lab(lab, nodes, pods, source):
+def create_lab(lab, nodes, pods, source, kind):
     """Write the first lab.json into the new state directory."""
-    state = {"name": lab.name, "families": ["ipv4"], "source": str(source.resolve()), "nodes": {}}
+    state = {"name": lab.name, **kind, "source": str(source.resolve()), "nodes": {}}
     for number in range(1, nodes + 1):
         state["nodes"][f"node{number}"] = {
             "number": number, "pods": [f"pod{pod}" for pod in range(1, pods + 1)], "boot_id": "", "pid": 0, "start": 0}
@@ -248,11 +251,17 @@ def create_lab(lab, nodes, pods, source):
     lab.store.mkdir(mode=0o700)
 
 
-def family_rows(lab, node):
-    """The rows of FAMILIES that this lab uses, filled in for one node."""
+def pod_cidrs(lab, node):
+    """[{"cluster_cidr", "pod_cidr"}] of one node, a row per family."""
     number = lab.node(node)["number"]
-    rows = [FAMILIES[family] for family in lab.state()["families"]]
-    return [{key: str(value).format(n=number) for key, value in row.items()} for row in rows]
+    rows = [POD_FAMILIES[family] for family in lab.state()["families"]]
+    return [{key: value.format(n=number) for key, value in row.items()} for row in rows]
+
+
+def endpoint(lab, node):
+    """(address, prefix length) of one node on the underlay."""
+    row = UNDERLAYS[lab.state()["underlay"]]
+    return row["endpoint"].format(n=lab.node(node)["number"]), row["prefix"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -281,8 +290,8 @@ def connect_node(lab, node):
     must(["ip", "-n", lab.underlay, "-batch", "-"],
          f"link add {node} type veth peer name eth0 netns {lab.node(node)['pid']}\n"
          f"link set {node} master {BRIDGE} up\n")
-    addresses = [f"addr add {row['endpoint']}/{row['prefix']} dev eth0 nodad\n" for row in family_rows(lab, node)]
-    must(node_argv(lab, node) + ["ip", "-batch", "-"], "".join(addresses) + "link set eth0 up\n")
+    address, prefix = endpoint(lab, node)
+    must(node_argv(lab, node) + ["ip", "-batch", "-"], f"addr add {address}/{prefix} dev eth0 nodad\nlink set eth0 up\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -465,9 +474,9 @@ def node_init(arguments):
 # ---------------------------------------------------------------------------------------------------------------------------
 def plan_agent(lab, node):
     """The command line of the node's agent."""
-    argv = [PYTHON, "/opt/mncni/agent.py", "run", "--nodes-dir", STORE]
-    for row in family_rows(lab, node):
-        argv += ["--cluster-cidr", row["cluster_cidr"], "--pod-cidr", row["pod_cidr"], "--endpoint", row["endpoint"]]
+    argv = [PYTHON, "/opt/mncni/agent.py", "run", "--nodes-dir", STORE, "--endpoint", endpoint(lab, node)[0]]
+    for row in pod_cidrs(lab, node):
+        argv += ["--cluster-cidr", row["cluster_cidr"], "--pod-cidr", row["pod_cidr"]]
     return argv
 
 
@@ -561,7 +570,7 @@ def check_host(source):
 
 
 @contextlib.contextmanager
-def built_or_undone(lab, nodes, pods, source):
+def built_or_undone(lab, nodes, pods, source, kind=KIND):
     """The underlay, for the time of the with block and, if the block ends well, beyond it. Else everything is undone."""
     check_host(source)
     if not 1 <= nodes <= MAX_NODES or not 0 <= pods <= MAX_PODS:
@@ -573,7 +582,7 @@ def built_or_undone(lab, nodes, pods, source):
             raise LabError(f"the lab {lab.name} is up; end it with: lab.py --name {lab.name} down") from None
         raise LabError(f"{lab.dir} exists and is no lab; take another --name") from None
     try:
-        create_lab(lab, nodes, pods, source)
+        create_lab(lab, nodes, pods, source, kind)
         make_underlay(lab)
         lab.say(f"underlay: bridge {BRIDGE} in netns {lab.underlay}")
         yield
@@ -1133,8 +1142,13 @@ def print_pings(rows):
     print(f"{len(rows)} pairs pinged, " + (f"{lost} LOST PINGS" if lost else "none lost a ping"))
 
 
+def kind_of(options):
+    """What KIND is, as the options of up and demo say."""
+    return {"families": options.families.split(","), "underlay": options.underlay}
+
+
 def command_up(lab, options):
-    with built_or_undone(lab, options.nodes, options.pods, options.source):
+    with built_or_undone(lab, options.nodes, options.pods, options.source, kind_of(options)):
         boot_all(lab)
     lab.say(f"up; now: lab.py --name {lab.name} ping")
 
@@ -1190,7 +1204,7 @@ def command_down(lab, _options):
 
 def command_demo(lab, options):
     """The whole story, with the sniffer on from before the first node boots."""
-    with built_or_undone(lab, options.nodes, options.pods, options.source):
+    with built_or_undone(lab, options.nodes, options.pods, options.source, kind_of(options)):
         with sniffing(lab) as counts:
             lab.say("sniffer on the underlay: every frame is looked at")
             boot_all(lab)
@@ -1228,6 +1242,8 @@ def parse_options(argv):
         if command in ("up", "demo"):
             sub.add_argument("--nodes", type=int, default=2, help="default %(default)s")
             sub.add_argument("--pods", type=int, default=2, help="per node, default %(default)s")
+            sub.add_argument("--families", choices=("ipv4", "ipv6", "ipv4,ipv6"), default="ipv4", help="of the pods, default %(default)s")
+            sub.add_argument("--underlay", choices=UNDERLAYS, default="ipv4", help="its family, default %(default)s")
             sub.add_argument("--source", type=Path, default=LAB_FILE.parents[1],
                              help="directory that mncni.py and agent.py are copied from (default: the repository)")
         elif command == "exec":

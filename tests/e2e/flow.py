@@ -29,7 +29,7 @@ def send(address, port, count, rate):
 
 
 def receive(address, port):
-    """Print "up"; then, after the end of the stream or 20 s of silence, {"received", "silence_s"} as JSON."""
+    """Print "up"; "flowing" at the first packet; after the end of the stream or 20 s of silence, {"received", "silence_s"} as JSON."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as receiver:
         receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
@@ -43,6 +43,8 @@ def receive(address, port):
                 now = time.monotonic()
                 if packet == b"end":
                     break
+                if last is None:
+                    print("flowing", flush=True)
                 silence_s, last = max(silence_s, now - (last or now)), now
                 numbers.add(packet)
         except socket.timeout:
@@ -66,6 +68,7 @@ class Flow:
         assert self.receiver.stdout.readline() == "up\n"
         numbers = [self.address, str(self.port), str(self.count), str(self.rate)]
         self.sender = subprocess.Popen([*self.from_argv, *here, "send", *numbers])
+        assert self.receiver.stdout.readline() == "flowing\n"
         return self
 
     def __exit__(self, kind, *exc_info):

@@ -332,8 +332,9 @@ def test_a_bridge_keeps_its_gateways_and_loses_those_of_an_earlier_pod_cidr():
         return Kernel({asked: [bridge]})(command)
 
     agent.ensure_bridge(agent.Context(BOTH, run, "boot", mtu=1440))
-    lines = ["delete 10.244.9.1/24", "delete fd00:244:9::1/64", "replace 10.244.255.1/24"]
-    assert ran == ["ip -batch - <<'E'\n" + "".join(f"address {line} dev mncni0\n" for line in lines) + "E"]
+    lines = ["delete 10.244.9.1/24 dev mncni0", "delete fd00:244:9::1/64 dev mncni0", "replace 10.244.255.1/24 dev mncni0"]
+    lines.append("replace fe80::28:82/64 dev mncni0 nodad")
+    assert ran == ["ip -batch - <<'E'\n" + "".join(f"address {line}\n" for line in lines) + "E"]
 
 
 # ---- the node's address and MTU ----
