@@ -688,39 +688,44 @@ def nft_set(name, version, cidrs):
 
 
 def host_firewall(settings, leaked=(0, 0)):
-    """The table "inet mncni" of the host as nft text. leaked: (packets, bytes) that the leak counter goes on from."""
-    lines, forward, output, inbound, nat = [], [], [], [], []
-    bridge, tunnel = settings.bridge, HOST_VETH
-    for version in (4, 6):
-        ip = {4: "ip", 6: "ip6"}[version]
+    """The table "inet mncni" of the host as nft text. leaked: (packets, bytes) that the leak counter goes on from.
+
+    What comes in is judged before connection tracking: behind it, an answer to what the host translated carries other addresses. What
+    goes out is judged last of all: before, a connection of the host's own that was translated still has the interface it began with.
+    """
+    sets, inbound, leaks, nat = "", [], [], []
+    for version, ip in ((4, "ip"), (6, "ip6")):
         cluster = nft_set("cluster", version, settings.cluster_cidrs)
         pods = nft_set("pods", version, settings.pod_cidrs)
-        lines += [cluster, pods]
+        sets += cluster + pods
         if cluster:
-            leak = f'{ip} daddr @cluster{version} oifname != {{ "{bridge}", "{tunnel}", "lo" }} counter name leaked drop'
-            forward.append(leak)
-            output.append(leak)
-        if not pods:  # pods have no address of this family, so what they send of it has a false one
-            forward.append(f'iifname "{bridge}" meta nfproto ipv{version} drop')
-            continue
-        forward += [f'iifname "{bridge}" {ip} saddr != @pods{version} drop', f'iifname "{tunnel}" {ip} daddr != @pods{version} drop']
-        local = {4: "", 6: "ip6 saddr != fe80::/10 ip6 saddr != :: "}[version]  # neighbour discovery has such sources
-        link = {4: "", 6: "ip6 daddr != fe80::/10 ip6 daddr != ff02::/16 "}[version]
-        inbound += [
-            f'iifname "{bridge}" {ip} saddr != @pods{version} {local}drop',
-            f'iifname "{tunnel}" {ip} daddr != @pods{version} {link}drop',
-        ]
-        gateway = next(gateway for cidr, gateway in settings.gateways.items() if cidr.version == version)
-        nat.append(f'oifname "{tunnel}" {ip} saddr != @pods{version} snat {ip} to {gateway}')
-        if settings.masquerade:
-            multicast = {4: "224.0.0.0/4", 6: "ff00::/8"}[version]
-            nat.append(f"{ip} saddr @pods{version} {ip} daddr != @cluster{version} {ip} daddr != {multicast} masquerade")
-    chains = nft_chain("forward", "filter", "forward", "filter - 10", forward) + nft_chain(
-        "output", "filter", "output", "filter - 10", output
-    )
-    chains += nft_chain("input", "filter", "input", "filter - 10", inbound) + nft_chain("nat", "nat", "postrouting", "srcnat - 10", nat)
+            ways = f'{{ "{settings.bridge}", "{HOST_VETH}", "lo" }}'
+            leaks.append(f"{ip} daddr @cluster{version} oifname != {ways} counter name leaked drop")
+        inbound += inbound_rules(settings.bridge, version, ip) if pods else [f'iifname "{settings.bridge}" meta nfproto ipv{version} drop']
+        nat += nat_rules(settings, version, ip) if pods else []
     counter = f"  counter leaked {{ packets {leaked[0]} bytes {leaked[1]} }}\n"
-    return nft_table(counter + "".join(lines) + chains)
+    chains = nft_chain("inbound", "filter", "prerouting", "raw", inbound)
+    chains += nft_chain("outbound", "filter", "postrouting", "mangle", leaks) + nft_chain("nat", "nat", "postrouting", "srcnat - 10", nat)
+    return nft_table(counter + sets + chains)
+
+
+def inbound_rules(bridge, version, ip):
+    """From the bridge only what own pods may send, from the tunnel only what is for them; and neighbour discovery."""
+    sources = {4: "", 6: "ip6 saddr != fe80::/10 ip6 saddr != :: "}[version]
+    targets = {4: "", 6: "ip6 daddr != fe80::/10 ip6 daddr != ff02::/16 "}[version]
+    return [
+        f'iifname "{bridge}" {ip} saddr != @pods{version} {sources}drop',
+        f'iifname "{HOST_VETH}" {ip} daddr != @pods{version} {targets}drop',
+    ]
+
+
+def nat_rules(settings, version, ip):
+    """Into the tunnel only pods' addresses and the gateway's, for peers drop all others; to the world, if so decided, the node's."""
+    gateway = next(gateway for cidr, gateway in settings.gateways.items() if cidr.version == version)
+    rules = [f'oifname "{HOST_VETH}" {ip} saddr != @pods{version} snat {ip} to {gateway}']
+    multicast = {4: "224.0.0.0/4", 6: "ff00::/8"}[version]
+    out = f"{ip} saddr @pods{version} {ip} daddr != @cluster{version} {ip} daddr != {multicast} masquerade"
+    return rules + ([out] if settings.masquerade else [])
 
 
 def ns_firewall(settings):

@@ -415,26 +415,17 @@ table inet mncni {
   set pods4 { type ipv4_addr; flags interval; elements = { 10.244.255.0/24 }; }
   set cluster6 { type ipv6_addr; flags interval; elements = { fd00:244::/32 }; }
   set pods6 { type ipv6_addr; flags interval; elements = { fd00:244:ffff::/64 }; }
-  chain forward {
-    type filter hook forward priority filter - 10; policy accept;
-    ip daddr @cluster4 oifname != { "mncni0", "mncni-host", "lo" } counter name leaked drop
-    iifname "mncni0" ip saddr != @pods4 drop
-    iifname "mncni-host" ip daddr != @pods4 drop
-    ip6 daddr @cluster6 oifname != { "mncni0", "mncni-host", "lo" } counter name leaked drop
-    iifname "mncni0" ip6 saddr != @pods6 drop
-    iifname "mncni-host" ip6 daddr != @pods6 drop
-  }
-  chain output {
-    type filter hook output priority filter - 10; policy accept;
-    ip daddr @cluster4 oifname != { "mncni0", "mncni-host", "lo" } counter name leaked drop
-    ip6 daddr @cluster6 oifname != { "mncni0", "mncni-host", "lo" } counter name leaked drop
-  }
-  chain input {
-    type filter hook input priority filter - 10; policy accept;
+  chain inbound {
+    type filter hook prerouting priority raw; policy accept;
     iifname "mncni0" ip saddr != @pods4 drop
     iifname "mncni-host" ip daddr != @pods4 drop
     iifname "mncni0" ip6 saddr != @pods6 ip6 saddr != fe80::/10 ip6 saddr != :: drop
     iifname "mncni-host" ip6 daddr != @pods6 ip6 daddr != fe80::/10 ip6 daddr != ff02::/16 drop
+  }
+  chain outbound {
+    type filter hook postrouting priority mangle; policy accept;
+    ip daddr @cluster4 oifname != { "mncni0", "mncni-host", "lo" } counter name leaked drop
+    ip6 daddr @cluster6 oifname != { "mncni0", "mncni-host", "lo" } counter name leaked drop
   }
   chain nat {
     type nat hook postrouting priority srcnat - 10; policy accept;
@@ -467,8 +458,8 @@ table inet mncni {
 
 def without_family(text, version):
     """A firewall text less the rules and sets of a family; what pods send of that family is dropped instead."""
-    last = {4: 'iifname "mncni-host" ip daddr != @pods4 drop', 6: 'iifname "mncni-host" ip6 daddr != @pods6 drop'}[version]
-    text = text.replace(last, f'iifname "mncni0" meta nfproto ipv{version} drop', 1)
+    targets = {4: "ip daddr != @pods4", 6: "ip6 daddr != @pods6 ip6 daddr != fe80::/10 ip6 daddr != ff02::/16"}[version]
+    text = text.replace(f'iifname "mncni-host" {targets} drop', f'iifname "mncni0" meta nfproto ipv{version} drop')
     return "".join(line for line in text.splitlines(True) if f"pods{version}" not in line and f"cluster{version}" not in line)
 
 
