@@ -1756,7 +1756,8 @@ A container runtime calls this program with CNI_COMMAND set and a network config
 """
 
 
-def main():
+def main(plugins=None):
+    """The program. A plugin of somebody else's imports this module and calls it with a verb table of its own: see the README."""
     environ = dict(os.environ)
     if not environ.get("CNI_COMMAND"):
         if len(sys.argv) > 1:
@@ -1768,7 +1769,7 @@ def main():
         print(f"+ {command}", file=sys.stderr, flush=True)
 
     run = lazy_run(environ, trace if environ.get("CNI_TRACE") == "1" else None)
-    exit_code, text = answer(environ, read_stdin(), run, called_as=os.path.basename(sys.argv[0]))
+    exit_code, text = answer(environ, read_stdin(), run, plugins, os.path.basename(sys.argv[0]))
     sys.stdout.write(text)
     sys.stdout.flush()
     sys.exit(exit_code)
