@@ -404,20 +404,18 @@ def parse_time(text):
 
 
 def parse_pod_cidr(text, cluster_cidrs):
-    try:
-        cidr = ipaddress.ip_network(text if isinstance(text, str) and "%" not in text else "")  # %: ipaddress lets anything follow
-    except ValueError:
-        raise BadRecord(f"pod CIDR {shown(text)} is no network") from None
+    if not mncni.is_address(text, ipaddress.ip_network):
+        raise BadRecord(f"pod CIDR {shown(text)} is no network")
+    cidr = ipaddress.ip_network(text)
     if not is_part(cidr, cluster_cidrs):
         raise BadRecord(f"pod CIDR {cidr} is no part of the cluster CIDR")
     return cidr
 
 
 def parse_endpoint(text, cluster_cidrs):
-    try:
-        address = ipaddress.ip_address(text if isinstance(text, str) and "%" not in text else "")
-    except ValueError:
-        raise BadRecord(f"endpoint {shown(text)} is no IP address") from None
+    if not mncni.is_address(text, ipaddress.ip_address):
+        raise BadRecord(f"endpoint {shown(text)} is no IP address")
+    address = ipaddress.ip_address(text)
     mapped = address.version == 6 and address.ipv4_mapped
     if mapped or address.is_unspecified or address.is_loopback or address.is_multicast or address.is_link_local:
         raise BadRecord(f"endpoint {address} cannot be another node's address")

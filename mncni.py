@@ -739,11 +739,17 @@ class Leases:
 
 
 def is_address(text, kind):
-    """Whether text is a str that the given constructor of the ipaddress module takes."""
+    """Whether text is a str that the given constructor of the ipaddress module takes, and nobody takes for another address."""
     try:
-        return isinstance(text, str) and "%" not in text and bool(kind(text))
+        return isinstance(text, str) and "%" not in text and not has_octal(text) and bool(kind(text))
     except ValueError:
         return False
+
+
+def has_octal(text):
+    """Whether a number of an IPv4 address begins with 0, as in 10.0.0.010: ten to older Pythons, eight to C, refused since 3.9.5."""
+    octets = text.partition("/")[0].rpartition(":")[2].split(".")
+    return len(octets) > 1 and any(len(octet) > 1 and octet[0] == "0" for octet in octets)
 
 
 def parse_address(text, kind, what):
@@ -1228,13 +1234,17 @@ def ensure_bridge(request, conf, bridge, gateways, run):
     """Make the bridge what it has to be. Returns its MAC. Looks again under a lock when there is something to do: ADDs run side by side."""
     if not plan_bridge(conf, bridge, gateways):
         return bridge["address"]
-    with Locked(os.path.join(request.run_dir, "bridge.lock")):
+    with bridge_lock(request):
         bridge, _ = look_host(request, conf["bridge"], run)
         refuse_foreign_bridge(conf, bridge)
         lines = plan_bridge(conf, bridge, gateways)
         apply(plan_forwarding(gateways, look_forwarding(run)) + ([ip_batch(lines)] if lines else []), run)
         bridge, _ = look_host(request, conf["bridge"], run)
         return bridge["address"] if bridge else ""
+
+
+def bridge_lock(request):
+    return Locked(os.path.join(request.run_dir, "bridge.lock"))
 
 
 def look_forwarding(run):
@@ -1359,6 +1369,9 @@ def naivewg_add(request, run):
     conf = parse_naivewg(request)
     require_ready(conf, TRY_AGAIN, TRY_AGAIN)
     bridge, veth = look_host(request, conf["bridge"], run)
+    if bridge and "ifalias" not in bridge:  # another ADD may be making it: the kernel takes the alias only after the link
+        with bridge_lock(request):
+            bridge, veth = look_host(request, conf["bridge"], run)
     refuse_foreign_bridge(conf, bridge)
     refuse_if_attached(request, veth, run)
     try:

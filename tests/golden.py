@@ -270,10 +270,10 @@ def main():
     parser = argparse.ArgumentParser(description="run, update or record the golden cases")
     parser.add_argument("--update", action="store_true", help="write commands, answer and leases as they come out")
     parser.add_argument("--record", action="store_true", help="ask a real kernel for the replies, too (root)")
-    parser.add_argument("cases", nargs="*", type=Path)
+    parser.add_argument("cases", nargs="*", metavar="case", help="as in naivewg/add-twice; all if none is named")
     options = parser.parse_args()
     failed = 0
-    for path in options.cases or all_cases():
+    for path in [CASES / f"{case}.case" for case in options.cases] or all_cases():
         made_up = "made up" in path.read_text().partition("\n-- ")[0]
         before, after, complaints = run_case(path, options.record and not made_up)
         if options.update or options.record:

@@ -24,7 +24,7 @@ def host_local(host):
 
 @needs_reference
 def test_host_local_serves_add_check_and_del(host):
-    conf = host.conf(cniVersion="1.0.0", ipMasq=True, ipam=host_local(host))
+    conf = host.conf(cniVersion="0.4.0", ipMasq=True, ipam=host_local(host))
     pod, other = host.pod("a"), host.pod("b")
     result = host.add(conf, "c1", pod, CNI_PATH=REFERENCE)
     second = host.add(conf, "c2", other, CNI_PATH=REFERENCE)
@@ -57,7 +57,7 @@ def test_static_addresses_and_their_routes_arrive_in_the_pod(host):
         "dns": {"nameservers": ["10.88.0.53"]},
     }
     pod = host.pod("a")
-    result = host.add(host.conf(cniVersion="1.0.0", ipam=ipam), "c1", pod, CNI_PATH=REFERENCE)
+    result = host.add(host.conf(cniVersion="0.4.0", ipam=ipam), "c1", pod, CNI_PATH=REFERENCE)
     assert result["dns"] == {"nameservers": ["10.88.0.53"]}
     assert "10.9.0.0/16 via 10.88.0.254" in host.ip("route", netns=pod)
     assert "default via 10.88.0.1" in host.ip("route", netns=pod)
@@ -66,7 +66,7 @@ def test_static_addresses_and_their_routes_arrive_in_the_pod(host):
 @needs_reference
 def test_a_delegate_that_cannot_serve_fails_the_add_and_leaves_nothing(host):
     ipam = {**host_local(host), "ranges": [[{"subnet": "10.88.0.0/30"}]], "routes": []}
-    conf = host.conf(cniVersion="1.0.0", ipam=ipam)
+    conf = host.conf(cniVersion="0.4.0", ipam=ipam)
     host.add(conf, "c1", host.pod("a"), CNI_PATH=REFERENCE)
     pod = host.pod("b")
     before = host.snapshot()
@@ -77,7 +77,7 @@ def test_a_delegate_that_cannot_serve_fails_the_add_and_leaves_nothing(host):
 
 @needs_reference
 def test_addresses_go_back_to_the_delegate_when_the_link_cannot_be_made(host):
-    conf = host.conf(cniVersion="1.0.0", ipam=host_local(host), bridge="lo0")
+    conf = host.conf(cniVersion="0.4.0", ipam=host_local(host), bridge="lo0")
     host.ip("link add lo0 type veth peer name lo1")
     conf["adoptBridge"] = True
     pod = host.pod("a")
