@@ -1184,11 +1184,11 @@ STAGES = (
 
 
 def conflist(settings, mtu):
-    """The CNI configuration of this node, as text. It chains all plugins of mncni.py: they cost nothing to pods that do not ask."""
+    """The CNI configuration of this node, as text. The chained plugins cost nothing to pods that do not ask for them."""
     plugin = {
         "type": "mncni",
-        "plugin": ["naivewg"] + [name for name, verbs in mncni.PLUGINS.items() if not verbs.get("first")],
-        "capabilities": {"ips": True, "mac": True},
+        "plugin": ["naivewg", "bandwidth"],
+        "capabilities": {"ips": True, "mac": True, "bandwidth": True},
         "bridge": settings.bridge,
         "mtu": mtu,
         "ready": os.path.join(settings.run_dir, "ready"),

@@ -320,10 +320,15 @@ def call_check(request, stages, run):
 
 def call_all(request, stages, run):
     """Run every stage, whatever happens to those before it; then report the first error."""
+    all_of([(stage[request.command], (request, run)) for stage in stages])
+
+
+def all_of(acts):
+    """Do every act, (function, arguments), whatever becomes of those before it; then raise the first error."""
     errors = []
-    for stage in stages:
+    for act, arguments in acts:
         try:
-            stage[request.command](request, run)
+            act(*arguments)
         except Exception as error:
             errors.append(error)
     for error in errors:
@@ -1153,8 +1158,8 @@ def own_veth(request):
     return host_ifname("mn", request.network, request.container_id, request.ifname)
 
 
-def veth_alias(request):
-    """What `ip link` shows on the host's end: whose it is. GC tells by it which veths are of its network. 255 bytes at most."""
+def link_alias(request):
+    """What `ip link` shows on the links of an attachment: whose they are. GC tells by it what is of its network. 255 bytes at most."""
     rest = 255 - len(f"{OWNER_ALIAS}:{request.network}::{request.ifname}")
     return f"{OWNER_ALIAS}:{request.network}:{request.container_id[:rest]}:{request.ifname}"
 
@@ -1281,7 +1286,7 @@ def plan_attach(request, conf, ipam, mac):
     veth, ifname, mtu = own_veth(request), request.ifname, f"mtu {conf['mtu']} " if conf["mtu"] else ""
     host = [
         f"link add name {veth} {mtu}address {mac_of(veth, '0a:59')} type veth peer name {ifname} netns {request.netns} {mtu}address {mac}",
-        f"link set dev {veth} alias {veth_alias(request)} master {conf['bridge']} up",
+        f"link set dev {veth} alias {link_alias(request)} master {conf['bridge']} up",
     ]
     if conf["hairpinMode"]:
         host.append(f"link set dev {veth} type bridge_slave hairpin on")
@@ -1376,7 +1381,7 @@ def naivewg_add(request, run):
     refuse_if_attached(request, veth, run)
     try:
         ipam = with_gateways(conf, ipam_add(request, conf["ipam"], run))
-        first = ipam["ips"][0]["address"].partition("/")[0] if ipam["ips"] else veth_alias(request)
+        first = ipam["ips"][0]["address"].partition("/")[0] if ipam["ips"] else link_alias(request)
         mac = conf["mac"] or mac_of(first)
         bridge_mac = ensure_bridge(request, conf, bridge, plan_gateways(conf, ipam["ips"]), run)
         masq = [plan_masq(request.network, conf, ipam["ips"])] if conf["ipMasq"] and ipam["ips"] else []
@@ -1495,24 +1500,18 @@ def valid_attachments(request):
 
 
 def naivewg_gc(request, run):
-    """GC: remove the veths and leases of this network that are not in the runtime's list. Goes on after an error, reports the first."""
+    """GC: remove the veths and leases of this network that are not in the runtime's list."""
     keep = valid_attachments(request)
-    if keep is None:
-        return
-    names = {host_ifname("mn", request.network, *pair) for pair in keep}
-    stale = [link["ifname"] for link in look_ip(["link show type veth"], run) if is_own_veth(request, link) and link["ifname"] not in names]
-    errors = []
-    for act, arguments in [(delete_link, (name, run)) for name in stale] + [(ipam_gc, (request, keep, run))]:
-        try:
-            act(*arguments)
-        except Exception as error:
-            errors.append(error)
-    for error in errors:
-        raise error
+    if keep is not None:
+        all_of([(delete_stale_links, (request, "veth", "mn", keep, run)), (ipam_gc, (request, keep, run))])
 
 
-def is_own_veth(request, link):
-    return link.get("ifalias", "").split(":")[:2] == [OWNER_ALIAS, request.network]
+def delete_stale_links(request, kind, prefix, keep, run):
+    """Delete the links of a kind that are of this network, by their alias, and belong to no attachment in keep."""
+    names = {host_ifname(prefix, request.network, *pair) for pair in keep}
+    own = [OWNER_ALIAS, request.network]
+    links = [link for link in look_ip([f"link show type {kind}"], run) if link.get("ifalias", "").split(":")[:2] == own]
+    all_of([(delete_link, (link["ifname"], run)) for link in links if link["ifname"] not in names])
 
 
 def naivewg_status(request, run):
@@ -1520,6 +1519,220 @@ def naivewg_status(request, run):
     conf = parse_naivewg(request)
     require_ready(conf, NOT_AVAILABLE, LIMITED_CONNECTIVITY)
     ipam_status(request, conf["ipam"], run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bandwidth: limits to and from the pod                                                                tc-tbf(8), ifb
+# ---------------------------------------------------------------------------------------------------------------------
+#
+#     to the pod: a token bucket on the host's end of the veth pair. From the pod: what arrives there is redirected through an ifb,
+#     a device that does nothing but queue, with a token bucket of its own; a queue works only on what leaves a device.
+
+NO_BURST = 2**32 - 1  # what containerd sends when the annotation names a rate alone
+
+
+def parse_bandwidth(request):
+    """{"ingress": (rate, burst) or None, "egress": ...}, rate in bit/s, burst in bits, None for one that is not given. Ingress is
+    towards the pod. Keys of the configuration win over the runtime's, as a whole. CNIError 7."""
+    keys = ("ingressRate", "ingressBurst", "egressRate", "egressBurst")
+    values = request.conf if any(key in request.conf for key in keys) else runtime_config(request, "bandwidth")
+    if values is not None and not isinstance(values, dict):
+        raise config_error(f'"bandwidth" must be an object, not {kind_of(values)}')
+    parsed = {}
+    for direction in ("ingress", "egress"):
+        rate, burst = (typed({key: any_case(values, key)}, key, int, 0) for key in (f"{direction}Rate", f"{direction}Burst"))
+        for key, value in ((f"{direction}Rate", rate), (f"{direction}Burst", burst)):
+            if not 0 <= value < 2**63:
+                raise config_error(f'"{key}" is out of range: {value}')
+        if burst and not rate:
+            raise config_error(f'"{direction}Burst" without "{direction}Rate" limits nothing')
+        parsed[direction] = (rate, burst if burst not in (0, NO_BURST) else None) if rate else None
+    return parsed
+
+
+def tbf(rate, burst, mtu):
+    """The words of a token bucket for `tc`. Without a burst: what the rate lets through in 100 ms. Never less than ten packets: a
+    packet that exceeds the burst would never be sent. The queue holds 25 ms more."""
+    burst_bytes = max(rate // 80 if burst is None else burst // 8, 10 * mtu)
+    burst_bytes = min(burst_bytes, 2**32 - 1 - rate // 320)
+    return f"tbf rate {rate}bit burst {burst_bytes}b limit {burst_bytes + rate // 320}b"
+
+
+def own_ifb(request):
+    return host_ifname("mi", request.network, request.container_id, request.ifname)
+
+
+def look_peer(request, run):
+    """The host's end of CNI_IFNAME among the interfaces of prevResult. CNIError 7 if none is."""
+    names = [link.get("name", "") for link in request.prev_result.get("interfaces") or [] if not link.get("sandbox")]
+    pod = look_link(request.ifname, look_ip([f"link show dev {request.ifname}"], run, request.netns))
+    hosts = look_ip([f"link show dev {name}" for name in names if is_ifname(name)], run) if names else []
+    for host in hosts:
+        if pod and host["ifindex"] == pod.get("link_index"):
+            return host
+    raise config_error(f"none of the interfaces {', '.join(names) or '(none)'} of prevResult is the host's end of {request.ifname}")
+
+
+def look_qdiscs(device, run):
+    """The queueing disciplines of a host's device, [] if it is gone."""
+    command = Command(["tc", "-json", "qdisc", "show", "dev", device])
+    reply = run(command)
+    if reply.exit_code != 0 and not is_gone(reply):
+        raise command_failed(command, reply)
+    return json.loads(reply.stdout or "[]")
+
+
+def tc_batch(lines):
+    return Command(["tc", "-batch", "-"], "".join(guarded(line) + "\n" for line in lines))
+
+
+def plan_bandwidth(request, limits, peer, qdiscs):
+    """Commands that set the limits on the host's end `peer`, which has these queueing disciplines."""
+    name, mtu, ifb = peer["ifname"], peer["mtu"], own_ifb(request)
+    plan, lines = [], []
+    if limits["ingress"]:
+        lines.append(f"qdisc replace dev {name} root {tbf(*limits['ingress'], mtu)}")
+    if limits["egress"]:
+        plan.append(ip_batch([f"link add name {ifb} mtu {mtu} type ifb", f"link set dev {ifb} alias {link_alias(request)} up"]))
+        if not any(qdisc["kind"] in ("ingress", "clsact") for qdisc in qdiscs):  # one of somebody else's serves as well
+            lines.append(f"qdisc add dev {name} ingress")
+        lines.append(f"filter add dev {name} ingress protocol all u32 match u32 0 0 action mirred egress redirect dev {ifb}")
+        lines.append(f"qdisc replace dev {ifb} root {tbf(*limits['egress'], mtu)}")
+    return [*plan, tc_batch(lines)]
+
+
+def bandwidth_add(request, run):
+    """ADD: limit the pod's traffic. Returns prevResult with the ifb, if there is one. Its undo is bandwidth_del."""
+    limits = parse_bandwidth(request)
+    require_prev_result(request, "bandwidth")
+    if not any(limits.values()):
+        return request.prev_result
+    peer = look_peer(request, run)
+    try:
+        apply(plan_bandwidth(request, limits, peer, look_qdiscs(peer["ifname"], run)), run)
+    except Exception:
+        best_effort(bandwidth_del, request, run)
+        raise
+    ifb = [{"name": own_ifb(request)}] if limits["egress"] else []
+    return {**request.prev_result, "interfaces": [*request.prev_result["interfaces"], *ifb]}
+
+
+def bandwidth_del(request, run):
+    """DEL: the ifb goes; everything else goes with the veth pair."""
+    delete_link(own_ifb(request), run)
+
+
+def bandwidth_check(request, run):
+    """CHECK: the limits stand as they were asked for. CNIError 100 naming what does not."""
+    limits = parse_bandwidth(request)
+    if not any(limits.values()):
+        return
+    peer = look_peer(request, run)["ifname"]
+    places = {"ingress": peer, "egress": own_ifb(request)}
+    for direction, limit in limits.items():
+        rates = [qdisc["options"]["rate"] for qdisc in look_qdiscs(places[direction], run) if qdisc["kind"] == "tbf"] if limit else []
+        if limit and limit[0] // 8 not in rates:
+            raise CNIError(COMMAND_FAILED, f"{direction} is not limited to {limit[0]} bit/s: {places[direction]} has no such token bucket")
+    if limits["egress"]:
+        reply = run(Command(["tc", "-json", "filter", "show", "dev", peer, "ingress"]))
+        if own_ifb(request) not in reply.stdout:
+            raise CNIError(COMMAND_FAILED, f"egress is not limited: what {peer} receives is not redirected to {own_ifb(request)}")
+
+
+def bandwidth_gc(request, run):
+    keep = valid_attachments(request)
+    if keep is not None:
+        delete_stale_links(request, "ifb", "mi", keep, run)
+
+
+def bandwidth_status(request, run):
+    parse_bandwidth(request)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# quickack: no delayed ACKs on the pod's routes                                                  ip-route(8), quickack
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_quickack(request):
+    """The destinations named by "routes", as networks; None for all routes of the interface. CNIError 7."""
+    routes = typed(request.conf, "routes", list, None)
+    return None if routes is None else [parse_address(dst, ipaddress.ip_network, '"routes" of quickack') for dst in routes]
+
+
+def look_routes(request, run):
+    """The unicast routes of CNI_IFNAME, in words as `ip route` reads them, both families.
+
+    Not from -json, which leaves out that a metric is locked, and how some are written: every attribute has to survive.
+    """
+    routes = []
+    for family in ("-4", "-6"):
+        command = ["ip", family, "-oneline", "route", "show", "table", "all", "type", "unicast", "dev", request.ifname]
+        reply = run(Command(in_netns(request.netns, command)))
+        if reply.exit_code != 0:
+            raise command_failed(Command(command), reply)
+        routes += [[*parse_route_words(line), "dev", request.ifname] for line in reply.stdout.splitlines() if line.strip()]
+    return routes
+
+
+def parse_route_words(line):
+    """The words of a route less the states that `ip` shows but does not read; a rto_min is always locked, and shown so, but not read so."""
+    states = ("linkdown", "dead", "offload", "trap", "offload_failed", "pervasive", "notify", "rt_offload", "rt_trap")
+    line = line.replace("\\", " ").replace("rto_min lock", "rto_min")
+    return [word for word in line.split() if word not in states]
+
+
+def chosen_routes(conf, routes):
+    """Those of the routes that the configuration means. A destination that no route has: CNIError 7."""
+    if conf is None:
+        return routes
+    own = [ipaddress.ip_network({"default": default_route(" ".join(words))}.get(words[0], words[0])) for words in routes]
+    for wanted in conf:
+        if wanted not in own:
+            raise config_error(f"quickack: the pod has no route to {wanted} on this interface")
+    return [words for words, network in zip(routes, own) if network in conf]
+
+
+def is_quick(words):
+    return "quickack" in words and words[words.index("quickack") + 1] == "1"
+
+
+def plan_quickack(routes):
+    """Lines for `ip -batch` that set quickack on the routes that lack it."""
+    lines = []
+    for words in routes:
+        if "quickack" in words:
+            place = words.index("quickack")
+            words = words[:place] + words[place + 2 :] if not is_quick(words) else words
+        if not is_quick(words):
+            lines.append(" ".join(["route", "replace", *words, "quickack", "1"]))
+    return lines
+
+
+def quickack_add(request, run):
+    """ADD: set quickack on the pod's routes. Returns what it was given. Undoing is nothing: the routes go with the interface."""
+    conf = parse_quickack(request)
+    require_prev_result(request, "quickack")
+    lines = plan_quickack(chosen_routes(conf, look_routes(request, run)))
+    apply([ip_batch(lines, request.netns)] if lines else [], run)
+    return request.prev_result
+
+
+def quickack_check(request, run):
+    """CHECK: the routes that ADD chose still have it. CNIError 100 naming the one that has not."""
+    slow = [words[0] for words in chosen_routes(parse_quickack(request), look_routes(request, run)) if not is_quick(words)]
+    if slow:
+        raise CNIError(COMMAND_FAILED, f"the route to {slow[0]} in the pod has no quickack", "\n".join(slow))
+
+
+def quickack_status(request, run):
+    parse_quickack(request)
+
+
+def require_prev_result(request, name):
+    """CNIError 7 unless there is an interface to work on: a chained plugin cannot come first."""
+    if request.prev_result is None:
+        raise config_error(f"{name} needs the result of a plugin before it: put it behind one that makes the interface")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1567,6 +1780,20 @@ PLUGINS = {
         "CHECK": naivewg_check,
         "GC": naivewg_gc,
         "STATUS": naivewg_status,
+    },
+    "bandwidth": {
+        "ADD": bandwidth_add,
+        "DEL": bandwidth_del,
+        "CHECK": bandwidth_check,
+        "GC": bandwidth_gc,
+        "STATUS": bandwidth_status,
+    },
+    "quickack": {
+        "ADD": quickack_add,
+        "DEL": nothing_to_do,
+        "CHECK": quickack_check,
+        "GC": nothing_to_do,
+        "STATUS": quickack_status,
     },
     "loopback": {
         "first": True,
@@ -1651,21 +1878,32 @@ def install_command(options, run):
 
 
 class Explainer:
-    """A `run` that runs nothing: it prints each command, and answers as a host would that has nothing yet but a lo in every namespace."""
+    """A `run` that runs nothing: it prints each command, and answers as a host would that has nothing yet but `links`, names that grow
+    with each link that it is told to make, and a default route in every namespace."""
 
-    def __init__(self, say):
-        self.say, self.heading = say, ""
+    def __init__(self, say, links):
+        self.say, self.heading, self.links = say, "", links
 
     def __call__(self, command):
-        looks = "-json" in command.argv or "-j" in command.argv
+        looks = "-json" in command.argv or "-j" in command.argv or "show" in command.argv
         heading = "# It looks:" if looks else "# It changes:"
         self.say(f"\n{heading}\n{command}" if heading != self.heading else str(command))
         self.heading = heading
         if "CNI_COMMAND" in command.environ:
             self.say("# ... another plugin; the address below stands for the one that it gives.")
             return Reply(0, json.dumps({"ips": [{"address": "192.0.2.2/24", "gateway": "192.0.2.1"}]}), "")
-        lo = {"ifname": "lo", "address": "00:00:00:00:00:00", "flags": ["UP"], "addr_info": [{"local": "127.0.0.1", "prefixlen": 8}]}
-        return Reply(0, json.dumps([lo]) if command.stdin == "address show dev lo\n" else "", "")
+        if "route" in command.argv:
+            return Reply(0, "default via 192.0.2.1\n" if "-4" in command.argv else "", "")
+        found = []
+        for words in map(str.split, command.stdin.splitlines()):
+            self.links += [words[place + 1] for place, word in enumerate(words) if words[:2] == ["link", "add"] and word == "name"]
+            found += [words[3]] if words[1:3] == ["show", "dev"] and words[3] in self.links else []
+        return Reply(0, "".join(json.dumps([self._link(name)]) + "\n" for name in found), "")
+
+    def _link(self, name):
+        number = self.links.index(name)  # of a veth pair the peer is made second
+        link = {"ifname": name, "ifindex": number, "link_index": number - 1, "mtu": 1500}
+        return {**link, "address": "00:00:00:00:00:00", "flags": ["UP"], "addr_info": []}
 
 
 def explain_command(options, run):
@@ -1681,14 +1919,15 @@ def explain_command(options, run):
     shared = {"name": conflist.get("name"), "cniVersion": max(versions, default=NEWEST)}
     print(f"# What CNI_COMMAND={options.command} runs for {options.conflist}: container c1, namespace /run/netns/c1, interface eth0,")
     print("# on a host that has nothing of it yet. Nothing was changed to find out.")
-    result = None
+    result, links = None, ["lo"]
     for conf in stages:
         print(f"\n# ---- type {conf.get('type')}, plugin {json.dumps(conf.get('plugin', conf.get('type')))} ----")
-        result = explain_stage({**conf, **shared}, result, options.command)
+        result = explain_stage({**conf, **shared}, result, options.command, links)
 
 
-def explain_stage(conf, prev_result, command):
-    """Print what one plugin of a list runs, given the ADD result (or None) of the one before it. Returns its ADD result."""
+def explain_stage(conf, prev_result, command, links):
+    """Print what one plugin of a list runs, given the ADD result (or None) of the one before it and the links made so far. Returns
+    its ADD result."""
     import tempfile  # +20 ms, explain only
 
     if "plugin" not in conf and conf.get("type") not in PLUGINS:
@@ -1709,10 +1948,10 @@ def explain_stage(conf, prev_result, command):
         def say(text):
             print(text.replace(directory, DEFAULT_BIN_DIR))
 
-        run = Explainer(say if command == "ADD" else lambda text: None)
+        run = Explainer(say if command == "ADD" else lambda text: None, links)
         result = explain_call("ADD", environ, {**conf, "prevResult": prev_result}, stages, run)
         if command != "ADD":
-            run = Explainer(say)
+            run = Explainer(say, links)
             explain_call(command, environ, {**conf, "prevResult": result}, stages, run)
         print("" if run.heading else "# It starts no command.")
     return result

@@ -44,7 +44,7 @@ DEFAULTS = {
 READ_KEYS = {
     *("ifname", "flags", "mtu", "master", "address", "ifalias", "linkinfo", "info_kind", "addr_info", "local", "prefixlen", "scope"),
     *("dst", "gateway", "dev", "protocol", "prefsrc", "metric", "metrics", "type", "table"),
-    *("interface", "family", "forwarding"),
+    *("interface", "family", "forwarding", "ifindex", "link_index", "kind", "options"),
     *("nftables", "rule", "chain", "expr", "name", "comment"),
 }
 
@@ -113,7 +113,7 @@ def format_reply(command, reply):
 
 def looks(command):
     """Whether a command asks for something, so that no answer would be an answer to it."""
-    return bool({"-json", "-j"} & set(command.argv)) or "/" in command.argv[0]
+    return bool({"-json", "-j", "show"} & set(command.argv)) or "/" in command.argv[0]
 
 
 class Recorder:
@@ -172,7 +172,7 @@ def readable(stdout):
 
     def keep(value):
         if isinstance(value, dict):
-            return {key: item if key == "expr" else keep(item) for key, item in value.items() if key in READ_KEYS}
+            return {key: item if key in ("expr", "options") else keep(item) for key, item in value.items() if key in READ_KEYS}
         return [keep(item) for item in value] if isinstance(value, list) else value
 
     try:

@@ -29,17 +29,25 @@ def stages(path, host):
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.conflist")), ids=lambda path: path.name)
 def test_every_example_adds_checks_and_deletes_twice_without_a_trace(path, host):
-    pod = host.pod("a")
-    for conf in stages(path, host):
-        warm = host.add(conf, "warm-up", host.pod("b"))  # what a network keeps for its next pod: bridge, static rules
-        assert host.cni("DEL", {**conf, "prevResult": warm}, "warm-up", "")[0] == 0
-        before = host.snapshot()
-        result = host.add(conf, "c1", pod)
+    pod, plugins = host.pod("a"), list(stages(path, host))
+    add_all(host, plugins, "warm-up", host.pod("b"))  # what a network keeps for its next pod: bridge, static rules
+    assert all(host.cni("DEL", conf, "warm-up", "")[0] == 0 for conf in reversed(plugins))
+    before = host.snapshot()
+    result = add_all(host, plugins, "c1", pod)
+    for conf in plugins:
         assert host.cni("CHECK", {**conf, "prevResult": result}, "c1", pod) == (0, None, "")
         assert host.cni("STATUS", conf) == (0, None, "")
-        for _ in range(2):
-            assert host.cni("DEL", {**conf, "prevResult": result}, "c1", pod) == (0, None, "")
-        assert host.snapshot() == before
+    for conf in [*reversed(plugins), *reversed(plugins)]:
+        assert host.cni("DEL", {**conf, "prevResult": result}, "c1", pod) == (0, None, "")
+    assert host.snapshot() == before
+
+
+def add_all(host, plugins, container_id, pod):
+    """The last result of a list of plugins, each given the one before it."""
+    result = {}
+    for conf in plugins:
+        result = host.add({**conf, "prevResult": result} if result else conf, container_id, pod)
+    return result
 
 
 def test_pods_reach_each_other_their_gateway_and_themselves(host):
