@@ -1,5 +1,5 @@
 #!/usr/bin/python3 -I
-"""The MNCNI agent: one per node, it connects the node's pods with those of every other node, through WireGuard, in clear never.
+"""The MNCNI agent: one per node, it connects the node's pods with those of every other node, through WireGuard, and never in clear.
 
 What it owns, and nothing else: the network namespace mncni-wg with the WireGuard device in it, the veth pair mncni-host / mncni-ns,
 the bridge mncni0, routes of protocol 201, the nft table "inet mncni" (one in the host, one in the namespace), its files below
@@ -108,26 +108,37 @@ class Settings:
 
 
 def network(text):
-    return ipaddress.ip_network(text)  # ValueError for host bits: argparse shows the text
+    """For argparse, like those below: what is wrong with the text of a flag, in words."""
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError as error:  # "10.244.0.5/16 has host bits set"
+        raise argparse.ArgumentTypeError(f"{error}; for several networks give the flag several times") from None
+
+
+def address(text):
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no IP address; for several give the flag several times") from None
 
 
 def boolean(text):
     if text.lower() not in ("true", "false"):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r}: true or false")
     return text.lower() == "true"
 
 
 def port_pair(text):
     """Two different UDP ports: slot 0's, and slot 1's, which key rotation will use."""
-    ports = tuple(int(part) for part in text.split(","))
+    ports = tuple(int(part) for part in text.split(",") if part.isascii() and part.isdigit() and len(part) < 6)
     if len(set(ports)) != 2 or not all(0 < port < 65536 for port in ports):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r}: give two different UDP ports, like 28384,28385")
     return ports
 
 
 def link_name(text):
     if not mncni.is_ifname(text):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} cannot name a network link")
     return text
 
 
@@ -139,7 +150,7 @@ FLAGS = (
     ("--pod-cidr", network, None, True, "addresses of this node's pods, inside --cluster-cidr; repeatable"),
     (
         "--endpoint",
-        ipaddress.ip_address,
+        address,
         None,
         True,
         "address at which other nodes reach this one; repeatable (default: the default route's source)",
@@ -183,11 +194,11 @@ def build_parser(environ):
 def parse_settings(parser, options, environ):
     """Settings from parsed options. Leaves with exit status 2 and a message that names the flag."""
     lists = {}
-    for key, kind in (("cluster_cidr", network), ("pod_cidr", network), ("endpoint", ipaddress.ip_address)):
+    for key, kind in (("cluster_cidr", network), ("pod_cidr", network), ("endpoint", address)):
         given = environ.get(f"MNCNI_{key.upper()}")
         try:
             lists[key] = tuple(getattr(options, key) or (map(kind, given.split(",")) if given else ()))
-        except ValueError as error:
+        except argparse.ArgumentTypeError as error:
             parser.error(f"MNCNI_{key.upper()}: {error}")
     for cidr in lists["pod_cidr"]:
         if not is_part(cidr, lists["cluster_cidr"]):
@@ -325,7 +336,7 @@ class Node:
 
 
 def format_record(settings, uid, endpoints, key, generation, created):
-    """This node's record as text: compact JSON, its keys in the order that DESIGN fixes, because policies compare its beginning."""
+    """This node's record as text: compact JSON. The order of its keys is part of the format: policies compare its beginning."""
     record = {
         "v": 1,
         "podCIDRs": [str(cidr) for cidr in settings.pod_cidrs],
@@ -965,7 +976,8 @@ def plan_ns_sysctls(facts, netns):
     keys = {"inet": "net/ipv4/ip_forward", "inet6": "net/ipv6/conf/all/forwarding"}
     off = [keys[entry["family"]] for entry in entries if entry["interface"] == "all" and not entry["forwarding"]]
     filtered = [f"net/ipv4/conf/{entry['interface']}/rp_filter" for entry in entries if entry.get("rp_filter", "off") != "off"]
-    return [write for write in (off and write_on(off, 1, netns), filtered and write_on(filtered, 0, netns)) if write]
+    plan = [write_on(off, 1, netns)] if off else []
+    return plan + ([write_on(filtered, 0, netns)] if filtered else [])
 
 
 def write_on(keys, value, netns):
@@ -986,11 +998,11 @@ def ensure_links(context):
     apply([ip_batch(lines, settings.netns)] if lines else [], run)
 
 
-def refuse_foreign(link):
+def refuse_foreign(link, way_out="rename or remove it"):
     """CNIError 7 unless a link is absent or ours."""
     if link is not None and link.get("ifalias") != mncni.OWNER_ALIAS:
         what = f'link "{link["ifname"]}" is somebody else\'s: it lacks the alias "{mncni.OWNER_ALIAS}"'
-        raise CNIError(mncni.BAD_CONFIG, f"{what}; rename or remove it")
+        raise CNIError(mncni.BAD_CONFIG, f"{what}; {way_out}")
 
 
 def plan_veth(settings, mtu, host, inside):
@@ -1050,9 +1062,13 @@ def start_wireguard_go(run_dir):
         return start_process(["wireguard-go", "-f", DEVICE], output, output, start_new_session=True)
 
 
+def search_path():
+    return os.environ.get("PATH", "") + ":/usr/sbin:/usr/bin:/sbin:/bin"
+
+
 def start_process(argv, stdout, stderr, **options):
     """A process that goes on beside us; the runner is for those that end."""
-    environ = {**os.environ, "LOG_LEVEL": "error", "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/usr/bin:/sbin:/bin"}
+    environ = {**os.environ, "LOG_LEVEL": "error", "PATH": search_path()}
     return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=environ, **options)
 
 
@@ -1096,7 +1112,7 @@ def ensure_bridge(context):
     settings = context.settings
     conf = {"bridge": settings.bridge, "mtu": context.mtu, "forceAddress": True, "adoptBridge": False}
     bridge = look_link(settings.bridge, look_ip([f"address show dev {settings.bridge}"], context.run))
-    refuse_foreign(bridge)
+    refuse_foreign(bridge, "give --bridge another name")
     mncni.refuse_foreign_bridge(conf, bridge)
     gateways = [f"{gateway}/{cidr.prefixlen}" for cidr, gateway in settings.gateways.items()]
     lines = mncni.plan_bridge(conf, bridge, [] if bridge else gateways)
@@ -1234,6 +1250,8 @@ class Monitors:
         outputs = [process.stdout for process in self.running.values()]
         ready, _, _ = select.select([wakeup, *outputs], [], [], timeout_s)
         said = [output.read(1 << 20) or b"" for output in outputs if output in ready]
+        if b"" in said:  # one has ended, or cannot start: tend() starts it again, but not at once
+            select.select([wakeup], [], [], POLL_S)
         return any(word in text for text in said for word in self.WORDS)
 
     def stop(self):
@@ -1261,7 +1279,8 @@ class Agent:
 
     def tick(self, event=False):
         """One look at the store and, if something happened or an audit is due, one pass. Returns whether the node's network stands."""
-        due = self.clock() >= min(self.next_pass, self.doubt_until if self.doubt_until is not None else self.next_pass)
+        deadline = self.next_pass if self.doubt_until is None else min(self.next_pass, self.doubt_until)
+        due = self.clock() >= deadline
         if not (self.store.changed() or due or event or self.is_tunnel_changed()):
             return not self.reason
         try:
@@ -1443,6 +1462,9 @@ def run_agent(settings, environ):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stopping.append(number))
     run = mncni.make_run(environ, trace=lambda command: log.debug("+ %s", command))
+    if shutil.which("setpriv", path=search_path()) is None:
+        log.error("%s", mncni.missing_tool("setpriv"))
+        return FAILED
     agent, monitors, event = Agent(settings, DirectoryStore(settings.nodes_dir), run), Monitors(settings.netns), False
     while not stopping:
         agent.tick(event)
@@ -1494,6 +1516,8 @@ def look_status(settings, run):
     status["peers"] = [describe_peer(name, node, present.get(node["key"])) for name, node in sorted(status.pop("nodes").items())]
     if not status["running"]:
         status.update(ok=False, reason=status["reason"] or "no agent is running; the network stands as the last one left it")
+    if status["quarantine"] and not status["reason"]:
+        status["reason"] = f"records of {len(status['quarantine'])} nodes are quarantined, see below"
     status["ok"] = status["ok"] and not status["quarantine"] and not status["store"] and all(peer["present"] for peer in status["peers"])
     return status
 
@@ -1531,6 +1555,12 @@ def format_status(status, now):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+SYSCTLS_STAY = (
+    "sysctls stay as they are: net.ipv4.ip_forward, net.ipv6.conf.all.forwarding, and net.ipv6.conf.<link>.accept_ra"
+    " of links whose IPv6 default route came by router advertisement"
+)
+
+
 def uninstall(settings, run, force):
     """Remove all that the agent and the plugin made on this node, the floor last. Returns notes on what stays. CNIError 7 while pods
     are attached, unless force takes their network away."""
@@ -1554,7 +1584,7 @@ def uninstall(settings, run, force):
     run(Command(["nft", "delete", "table", "inet", "mncni"]))
     lines = stale_routes([], look_routes(run))
     apply([ip_batch(lines)] if lines else [], run)
-    return [note for note in notes if note] + ["sysctls stay as they are: net.ipv4.ip_forward, net.ipv6.conf.all.forwarding"]
+    return [note for note in notes if note] + [SYSCTLS_STAY]
 
 
 def remove_namespace(settings, run):
@@ -1573,7 +1603,7 @@ def remove_namespace(settings, run):
 def withdraw_record(settings):
     """Take our record out of the node store. A note if that cannot be."""
     if not settings.nodes_dir:
-        return "no --nodes-dir was given: this node's record, if it has one, stays there"
+        return f"no --nodes-dir was given: this node's record stays in the node store; remove {settings.node_name}.json there"
     try:
         DirectoryStore(settings.nodes_dir).withdraw(settings.node_name)
     except StoreError as error:
@@ -1608,6 +1638,7 @@ def run_uninstall(settings, run, force):
     except (CNIError, OSError) as error:
         log.error("not uninstalled: %s", error)
         return FAILED
+    log.info("uninstalled; looked in --conf-dir %s, --bin-dir %s", settings.conf_dir, settings.bin_dir)
     for note in notes:
         log.info("%s", note)
     return OK
@@ -1630,7 +1661,7 @@ def main(arguments, environ):
         if options.command == "run" and not value:
             parser.error(f"{flag} is needed: see agent.py run --help")
     if os.geteuid() != 0:
-        log.error("agent.py %s needs root: network namespaces and links are root's", options.command)
+        log.error("agent.py %s needs root: run it with sudo", options.command)
         return FAILED
     if options.command == "uninstall":
         return run_uninstall(settings, mncni.make_run(environ), options.force)

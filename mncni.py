@@ -15,12 +15,14 @@ again from these three alone.
     STATUS        could ADD work now?                                    nothing, or error 50 or 51
     VERSION       which versions of the protocol do you speak?           the list
 
-By hand:
+By hand, as root (it makes the bridge mncni0 and switches IP forwarding on):
 
     ip netns add pod
-    CNI_COMMAND=ADD CNI_CONTAINERID=c1 CNI_NETNS=/run/netns/pod CNI_IFNAME=eth0 CNI_TRACE=1 ./mncni.py <<E
-    {"cniVersion": "1.0.0", "name": "net", "plugin": "naivewg", "ipam": {"ranges": [[{"subnet": "10.88.0.0/24"}]]}}
-    E
+    export CNI_CONTAINERID=c1 CNI_NETNS=/run/netns/pod CNI_IFNAME=eth0 CNI_TRACE=1
+    conf='{"cniVersion": "1.1.0", "name": "net", "plugin": "naivewg", "ipam": {"ranges": [[{"subnet": "10.88.0.0/24"}]]}}'
+    CNI_COMMAND=ADD ./mncni.py <<<"$conf"
+    CNI_COMMAND=DEL ./mncni.py <<<"$conf"
+    ip netns delete pod; ip link delete mncni0
 
 Reading order: whoever wants the protocol reads to the end of "Dispatch"; whoever wants to write a plugin reads "Commands", then
 copies the section "loopback". Every verb looks (`look_*`, read-only commands), plans (`plan_*`, pure), applies, replies. `run` is
@@ -52,7 +54,15 @@ OWNER_ALIAS = "mncni"  # `ip link` shows it on every link that is ours; a link w
 INCOMPATIBLE_VERSION, UNSUPPORTED_FIELD, BAD_ENVIRONMENT, IO_FAILURE, DECODE_FAILURE, BAD_CONFIG = 1, 2, 4, 5, 6, 7
 BAD_NETNS, TRY_AGAIN, NOT_AVAILABLE, LIMITED_CONNECTIVITY, COMMAND_FAILED, INTERNAL = 8, 11, 50, 51, 100, 999
 
-PACKAGES = {"ip": "iproute2", "tc": "iproute2", "nft": "nftables", "wg": "wireguard-tools", "nsenter": "util-linux", "tee": "coreutils"}
+PACKAGES = {
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "nft": "nftables",
+    "wg": "wireguard-tools",
+    "nsenter": "util-linux",
+    "setpriv": "util-linux",
+    "tee": "coreutils",
+}
 
 
 class CNIError(Exception):
@@ -202,8 +212,8 @@ def runtime_config(request, key):
 # Inside, a result is always a 1.1.0 dict. Keys that we do not know pass through untouched.
 
 
-def result_from_version(result, version):
-    """A 1.1.0 result from one written as version. Below 1.0.0 an address carries the family too."""
+def to_newest(result):
+    """A result of any version as a 1.1.0 result: below 1.0.0 an address carries its family too, which goes."""
     ips = [{key: value for key, value in ip.items() if key != "version"} for ip in result.get("ips") or []]
     return {**result, "cniVersion": NEWEST, "ips": ips}
 
@@ -235,7 +245,7 @@ def parse_prev_result(conf):
             raise config_error(f'"prevResult" is no result: {ip.get("address")!r} is not an address with its prefix length')
         if index is not None and (type(index) is not int or not 0 <= index < len(result.get("interfaces") or [])):
             raise config_error(f'"prevResult" is no result: "interface" {index!r} is not an index into its interfaces')
-    return result_from_version(result, conf["cniVersion"]) if result else None
+    return to_newest(result) if result else None
 
 
 def merge_results(prev_result, own):
@@ -360,7 +370,7 @@ def choose_plugins(conf, called_as, plugins):
         if name in names[:position]:
             raise config_error(f'"plugin" lists "{name}" twice')
         if position and plugins[name].get("first"):
-            raise config_error(f'"plugin" lists "{name}" at place {position + 1}: it makes the interface, so it can only be the first')
+            raise config_error(f'"plugin" lists "{name}" at place {position + 1}: it can only be the first, it adds to no result before it')
     return [plugins[name] for name in names]
 
 
@@ -375,7 +385,8 @@ def check_version(command, version):
     if since and not readable:
         raise CNIError(DECODE_FAILURE, f'cannot read "cniVersion" {version!r}')
     if version not in CNI_VERSIONS:
-        raise CNIError(INCOMPATIBLE_VERSION, f'"cniVersion" {version!r} is not supported', f"supported: {', '.join(CNI_VERSIONS)}")
+        what = '"cniVersion" is missing, or 0.1.0, which' if version == "0.1.0" else f'"cniVersion" {version!r}'
+        raise CNIError(INCOMPATIBLE_VERSION, f"{what} is not supported", f"supported: {', '.join(CNI_VERSIONS)}")
     if since and CNI_VERSIONS.index(version) < CNI_VERSIONS.index(since):
         raise CNIError(INCOMPATIBLE_VERSION, f"{command} needs cniVersion {since} or newer, the configuration says {version}")
 
@@ -561,7 +572,7 @@ def command_failed(command, reply):
     return CNIError(COMMAND_FAILED, f"{command.argv[0]} failed: {first}", f"{what}\n{said}")
 
 
-# The one place where a program's words decide: all of them say that what was asked for is not there.
+# Words of ip and tc that say: what was asked for is not there. is_gone_nft is the same for nft.
 GONE = ("does not exist", "Cannot find device", "No such device", "No such file or directory", "No such process", "Command failed -:")
 
 
@@ -686,9 +697,10 @@ class Leases:
         return owner
 
     def addresses(self, container_id, ifname):
-        """The addresses (list of str) that an attachment holds, from the index alone."""
+        """The addresses (list of str) that the index names for an attachment and whose leases are still its own."""
+        attachment = (container_id, ifname)
         owner, addresses = self._parse(read_file(self.index_path(container_id, ifname)))
-        return [address for address in addresses if owner == (container_id, ifname) == self.holder(address)]
+        return [address for address in addresses if self.holder(address) == attachment] if owner == attachment else []
 
     def take(self, addresses, container_id, ifname):
         """Write the index, then the leases."""
@@ -1114,7 +1126,7 @@ def parse_naivewg(request):
         parsed[key] = typed(conf, key, bool, default)
     if not is_ifname(parsed["bridge"]):
         raise config_error(f'"bridge" {parsed["bridge"]!r} cannot name an interface')
-    if parsed["mtu"] and not 68 <= parsed["mtu"] <= 65534:
+    if parsed["mtu"] and not 68 <= parsed["mtu"] <= 65534:  # plan_bridge needs room for one more
         raise config_error(f'"mtu" {parsed["mtu"]} is out of range: 68 to 65534, or 0 for the kernel\'s')
     parsed["ipam"] = parse_ipam(request)
     range_sets = (parsed["ipam"] or {}).get("range_sets", [])
@@ -1200,8 +1212,8 @@ def plan_gateways(conf, ips):
 def plan_bridge(conf, bridge, gateways):
     """Lines for `ip -batch` that make the bridge what it has to be, none if it is. CNIError 7 if it has another gateway address.
 
-    The MTU and the MAC are pinned: else a bridge follows its ports. A set counts as a pin only if it changes the value, so the
-    bridge is made with another MTU than it gets (net/bridge/br_device.c, br_change_mtu).
+    The MAC is set when the bridge is made. A bridge takes the smallest MTU of its ports until somebody changes its MTU, and setting
+    the value that it has is no change: so it is made with mtu + 1, then set to mtu (net/bridge/br_device.c, br_change_mtu).
     """
     name, mtu, lines = conf["bridge"], conf["mtu"], []
     if bridge is None:
@@ -1770,7 +1782,7 @@ def nothing_to_do(request, run):
 # ---------------------------------------------------------------------------------------------------------------------
 # The plugin table
 # ---------------------------------------------------------------------------------------------------------------------
-# "first": it makes an interface, so nothing may come before it in a list.
+# "first": it may only stand first in a list.
 
 PLUGINS = {
     "naivewg": {
@@ -1841,7 +1853,8 @@ def install(bin_dir=DEFAULT_BIN_DIR, names=(), force=False):
     paths = {os.path.join(bin_dir, name): text for name, text in texts.items()}
     for path in paths:
         if not is_ours(path) and not force:
-            raise config_error(f"{path} is not MNCNI's own; --force replaces it, and whatever used it gets our plugin")
+            what = f"{path} is not MNCNI's own: move it away"
+            raise config_error(f"{what}, or replace it for all who use it: mncni.py install --bin-dir {bin_dir} --force")
     os.makedirs(bin_dir, exist_ok=True)
     for path, text in paths.items():
         if read_file(path) != text or not os.access(path, os.X_OK):
@@ -1915,10 +1928,13 @@ def explain_command(options, run):
     stages = typed(conflist, "plugins", list, [conflist])
     if not stages:
         raise config_error(f'"plugins" of {options.conflist} is empty: the network has no plugin')
-    versions = [version for version in [conflist.get("cniVersion"), *typed(conflist, "cniVersions", list, [])] if version in CNI_VERSIONS]
-    shared = {"name": conflist.get("name"), "cniVersion": max(versions, default=NEWEST)}
+    offered = [conflist.get("cniVersion"), *typed(conflist, "cniVersions", list, [])]
+    spoken = [version for version in offered if version in CNI_VERSIONS]
+    if not spoken:
+        check_version("", str(offered[0]))
+    shared = {"name": conflist.get("name", ""), "cniVersion": max(spoken)}
     print(f"# What CNI_COMMAND={options.command} runs for {options.conflist}: container c1, namespace /run/netns/c1, interface eth0,")
-    print("# on a host that has nothing of it yet. Nothing was changed to find out.")
+    print("# on a host that has nothing of it yet, or only what an ADD made. Leases are files, not commands, so they do not show.")
     result, links = None, ["lo"]
     for conf in stages:
         print(f"\n# ---- type {conf.get('type')}, plugin {json.dumps(conf.get('plugin', conf.get('type')))} ----")
@@ -1930,7 +1946,7 @@ def explain_stage(conf, prev_result, command, links):
     its ADD result."""
     import tempfile  # +20 ms, explain only
 
-    if "plugin" not in conf and conf.get("type") not in PLUGINS:
+    if "plugin" not in conf and conf.get("type") not in (*PLUGINS, "mncni", "mncni.py"):
         print("# Not a plugin of MNCNI's.")
         return prev_result
     conf = parse_conf(json.dumps(conf))
@@ -1978,9 +1994,9 @@ def build_parser():
     parser.add_argument("--version", action="version", version=f"mncni {PROGRAM_VERSION}, CNI {', '.join(CNI_VERSIONS)}")
     commands = parser.add_subparsers(dest="action", required=True)
     command = commands.add_parser("install", help="write mncni.py and its launchers into a plugin directory")
-    command.add_argument("--root", default="", metavar="DIR", help="of a system that is not running: an image; its own python3 precompiles")
+    command.add_argument("--root", default="", metavar="DIR", help="into the system below DIR, an image, whose python3 compiles mncni.py")
     command.add_argument("--bin-dir", default=DEFAULT_BIN_DIR, metavar="DIR", help=f"the plugin directory (default {DEFAULT_BIN_DIR})")
-    command.add_argument("--names", default="", metavar="A,B", help=f"launchers of these names too: {', '.join(PLUGINS)}")
+    command.add_argument("--names", default="", metavar="A,B", help=f"also launchers with these names: {', '.join(PLUGINS)}")
     command.add_argument("--force", action="store_true", help="replace files that are not MNCNI's own")
     command.set_defaults(act=install_command)
     command = commands.add_parser("explain", help="print what a call would run, as a shell script; changes nothing")
@@ -1995,6 +2011,9 @@ def command_line(arguments):
     options = build_parser().parse_args(arguments)
     try:
         options.act(options, lazy_run(dict(os.environ)))
+    except PermissionError as error:
+        print(f"mncni.py {options.action}: no permission for {error.filename}: run it with sudo", file=sys.stderr)
+        return 1
     except (CNIError, OSError) as error:
         details = f"\n{error.details}" if getattr(error, "details", "") else ""
         print(f"mncni.py {options.action}: {error}{details}", file=sys.stderr)
@@ -2004,7 +2023,8 @@ def command_line(arguments):
 
 ABOUT = f"""MNCNI {PROGRAM_VERSION}: the CNI plugins {", ".join(PLUGINS)}
 CNI protocol versions supported: {", ".join(CNI_VERSIONS)}
-A container runtime calls this program with CNI_COMMAND set and a network configuration on stdin. By hand: mncni.py --help
+A container runtime calls this program with CNI_COMMAND set and a network configuration on stdin. How to try it by hand stands at the
+top of this file; mncni.py --help lists what else it does.
 """
 
 

@@ -867,7 +867,6 @@ def judge_capture(counts, pings):
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # The container runtime: what containerd and libcni do on a node. Runs in the node, uses nothing of the lab above.
-# (CNI.md 1.12; numbers like C83 are of that list)
 # ---------------------------------------------------------------------------------------------------------------------------
 CNI_VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 TRY_AGAIN = (11, 50, 51)                             # error codes that may pass: try again later; STATUS: not ready
@@ -898,7 +897,7 @@ def parse_network(text, file_name):
 
 
 def plan_version(conf):
-    """The highest of cniVersion and cniVersions that this runtime speaks (C84). ValueError: none."""
+    """The highest of cniVersion and cniVersions that this runtime speaks. ValueError: none."""
     offered = {conf.get("cniVersion"), *conf.get("cniVersions", [])}
     spoken = [version for version in CNI_VERSIONS if version in offered]
     if not spoken:
@@ -912,7 +911,7 @@ def at_least(network, version):
 
 
 def look_network(dirs):
-    """The network of this node: the lexically first configuration file, as containerd chooses (C87). LabError when there is none."""
+    """The network of this node: the lexically first configuration file, as containerd chooses. LabError when there is none."""
     files = [path for path in sorted(Path(dirs["conf"]).glob("*")) if path.suffix in (".conflist", ".conf", ".json")]
     if not files:
         raise LabError(f"no network configuration in {dirs['conf']}")
@@ -920,7 +919,7 @@ def look_network(dirs):
 
 
 def plan_stdin(network, plugin, prev_result, capabilities):
-    """What a plugin gets on stdin (C81): its own object, name and version of the list, the result before it, and of the runtime's
+    """What a plugin gets on stdin: its own object, name and version of the list, the result before it, and of the runtime's
     capability arguments those that it declares."""
     conf = {**plugin, "name": network["name"], "cniVersion": network["cniVersion"]}
     declared = {key: value for key, value in capabilities.items() if plugin.get("capabilities", {}).get(key) is True}
@@ -947,7 +946,7 @@ def plan_attachment(record, ifname):
 
 
 def parse_answer(act, code, stdout, stderr):
-    """The result a plugin printed, None for none. CNIError when it failed; the error object is on stdout (C2)."""
+    """The result a plugin printed, None for none. CNIError when it failed; the error object is on stdout."""
     try:
         answer = json.loads(stdout) if stdout.strip() else {}
     except ValueError:
@@ -974,12 +973,12 @@ def call_plugin(call, dirs, run):
     env = {**os.environ, "PATH": PATH, "CNI_PATH": dirs["bin"], **call["env"]}       # the runtime's own and CNI_*: C7
     code, stdout, stderr = run([str(binary)], call["stdin"], env=env)
     result = parse_answer(call["act"], code, stdout, stderr)
-    sys.stderr.write(stderr)                         # passed on after a success (C5), such as what CNI_TRACE=1 prints
+    sys.stderr.write(stderr)                         # passed on after a success, such as what CNI_TRACE=1 prints
     return result
 
 
 def cache_path(network, attachment, dirs):
-    """libcni's file for the final result of an attachment (C83)."""
+    """libcni's file for the final result of an attachment."""
     return Path(dirs["cache"]) / f"{network['name']}-{attachment['container_id']}-{attachment['ifname']}"
 
 
@@ -993,7 +992,7 @@ def plan_cache(network, attachment, result):
 
 
 def cached_result(network, attachment, dirs):
-    """The final result of the ADD, for CHECK and DEL; None before 0.4.0 (C81), without a cache file or with a bad one (C83)."""
+    """The final result of the ADD, for CHECK and DEL; None before 0.4.0, without a cache file or with a bad one."""
     try:
         result = json.loads(cache_path(network, attachment, dirs).read_text())["result"]
     except (OSError, ValueError, KeyError):
@@ -1139,7 +1138,7 @@ def print_pings(rows):
                       f"{row['received']}/{row['sent']}", rtt])
     print_table(table)
     lost = sum(map(is_lost, rows))
-    print(f"{len(rows)} pairs pinged, " + (f"{lost} LOST PINGS" if lost else "none lost a ping"))
+    print(f"{len(rows)} pairs pinged, " + (f"{lost} OF THEM LOST PINGS" if lost else "none lost a ping"))
 
 
 def kind_of(options):
