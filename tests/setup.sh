@@ -5,6 +5,7 @@
 #   tests/setup.sh test    the same, the reference CNI plugins to compare with, and .venv with pytest
 #   tests/setup.sh lint    shellcheck, and .venv with ruff
 #   tests/setup.sh venv    .venv alone
+#   tests/setup.sh matrix  debootstrap and what else tests/matrix.sh needs
 #   tests/setup.sh ci      all of it, and make
 #
 # When all is there it prints nothing and takes milliseconds, so every target can call it every time.
@@ -28,7 +29,9 @@ main() {
               make_venv ;;
         venv) need_venv_module; provide || go_on
               make_venv ;;
-        ci)   need make make; need shellcheck shellcheck
+        matrix) need_matrix_tools; provide || exit 1
+              need_wireguard; provide || exit 1 ;;
+        ci)   need make make; need shellcheck shellcheck; need_matrix_tools
               main test ;;
         *)    sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
@@ -58,6 +61,16 @@ need_lab_tools() {
 
 need_reference_plugins() {
     [[ -x /opt/cni/bin/host-local || -x /usr/lib/cni/host-local ]] || note_missing "reference CNI plugins" containernetworking-plugins
+}
+
+need_matrix_tools() {
+    need debootstrap debootstrap
+    [[ -e /usr/share/keyrings/debian-archive-keyring.gpg ]] || note_missing "Debian's archive keys" debian-archive-keyring
+    need git git
+    need unshare util-linux
+    need mount mount
+    # To read what deploy/node-image/cloud-init.sh prints. Of the distribution's python3, whatever PYTHON is: no package from PyPI for it.
+    /usr/bin/python3 -c 'import yaml' 2>/dev/null || note_missing "PyYAML" python3-yaml
 }
 
 # WireGuard is in nearly every kernel; wireguard-go is for the others.
