@@ -3,6 +3,7 @@
 Run by itself it is one end of the stream:  flow.py receive ADDRESS PORT | flow.py send ADDRESS PORT COUNT RATE
 """
 
+import itertools
 import json
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 
 PYTHON = "/usr/bin/python3"
+PORTS = itertools.count(9000)
 
 
 def send(address, port, count, rate):
@@ -58,9 +60,10 @@ class Flow:
     from_argv, to_argv: what puts a command into the pods. The block should leave time: the stream takes count / rate seconds.
     """
 
-    def __init__(self, from_argv, to_argv, address, count=10_000, rate=2_000, port=9000):
+    def __init__(self, from_argv, to_argv, address, count=10_000, rate=2_000):
         self.from_argv, self.to_argv, self.address = from_argv, to_argv, address
-        self.count, self.rate, self.port = count, rate, port
+        self.count, self.rate = count, rate
+        self.port = next(PORTS)  # a receiver of a test that failed may still be there, inside its node, until it has waited enough
 
     def __enter__(self):
         here = [PYTHON, "-c", open(__file__, encoding="utf-8").read()]  # noqa: SIM115 (a pod's node has another root)
