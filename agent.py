@@ -1062,13 +1062,9 @@ def start_wireguard_go(run_dir):
         return start_process(["wireguard-go", "-f", DEVICE], output, output, start_new_session=True)
 
 
-def search_path():
-    return os.environ.get("PATH", "") + ":/usr/sbin:/usr/bin:/sbin:/bin"
-
-
 def start_process(argv, stdout, stderr, **options):
     """A process that goes on beside us; the runner is for those that end."""
-    environ = {**os.environ, "LOG_LEVEL": "error", "PATH": search_path()}
+    environ = {**os.environ, "LOG_LEVEL": "error", "PATH": mncni.search_path(os.environ)}
     return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=environ, **options)
 
 
@@ -1118,7 +1114,7 @@ def ensure_bridge(context):
     lines = mncni.plan_bridge(conf, bridge, [] if bridge else gateways)
     wanted = {*gateways, BRIDGE_LINK_LOCAL} if 6 in settings.families else set(gateways)
     lines += plan_addresses(settings.bridge, wanted, bridge) if bridge else []
-    apply([ip_batch(lines)] if lines else [], context.run)
+    apply(([ip_batch(lines)] if lines else []) + ([] if bridge else mncni.plan_no_advertisements(settings.bridge)), context.run)
 
 
 def ensure_addresses(context):
@@ -1462,7 +1458,7 @@ def run_agent(settings, environ):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stopping.append(number))
     run = mncni.make_run(environ, trace=lambda command: log.debug("+ %s", command))
-    if shutil.which("setpriv", path=search_path()) is None:
+    if shutil.which("setpriv", path=mncni.search_path(os.environ)) is None:
         log.error("%s", mncni.missing_tool("setpriv"))
         return FAILED
     agent, monitors, event = Agent(settings, DirectoryStore(settings.nodes_dir), run), Monitors(settings.netns), False

@@ -317,7 +317,7 @@ def call_del(request, stages, run):
     try:
         request.prev_result = parse_prev_result(request.conf)
     except CNIError as error:
-        print(f"mncni: DEL goes on without prevResult: {error.msg}", file=sys.stderr)
+        tell(f"DEL goes on without prevResult: {error.msg}")
     return call_all(request, list(reversed(stages)), run)
 
 
@@ -353,7 +353,15 @@ def best_effort(act, *arguments):
     try:
         act(*arguments)
     except Exception as error:
-        print(f"mncni: while undoing: {error}", file=sys.stderr)
+        tell(f"while undoing: {error}")
+
+
+def tell(text):
+    """A word on stderr for people. That nobody can read it must not stop a DEL."""
+    try:
+        print(f"mncni: {text}", file=sys.stderr)
+    except OSError:
+        return
 
 
 def choose_plugins(conf, called_as, plugins):
@@ -401,8 +409,9 @@ def version_reply(stdin_text):
 
 
 def check_netns(request, environ):
-    """Refuse a namespace that is not there, or that is the host's own: code 8, before anything is changed. To DEL, gone is fine."""
-    if not request.netns:
+    """Refuse a namespace that is not there, or that is the host's own: code 8, before anything is changed. DEL cleans up without one:
+    it may be gone, or /proc/PID may be another process by now."""
+    if not request.netns or request.command in ("GC", "STATUS"):
         return
     try:
         there, own = os.stat(request.netns), os.stat("/proc/self/ns/net")
@@ -414,6 +423,9 @@ def check_netns(request, environ):
         raise CNIError(BAD_NETNS, f"cannot open the network namespace {request.netns!r}: {reason}") from None
     override = environ.get("CNI_NETNS_OVERRIDE", "").lower() in ("1", "true")
     if (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino) and not override:
+        if request.command == "DEL":
+            request.netns = ""
+            return
         raise CNIError(BAD_NETNS, f"CNI_NETNS {request.netns!r} is the network namespace that the plugin itself runs in")
 
 
@@ -447,6 +459,11 @@ class Command:
         return f"{text} <<'E'\n{self.stdin.rstrip()}\nE" if self.stdin else text
 
 
+def search_path(environ):
+    """PATH and the directories where the tools are. An empty part of it would mean the current directory."""
+    return ":".join([part for part in environ.get("PATH", "").split(":") if part] + ["/usr/sbin", "/usr/bin", "/sbin", "/bin"])
+
+
 def make_run(environ, trace=None, timeout_s=30):
     """The runner: run(command) -> Reply. It never raises on an exit code. CNIError 4 where the tool is missing, 100 when it hangs.
 
@@ -454,7 +471,7 @@ def make_run(environ, trace=None, timeout_s=30):
     """
     import subprocess  # +5 ms; VERSION, and whatever needs no command, does without
 
-    child_environ = {**environ, "LC_ALL": "C", "PATH": environ.get("PATH", "") + ":/usr/sbin:/usr/bin:/sbin:/bin"}
+    child_environ = {**environ, "LC_ALL": "C", "PATH": search_path(environ)}
 
     def run(command):
         if trace:
@@ -467,6 +484,7 @@ def make_run(environ, trace=None, timeout_s=30):
                 text=True,
                 errors="replace",
                 timeout=timeout_s,
+                close_fds=False,  # a command holds the lock of its attachment until it ends, even if we are killed before
                 env={**child_environ, **command.environ},
             )
         except FileNotFoundError:
@@ -556,8 +574,14 @@ def apply(plan, run):
     """Run each command of the plan. CNIError 100 at the first that fails."""
     for command in plan:
         reply = run(command)
-        if reply.exit_code != 0:
+        if reply.exit_code != 0 and not is_read_only(command, reply):
             raise command_failed(command, reply)
+
+
+def is_read_only(command, reply):
+    """Whether only a read-only /proc/sys kept a sysctl from being written: it may be right as it is, and if not, the next command fails."""
+    lines = reply.stderr.splitlines()
+    return "tee" in command.argv and bool(lines) and all(line.endswith("Read-only file system") for line in lines)
 
 
 def command_failed(command, reply):
@@ -586,7 +610,10 @@ def look_ip(arguments, run, netns="", family=""):
     """What `ip -json` prints for the given command lines, as one list of objects. What is not there is left out."""
     options = ["-json", "-details", *([family] if family else []), "-force", "-batch", "-"]
     command = Command(in_netns(netns, ["ip", *options]), "".join(guarded(line) + "\n" for line in arguments))
-    reply = run(command)
+    for _ in range(5):
+        reply = run(command)
+        if "Dump was interrupted" not in reply.stderr:  # it says so when links come and go while it lists them
+            break
     if reply.stderr.startswith("nsenter:"):
         raise CNIError(BAD_NETNS, f"cannot enter the network namespace {netns!r}", reply.stderr.strip())
     if reply.exit_code != 0 and not is_gone(reply):
@@ -614,12 +641,13 @@ def look_link(name, links):
 class Locked:
     """`with Locked(path):` one process at a time. CNIError 11 after timeout_s."""
 
-    def __init__(self, path, timeout_s=60):
-        self.path, self.timeout_s = path, timeout_s
+    def __init__(self, path, timeout_s=60, inherit=False):
+        self.path, self.timeout_s, self.inherit = path, timeout_s, inherit
 
     def __enter__(self):
         os.makedirs(os.path.dirname(self.path), mode=0o755, exist_ok=True)
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        os.set_inheritable(self.fd, self.inherit)
         deadline = time.monotonic() + self.timeout_s
         while True:
             try:
@@ -723,6 +751,9 @@ class Leases:
                 remove_file(path)  # torn, or of an earlier boot: the leases it may name count as free
             elif owner not in keep:
                 self.release(*owner)
+        for name in os.listdir(self.dir):
+            if name.startswith("."):
+                remove_file(os.path.join(self.dir, name))  # half written by a process that was killed: only who holds the lock writes
 
     def attachments(self):
         """[(container ID, interface)] of all attachments of this boot that hold leases."""
@@ -732,7 +763,7 @@ class Leases:
         """(path, owner) of every entry of the index; None for an owner that counts as none."""
         for key in sorted(os.listdir(self.index_dir)) if os.path.isdir(self.index_dir) else []:
             path = os.path.join(self.index_dir, key)
-            yield path, self._parse(read_file(path))[0]
+            yield path, None if key.startswith(".") else self._parse(read_file(path))[0]
 
     def last(self, set_index):
         """The address (int) that a range set gave out last, 0 if none."""
@@ -827,7 +858,8 @@ def parse_ipam(request):
     if kind not in ("", "mncni", "mncni.py"):
         return {"type": kind}
     sets = [parse_range_set(ranges) for ranges in requested_ranges(request) + configured_ranges(ipam)]
-    if not sets:
+    by_runtime = request.command == "STATUS" and any_case(request.conf.get("capabilities"), "ipRanges") is True
+    if not sets and not by_runtime:  # STATUS gets no runtimeConfig
         raise config_error('"ipam" has no "ranges"', 'for example "ranges": [[{"subnet": "10.88.0.0/24"}]]')
     refuse_overlaps([entry for ranges in sets for entry in ranges])
     return {
@@ -1072,7 +1104,8 @@ def delegate_call(request, run, verb):
         raise CNIError(BAD_ENVIRONMENT, f'cannot find the IPAM plugin "{kind}" in CNI_PATH {":".join(request.path)!r}')
     conf = {**request.conf, "cniVersion": request.version}
     reply = run(Command([found[0]], json.dumps(conf), {"CNI_COMMAND": verb}))
-    sys.stderr.write(reply.stderr)
+    if reply.stderr:
+        tell(f"{kind}: {reply.stderr.strip()}")
     if reply.exit_code == 0:
         return reply.stdout
     try:
@@ -1172,7 +1205,7 @@ def own_veth(request):
 
 def link_alias(request):
     """What `ip link` shows on the links of an attachment: whose they are. GC tells by it what is of its network. 255 bytes at most."""
-    rest = 255 - len(f"{OWNER_ALIAS}:{request.network}::{request.ifname}")
+    rest = 255 - len(f"{OWNER_ALIAS}:{request.network}::{request.ifname}".encode())
     return f"{OWNER_ALIAS}:{request.network}:{request.container_id[:rest]}:{request.ifname}"
 
 
@@ -1227,10 +1260,16 @@ def plan_bridge(conf, bridge, gateways):
         lines.append(f"link set dev {name} up")
     present = {f"{info['local']}/{info['prefixlen']}" for info in bridge.get("addr_info", []) if info.get("scope") == "global"}
     for gateway in gateways:
-        lines += plan_gateway_address(conf, gateway, present - set(gateways))
+        lines += plan_gateway_address(conf, gateway, present - set(gateways) - configured_gateways(conf))
         if gateway not in present:
             lines.append(f"address replace {gateway} dev {name}{' nodad' if ':' in gateway else ''}")
     return lines
+
+
+def configured_gateways(conf):
+    """The gateways of all ranges of the configuration: the pods of one set may have several."""
+    ranges = [entry for ranges in (conf.get("ipam") or {}).get("range_sets", []) for entry in ranges]
+    return {f"{entry['gateway']}/{entry['subnet'].prefixlen}" for entry in ranges}
 
 
 def plan_gateway_address(conf, gateway, others):
@@ -1255,13 +1294,24 @@ def ensure_bridge(request, conf, bridge, gateways, run):
         bridge, _ = look_host(request, conf["bridge"], run)
         refuse_foreign_bridge(conf, bridge)
         lines = plan_bridge(conf, bridge, gateways)
-        apply(plan_forwarding(gateways, look_forwarding(run)) + ([ip_batch(lines)] if lines else []), run)
+        plan = plan_forwarding(gateways, look_forwarding(run)) + ([ip_batch(lines)] if lines else [])
+        apply(plan + ([] if bridge else plan_no_advertisements(conf["bridge"])), run)
         bridge, _ = look_host(request, conf["bridge"], run)
         return bridge["address"] if bridge else ""
 
 
 def bridge_lock(request):
     return Locked(os.path.join(request.run_dir, "bridge.lock"))
+
+
+def families_of(addresses):
+    """The families of addresses in text as `ip netconf` calls them."""
+    return {"inet6" if ":" in address else "inet" for address in addresses}
+
+
+def plan_no_advertisements(bridge):
+    """Commands for a new bridge: a pod that sends a router advertisement must not become the host's default route (CVE-2020-10749)."""
+    return [write_sysctls([f"net/ipv6/conf/{bridge}/accept_ra"], 0)] if os.path.exists("/proc/sys/net/ipv6") else []
 
 
 def look_forwarding(run):
@@ -1272,8 +1322,7 @@ def look_forwarding(run):
 def plan_forwarding(gateways, forwarded):
     """Commands that let the host route for the pods. Only what is off is written: /proc/sys may be read-only and right."""
     keys = {"inet": "net/ipv4/ip_forward", "inet6": "net/ipv6/conf/all/forwarding"}
-    wanted = {"inet6" if ":" in gateway else "inet" for gateway in gateways}
-    return [write_sysctls([keys[family]], 1) for family in sorted(wanted - forwarded)]
+    return [write_sysctls([keys[family]], 1) for family in sorted(families_of(gateways) - forwarded)]
 
 
 def plan_routes(conf, ipam):
@@ -1287,7 +1336,7 @@ def plan_routes(conf, ipam):
         for _, gateway in sorted(gateways.items()):
             if not any(route["dst"] == default_route(gateway) and "table" not in route for route in routes):
                 routes.append({"dst": default_route(gateway), "gw": gateway})
-    return routes
+    return [route for index, route in enumerate(routes) if route not in routes[:index]]
 
 
 def plan_attach(request, conf, ipam, mac):
@@ -1308,13 +1357,14 @@ def plan_attach(request, conf, ipam, mac):
     plan = [ip_batch(host)]
     if any(":" in ip["address"] for ip in ipam["ips"]):  # runtimes may have IPv6 off; no router but ours, no wait for DAD
         keys = [f"net/ipv6/conf/{ifname}/{key}" for key in ("disable_ipv6", "accept_ra", "accept_dad")]
+        keys.append("net/ipv6/conf/lo/disable_ipv6")  # what a pod sends to its own address comes in through lo
         plan.append(write_sysctls(keys, 0, request.netns))
     return [*plan, ip_batch(pod, request.netns)]
 
 
 def route_line(route, ifname):
-    """A route of a result as a line for `ip -batch`. replace, not add: a result may name a destination twice."""
-    words = ["route", "replace", route["dst"]] + (["via", route["gw"]] if "gw" in route else []) + ["dev", ifname]
+    """A route of a result as a line for `ip -batch`. prepend: another attachment's route to the same place stays behind it."""
+    words = ["route", "prepend", route["dst"]] + (["via", route["gw"]] if "gw" in route else []) + ["dev", ifname]
     for key, word in (("mtu", "mtu"), ("advmss", "advmss"), ("priority", "metric"), ("table", "table"), ("scope", "scope")):
         words += [word, str(route[key])] if key in route else []
     return " ".join(words)
@@ -1381,10 +1431,22 @@ def naivewg_result(request, conf, ipam, bridge_mac, mac):
     }
 
 
+def attachment_lock(request):
+    """One ADD or DEL of an attachment at a time: a runtime that gave up on one starts the next while a command of the first still runs."""
+    bucket = short_hash(request.network, request.container_id, request.ifname)[-3:]
+    return Locked(os.path.join(request.run_dir, "attachments", bucket), inherit=True)
+
+
 def naivewg_add(request, run):
-    """ADD: join the pod to the bridge. Returns a 1.1.0 result. Its undo is naivewg_del."""
+    """ADD: join the pod to the bridge. Returns a 1.1.0 result. Its undo is detach."""
     conf = parse_naivewg(request)
     require_ready(conf, TRY_AGAIN, TRY_AGAIN)
+    with attachment_lock(request):
+        return attach(request, conf, run)
+
+
+def attach(request, conf, run):
+    """naivewg_add under the attachment's lock."""
     bridge, veth = look_host(request, conf["bridge"], run)
     if bridge and "ifalias" not in bridge:  # another ADD may be making it: the kernel takes the alias only after the link
         with bridge_lock(request):
@@ -1400,7 +1462,7 @@ def naivewg_add(request, run):
         apply(masq + plan_attach(request, conf, ipam, mac), run)
         return merge_results(request.prev_result, naivewg_result(request, conf, ipam, bridge_mac, mac))
     except Exception:
-        best_effort(naivewg_del, request, run)
+        best_effort(detach, request, run)
         raise
 
 
@@ -1419,6 +1481,12 @@ def derive_gateway(ip):
 def naivewg_del(request, run):
     """DEL: the link goes before the lease, so that no address is given out again while it is still in use. Needs neither the
     namespace nor prevResult: both ends of a veth go together."""
+    with attachment_lock(request):
+        detach(request, run)
+
+
+def detach(request, run):
+    """naivewg_del under the attachment's lock."""
     delete_link(own_veth(request), run)
     ipam_del(request, run)
 
@@ -1440,7 +1508,11 @@ def naivewg_check(request, run):
     pod = look_link(request.ifname, look_ip([f"address show dev {request.ifname}"], run, request.netns))
     families = sorted({family_of(route["dst"]) for route in routes})
     present = [route for family in families for route in look_ip(["route show table all"], run, request.netns, family)]
-    problems = diff_bridge(conf, bridge, plan_gateways(conf, with_gateways(conf, {"ips": ips})["ips"]))
+    gateways = plan_gateways(conf, with_gateways(conf, {"ips": ips})["ips"])
+    problems = diff_bridge(conf, bridge, gateways)
+    problems += (
+        [f"the host does not forward {family}" for family in sorted(families_of(gateways) - look_forwarding(run))] if gateways else []
+    )
     problems += diff_veth(conf, veth, own_veth(request), bridge)
     problems += diff_pod(request, pod, ips)
     problems += [f"no route to {route['dst']} in the pod" for route in routes if not any(is_route(route, other) for other in present)]
@@ -1490,8 +1562,9 @@ def is_route(route, present):
         same = str(route["dst"]) in ("0.0.0.0/0", "::/0")
     else:
         same = ipaddress.ip_network(present["dst"], strict=False) == ipaddress.ip_network(route["dst"], strict=False)
-    same = same and (not route.get("gw") or present.get("gateway") == str(ipaddress.ip_address(route["gw"])))
-    same = same and ("priority" not in route or present.get("metric", 0) == route["priority"])
+    gateways = [hop.get("gateway") for hop in present.get("nexthops") or [present]]
+    same = same and (not route.get("gw") or str(ipaddress.ip_address(route["gw"])) in gateways)
+    same = same and (not route.get("priority") or present.get("metric", 0) == route["priority"])
     table = {"main": 254, "default": 253, "local": 255}.get(present.get("table", "main"), present.get("table"))
     return same and ("table" not in route or str(table) == str(route["table"] or 254))
 
@@ -1514,8 +1587,9 @@ def valid_attachments(request):
 def naivewg_gc(request, run):
     """GC: remove the veths and leases of this network that are not in the runtime's list."""
     keep = valid_attachments(request)
-    if keep is not None:
-        all_of([(delete_stale_links, (request, "veth", "mn", keep, run)), (ipam_gc, (request, keep, run))])
+    if keep is None:
+        return delegate_call(request, run, "GC")
+    all_of([(delete_stale_links, (request, "veth", "mn", keep, run)), (ipam_gc, (request, keep, run))])
 
 
 def delete_stale_links(request, kind, prefix, keep, run):
@@ -2031,6 +2105,7 @@ top of this file; mncni.py --help lists what else it does.
 def main(plugins=None):
     """The program. A plugin of somebody else's imports this module and calls it with a verb table of its own: see the README."""
     environ = dict(os.environ)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (closed: print would go to stdout, which is the protocol's)
     if not environ.get("CNI_COMMAND"):
         if len(sys.argv) > 1:
             sys.exit(command_line(sys.argv[1:]))
@@ -2041,7 +2116,14 @@ def main(plugins=None):
         print(f"+ {command}", file=sys.stderr, flush=True)
 
     run = lazy_run(environ, trace if environ.get("CNI_TRACE") == "1" else None)
-    exit_code, text = answer(environ, read_stdin(), run, plugins, os.path.basename(sys.argv[0]))
+    try:
+        stdin_text = read_stdin()
+    except OSError as error:
+        if environ["CNI_COMMAND"] != "VERSION":
+            sys.stdout.write(error_reply(CNIError(IO_FAILURE, f"cannot read stdin: {error.strerror}"), NEWEST))
+            sys.exit(1)
+        stdin_text = ""
+    exit_code, text = answer(environ, stdin_text, run, plugins, os.path.basename(sys.argv[0]))
     sys.stdout.write(text)
     sys.stdout.flush()
     sys.exit(exit_code)

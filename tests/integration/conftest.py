@@ -111,6 +111,8 @@ class Host:
         """Paths of leases and temporary files; the lock and the round-robin marks stay by design."""
         found = []
         for directory, _, names in os.walk(self.tmp):
+            if "run/attachments" in directory:
+                continue  # locks
             lasting = [name for name in names if name in ("lock", "bridge.lock") or name.startswith("last.")]
             found += [os.path.relpath(os.path.join(directory, name), self.tmp) for name in names if name not in lasting]
         return sorted(found)

@@ -261,3 +261,83 @@ def settle(processes):
         assert process.returncode == 0, stdout + stderr
         results.append(json.loads(stdout) if stdout else None)
     return results
+
+
+def test_a_pods_router_advertisement_cannot_become_the_hosts_default_route(host):
+    host.add(host.conf(), "c1", host.pod("a"))
+    assert host.sh("cat /proc/sys/net/ipv6/conf/mncni0/accept_ra") == "0\n"
+
+
+def test_a_second_network_leaves_the_default_route_of_the_first_in_place(host):
+    pod = host.pod("a")
+    other = host.conf(name="other", bridge="mncni1", ipam={"dataDir": f"{host.tmp}/data", "ranges": [[{"subnet": "10.89.0.0/24"}]]})
+    first = host.add(host.conf(), "c1", pod, "eth0")
+    second = host.add(other, "c1", pod, "net1")
+    for conf, result, ifname in ((host.conf(), first, "eth0"), (other, second, "net1")):
+        assert host.cni("CHECK", {**conf, "prevResult": result}, "c1", pod, ifname) == (0, None, "")
+    assert host.cni("DEL", other, "c1", pod, "net1")[0] == 0
+    assert "default via 10.88.0.1 dev eth0" in host.ip("route", netns=pod)
+
+
+def test_routes_to_one_place_over_two_gateways_are_all_there(host):
+    routes = [{"dst": "10.9.0.0/16", "gw": f"10.88.0.{number}"} for number in (7, 8, 7)]
+    conf = host.conf(ipam={**host.conf()["ipam"], "routes": routes})
+    pod = host.pod("a")
+    result = host.add(conf, "c1", pod)
+    assert host.ip("route show 10.9.0.0/16", netns=pod).count("via") == 2
+    assert host.cni("CHECK", {**conf, "prevResult": result}, "c1", pod) == (0, None, "")
+
+
+def test_a_pod_whose_runtime_switched_ipv6_off_reaches_itself(host):
+    pod = host.pod("a")
+    host.sh("for c in all default lo; do echo 1 > /proc/sys/net/ipv6/conf/$c/disable_ipv6; done", netns=pod)
+    host.ip("link set lo up", netns=pod)
+    host.add(host.conf(ipam={"dataDir": f"{host.tmp}/data", "ranges": [[{"subnet": "fd00:88::/64"}]]}), "c1", pod)
+    assert host.pings(pod, "fd00:88::2", count=1) == host.pings(pod, "fd00:88::1", count=1) == 1
+
+
+def test_of_two_adds_of_one_attachment_at_once_one_wins_and_stays(host):
+    for number in range(5):
+        pod = host.pod(f"p{number}")
+        processes = [host.start("ADD", host.conf(), f"c{number}", pod) for _ in range(2)]
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+        assert sorted(process.returncode for process in processes) == [0, 1], outputs
+        assert host.pings(pod, "10.88.0.1", count=1) == 1
+        assert host.files().count(f"data/net/10.88.0.{number + 2}") == 1
+
+
+def test_del_waits_for_what_a_killed_add_still_has_running(host, tmp_path):
+    """A runtime gives up on an ADD and kills it; the `ip` that it started goes on. DEL must not overtake that."""
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "ip").write_text('#!/bin/sh\ncase "$*" in "-batch -") touch "$MARK"; sleep 1;; esac\nexec /usr/sbin/ip "$@"\n')
+    (slow / "ip").chmod(0o755)
+    pod = host.pod("a")
+    host.add(host.conf(), "c0", host.pod("b"))
+    environ = {"PATH": f"{slow}:/usr/sbin:/usr/bin", "MARK": f"{tmp_path}/mark"}
+    adding = host.start("ADD", host.conf(), "c1", pod, **environ)
+    deadline = time.monotonic() + 20
+    while not os.path.exists(environ["MARK"]):
+        assert time.monotonic() < deadline
+    adding.kill()
+    adding.communicate()
+    assert host.cni("DEL", host.conf(), "c1", pod)[0] == 0
+    assert len(json.loads(host.ip("-json link show type veth"))) == 1, "c0's"
+    assert not os.path.exists(f"{host.tmp}/data/net/10.88.0.3")
+
+
+def test_gc_removes_what_a_killed_process_left_half_written(host):
+    host.add(host.conf(), "c1", host.pod("a"))
+    leftovers = [Path(f"{host.tmp}/data/net/.10.88.0.3.77"), Path(f"{host.tmp}/data/net/attachments/.0123456789abcdef.77")]
+    for path in leftovers:
+        path.write_text("c9\neth0\n" + mncni.boot_id())
+    assert mncni.Leases(f"{host.tmp}/data", "net").attachments() == [("c1", "eth0")]
+    assert host.cni("GC", {**host.conf(), "cni.dev/valid-attachments": [{"containerID": "c1", "ifname": "eth0"}]})[0] == 0
+    assert not any(path.exists() for path in leftovers)
+
+
+def test_words_for_people_never_reach_stdout_even_if_stderr_is_closed(host):
+    argv = ["nsenter", f"--net=/run/netns/{host.netns}", "sh", "-c", f'exec "{mncni.__file__}" 2>&-']
+    environ = host.environ("ADD", "c1", host.pod("a"), "eth0")
+    done = subprocess.run(argv, input=json.dumps(host.conf(ipam={"type": "nonesuch"})), capture_output=True, text=True, env=environ)
+    assert json.loads(done.stdout)["code"] == 4
