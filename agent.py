@@ -1199,8 +1199,8 @@ def conflist(settings, mtu):
     """The CNI configuration of this node, as text. The chained plugins cost nothing to pods that do not ask for them."""
     plugin = {
         "type": "mncni",
-        "plugin": ["naivewg", "bandwidth"],
-        "capabilities": {"ips": True, "mac": True, "bandwidth": True},
+        "plugin": ["naivewg", "bandwidth", "lat"],
+        "capabilities": {"ips": True, "mac": True, "bandwidth": True, "io.kubernetes.cri.pod-annotations": True},
         "bridge": settings.bridge,
         "mtu": mtu,
         "ready": os.path.join(settings.run_dir, "ready"),

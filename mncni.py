@@ -1736,6 +1736,118 @@ def bandwidth_status(request, run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# lat: a bad network for a pod, from its annotation                                                          tc-netem(8)
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Each word of a netem expression, and the kinds of its values: those behind "|" may be left out. The values are judged in order.
+NETEM = {
+    "delay": ("time", "|", "time", "percent"),
+    "loss": ("percent", "|", "percent"),
+    "duplicate": ("percent", "|", "percent"),
+    "corrupt": ("percent", "|", "percent"),
+    "reorder": ("percent", "|", "percent"),
+    "rate": ("rate",),
+    "limit": ("number",),
+    "distribution": ("table",),
+    "slot": ("time", "|", "time"),
+}
+NETEM_UNITS = {
+    "time": ("us", "usec", "usecs", "ms", "msec", "msecs", "s", "sec", "secs"),
+    "percent": ("%",),
+    "rate": ("bit", "kbit", "mbit", "gbit", "bps", "kbps", "mbps", "gbps"),
+    "number": ("",),
+}
+NETEM_TABLES = ("uniform", "normal", "pareto", "paretonormal")
+
+
+def parse_lat(request):
+    """The words of a netem expression for this pod, from its annotation "lat"; [] if it has none. CNIError 7 naming the bad word."""
+    annotations = runtime_config(request, "io.kubernetes.cri.pod-annotations")
+    if annotations is not None and not isinstance(annotations, dict):
+        raise config_error(f"the pod's annotations must be an object, not {kind_of(annotations)}")
+    text = (annotations or {}).get("lat")
+    if text is None:
+        return []
+    if not isinstance(text, str):
+        raise config_error(f'the annotation "lat" must be a string, not {kind_of(text)}')
+    words = text.split()
+    return parse_netem(["delay", *words] if words and is_netem_value("time", words[0]) else words)
+
+
+def parse_netem(words):
+    """The words, if they are a netem expression. CNIError 7."""
+    place, seen = 0, []
+    while place < len(words):
+        word, place = words[place], place + 1
+        if word not in NETEM or word in seen:
+            what = "stands twice" if word in seen else f"is none of: {', '.join(NETEM)}; nor a time like 50ms"
+            raise config_error(f'annotation "lat": "{word[:40]}" {what}')
+        seen.append(word)
+        required = True
+        for kind in NETEM[word]:
+            value = words[place] if place < len(words) else ""
+            if kind == "|":
+                required = False
+            elif is_netem_value(kind, value):
+                place += 1
+            elif required or (value and value not in NETEM):
+                raise config_error(f'annotation "lat": "{word}" needs a {kind}, not "{value[:40]}"')
+            else:
+                break
+    if "delay" not in seen and ("reorder" in seen or "distribution" in seen):
+        raise config_error('annotation "lat": "reorder" and "distribution" need a "delay"')
+    return words
+
+
+def is_netem_value(kind, text):
+    """Whether a word is a value of a kind: a number with a unit of that kind, 0 to 100 for a percentage, or the name of a table."""
+    if kind == "table":
+        return text in NETEM_TABLES
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyz%")
+    whole, _, fraction = number.partition(".")
+    if text[len(number) :] not in NETEM_UNITS[kind] or not (whole + fraction).isdigit() or not text.isascii() or len(number) > 9:
+        return False
+    return kind != "percent" or float(number) <= 100
+
+
+def plan_lat(request, words):
+    return [Command(in_netns(request.netns, ["tc", "qdisc", "replace", "dev", request.ifname, "root", "netem", *words]))]
+
+
+def lat_add(request, run):
+    """ADD: netem on the pod's interface, so for what the pod sends. Returns what it was given. CNIError 4 where the kernel has none."""
+    words = parse_lat(request)
+    require_prev_result(request, "lat")
+    if words:
+        try:
+            apply(plan_lat(request, words), run)
+        except CNIError as error:
+            if "qdisc kind is unknown" in error.details:
+                what = "this kernel has no netem: load the module sch_netem (package linux-modules-extra-* on Ubuntu)"
+                raise CNIError(BAD_ENVIRONMENT, what, error.details) from None
+            raise
+    return request.prev_result
+
+
+def look_netem(request, run):
+    """Whether the pod's interface has netem. False where there is no interface or no namespace any more."""
+    reply = run(Command(in_netns(request.netns, ["tc", "-json", "qdisc", "show", "dev", request.ifname])))
+    return reply.exit_code == 0 and any(qdisc["kind"] == "netem" for qdisc in json.loads(reply.stdout or "[]"))
+
+
+def lat_del(request, run):
+    """DEL: take netem off, should the namespace outlive the attachment. Whatever is gone is fine."""
+    if request.netns and look_netem(request, run):
+        run(Command(in_netns(request.netns, ["tc", "qdisc", "delete", "dev", request.ifname, "root"])))
+
+
+def lat_check(request, run):
+    """CHECK: netem is there if the annotation asks for it. CNIError 100."""
+    if parse_lat(request) and not look_netem(request, run):
+        raise CNIError(COMMAND_FAILED, f'{request.ifname} in the pod has no netem, which the annotation "lat" asks for')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # quickack: no delayed ACKs on the pod's routes                                                  ip-route(8), quickack
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1873,6 +1985,13 @@ PLUGINS = {
         "CHECK": bandwidth_check,
         "GC": bandwidth_gc,
         "STATUS": bandwidth_status,
+    },
+    "lat": {
+        "ADD": lat_add,
+        "DEL": lat_del,
+        "CHECK": lat_check,
+        "GC": nothing_to_do,
+        "STATUS": nothing_to_do,
     },
     "quickack": {
         "ADD": quickack_add,
