@@ -469,11 +469,11 @@ def make_run(environ, trace=None, timeout_s=30):
 
     trace: a function that gets each command before it runs, or None.
     """
-    import subprocess  # +5 ms; VERSION, and whatever needs no command, does without
-
     child_environ = {**environ, "LC_ALL": "C", "PATH": search_path(environ)}
 
     def run(command):
+        import subprocess  # +5 ms; VERSION, and whatever needs no command, does without
+
         if trace:
             trace(command)
         try:
@@ -494,18 +494,6 @@ def make_run(environ, trace=None, timeout_s=30):
         if done.returncode == 127 and command.argv[0] == "nsenter":
             raise missing_tool(command.argv[2])
         return Reply(done.returncode, done.stdout, done.stderr)
-
-    return run
-
-
-def lazy_run(environ, trace=None):
-    """make_run, but made when the first command needs it."""
-    made = []
-
-    def run(command):
-        if not made:
-            made.append(make_run(environ, trace))
-        return made[0](command)
 
     return run
 
@@ -2203,7 +2191,7 @@ def command_line(arguments):
     """The exit code of `mncni.py install | explain | --help | --version`."""
     options = build_parser().parse_args(arguments)
     try:
-        options.act(options, lazy_run(dict(os.environ)))
+        options.act(options, make_run(dict(os.environ)))
     except PermissionError as error:
         print(f"mncni.py {options.action}: no permission for {error.filename}: run it with sudo", file=sys.stderr)
         return 1
@@ -2234,7 +2222,7 @@ def main(plugins=None):
     def trace(command):
         print(f"+ {command}", file=sys.stderr, flush=True)
 
-    run = lazy_run(environ, trace if environ.get("CNI_TRACE") == "1" else None)
+    run = make_run(environ, trace if environ.get("CNI_TRACE") == "1" else None)
     try:
         stdin_text = read_stdin()
     except OSError as error:

@@ -59,15 +59,6 @@ def test_a_command_that_hangs_is_code_100(started):
     assert (raised.value.code, raised.value.details) == (100, "ip link")
 
 
-def test_nothing_is_imported_or_made_before_the_first_command(mocker):
-    made = mocker.patch("mncni.make_run")
-    run = mncni.lazy_run({"A": "b"})
-    made.assert_not_called()
-    run(Command(["ip"]))
-    run(Command(["ip"]))
-    made.assert_called_once_with({"A": "b"}, None)
-
-
 @pytest.mark.parametrize("value", ["a\nlink delete dev eth0", 'a"b', "a'b", "a\\b", "a#b", "a\rb", "a\x00b"])
 def test_a_batch_refuses_what_could_be_more_than_one_word(value):
     with pytest.raises(mncni.CNIError) as raised:
