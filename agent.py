@@ -1159,6 +1159,12 @@ def plan_ports(bridge, links):
     return lines
 
 
+def ensure_host_ports(context):
+    """The plugin's host ports: its table may have gone with all of nft, or the bridge may have been made anew."""
+    for problem in mncni.restore_portmap(mncni.DEFAULT_RUN_DIR, context.run):
+        log.warning("put right: %s", problem)
+
+
 def ensure_forwarding(context):
     """The host routes for its pods."""
     gateways = [str(gateway) for gateway in context.settings.gateways.values()]
@@ -1192,6 +1198,7 @@ STAGES = (
     ensure_ports,
     ensure_addresses,
     ensure_forwarding,
+    ensure_host_ports,
 )
 
 
@@ -1199,8 +1206,8 @@ def conflist(settings, mtu):
     """The CNI configuration of this node, as text. The chained plugins cost nothing to pods that do not ask for them."""
     plugin = {
         "type": "mncni",
-        "plugin": ["naivewg", "bandwidth", "lat"],
-        "capabilities": {"ips": True, "mac": True, "bandwidth": True, "io.kubernetes.cri.pod-annotations": True},
+        "plugin": ["naivewg", "portmap", "bandwidth", "lat"],
+        "capabilities": dict.fromkeys(("ips", "mac", "portMappings", "bandwidth", "io.kubernetes.cri.pod-annotations"), True),
         "bridge": settings.bridge,
         "mtu": mtu,
         "ready": os.path.join(settings.run_dir, "ready"),
@@ -1577,7 +1584,8 @@ def uninstall(settings, run, force):
         shutil.rmtree(directory, ignore_errors=True)
     with contextlib.suppress(OSError):
         os.rmdir(mncni.DEFAULT_DATA_DIR)
-    run(Command(["nft", "delete", "table", "inet", "mncni"]))
+    for table in ("mncni_portmap", "mncni"):
+        run(Command(["nft", "delete", "table", "inet", table]))
     lines = stale_routes([], look_routes(run))
     apply([ip_batch(lines)] if lines else [], run)
     return [note for note in notes if note] + [SYSCTLS_STAY]

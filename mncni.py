@@ -476,6 +476,9 @@ def make_run(environ, trace=None, timeout_s=30):
 
         if trace:
             trace(command)
+        if command.argv[0] == "mncni.py":  # ourselves
+            forget_flows(command.argv[2:])
+            return Reply(0, "", "")
         try:
             done = subprocess.run(
                 command.argv,
@@ -1596,6 +1599,295 @@ def naivewg_status(request, run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# portmap: host ports                                                             nft(8); CONVENTIONS, portMappings
+# ---------------------------------------------------------------------------------------------------------------------
+#
+# <run_dir>/portmap/KEY is what an attachment asked for. The nft table is what follows from these files, and is always written whole:
+# a newer pod takes a port over and an older one that still runs gets it back, a flushed table returns, nothing piles up. A file is
+# written before the table and removed after it, so that DEL finds whatever a crash left.
+#
+# Only what is for an address of the host is translated; the connection is labelled then (109, one bit of 128). Two kinds get an
+# address of the host's as well, or their answers would bypass it: from the pod's own subnet, the pod itself included, and from
+# 127.0.0.1. For the latter the pods' device has to accept 127.0.0.1 (route_localnet), and the guard drops what pods send from or to it.
+
+PORTMAP_TABLE = """\
+table inet mncni_portmap {
+  map given4 { type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service; }
+  map any4 { type inet_proto . inet_service : ipv4_addr . inet_service; }
+  map given6 { type ipv6_addr . inet_proto . inet_service : ipv6_addr . inet_service; }
+  map any6 { type inet_proto . inet_service : ipv6_addr . inet_service; }
+  chain ports {
+    dnat ip to ip daddr . meta l4proto . th dport map @given4
+    dnat ip to meta l4proto . th dport map @any4
+    dnat ip6 to ip6 daddr . meta l4proto . th dport map @given6
+    dnat ip6 to meta l4proto . th dport map @any6
+  }
+  chain prerouting { type nat hook prerouting priority -100; fib daddr type local ct label set 109 jump ports; }
+  chain output { type nat hook output priority -100; fib daddr type local ct label set 109 jump ports; }
+  chain postrouting { type nat hook postrouting priority 100; }
+  chain guard { type filter hook prerouting priority -300; }
+}
+"""
+PORTMAP_RULES = 6  # of the table above; those of plan_port_rules come on top
+PROTOCOLS = {"6": "tcp", "17": "udp", "132": "sctp"}  # nft shows the number where there is no /etc/protocols
+
+
+def parse_portmap(request):
+    """[(protocol, host address or None, host port, container port)] that the runtime asks for. CNIError 7."""
+    mappings = runtime_config(request, "portMappings") or []
+    if not isinstance(mappings, list) or not all(isinstance(mapping, dict) for mapping in mappings):
+        raise config_error('"portMappings" must be an array of objects like {"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}')
+    keys = ("protocol", "hostIP", "hostPort", "containerPort")
+    return [parse_mapping({key: any_case(mapping, key) for key in keys}) for mapping in mappings]
+
+
+def parse_mapping(mapping):
+    """One of the tuples of parse_portmap. CNIError 7."""
+    ports = [typed(mapping, key, int, 0) for key in ("hostPort", "containerPort")]
+    for key, port in zip(("hostPort", "containerPort"), ports):
+        if not 0 < port < 2**16:
+            raise config_error(f'"{key}" must be 1 to 65535, not {port}')
+    protocol = (typed(mapping, "protocol", str, "") or "tcp").lower()
+    if protocol not in PROTOCOLS.values():
+        raise config_error(f'"protocol" of host port {ports[0]} must be one of {", ".join(PROTOCOLS.values())}, not {protocol!r}')
+    host_ip = typed(mapping, "hostIP", str, "")
+    address = parse_address(host_ip, ipaddress.ip_address, f'"hostIP" of host port {ports[0]}') if host_ip else None
+    if address and address.version == 6 and address.is_loopback:
+        raise config_error(f'"hostIP" of host port {ports[0]} cannot be ::1: the kernel routes nothing from there; 127.0.0.1 works')
+    return protocol, address, *ports
+
+
+def plan_ports(mappings, ips):
+    """{"MAP KEY": [VALUE, SUBNET]} in nft's words: each mapping leads to the pod's first address of each family it is for. CNIError 7.
+
+    Two maps a family, for a given host address and for any: one map of intervals cannot hold both.
+    """
+    if mappings and not ips:
+        raise config_error("portmap: the pod has no address for a host port to lead to")
+    addresses, ports = [ipaddress.ip_interface(ip["address"]) for ip in ips], {}
+    for own in {address.version: address for address in reversed(addresses)}.values():
+        for protocol, host_ip, host_port, container_port in mappings:
+            if host_ip and host_ip.version != own.version:
+                continue
+            key = f"given{own.version} {host_ip} . " if host_ip and not host_ip.is_unspecified else f"any{own.version} "
+            key, value = f"{key}{protocol} . {host_port}", [f"{own.ip} . {container_port}", str(own.network)]
+            if ports.setdefault(key, value) != value:
+                raise config_error(f'"portMappings" leads host port {host_port}/{protocol} to two container ports')
+    return ports
+
+
+def look_ports(run_dir):
+    """What attachments asked for, oldest first: {path: {"owner": [network, container ID, ifname], "since", "device", "ports"}}."""
+    directory = os.path.join(run_dir, "portmap")
+    names = [name for name in (os.listdir(directory) if os.path.isdir(directory) else []) if name[0] != "." and name != "lock"]
+    states = {path: json.loads(read_file(path) or "null") for path in (os.path.join(directory, name) for name in names)}
+    return dict(sorted(((path, state) for path, state in states.items() if state), key=lambda item: item[1]["since"]))
+
+
+def winners(states):
+    """{"MAP KEY": (VALUE, owner)} that the states lead to: of two that want one port the newer has it."""
+    found = {}
+    for state in states.values():
+        owner = f"{state['owner'][0][:30]}:{state['owner'][1][:64]}:{state['owner'][2]}"  # a comment has 128 bytes
+        found.update({key: (value, owner) for key, (value, _) in state["ports"].items()})
+    return found
+
+
+def plan_port_rules(states):
+    """The rules that depend on where the pods are, as {chain: rules}."""
+    devices = sorted({state["device"] for state in states.values()} - {""})
+    subnets = sorted({subnet for state in states.values() for _, subnet in state["ports"].values()})
+    match = [(("ip6" if ":" in subnet else "ip"), subnet) for subnet in subnets]
+    masquerade = [f"ct status dnat ct label 109 {ip} saddr {subnet} {ip} daddr {subnet} masquerade" for ip, subnet in match]
+    masquerade += [f'ct status dnat ip saddr 127.0.0.0/8 oifname "{device}" masquerade' for device in devices]
+    guard = [f'iifname "{device}" ip {end} 127.0.0.0/8 drop' for device in devices for end in ("saddr", "daddr")]
+    return {"postrouting": masquerade, "guard": guard}
+
+
+def plan_portmap(states):
+    """Commands that make the table what the states say, in one transaction; there is none without them."""
+    lines = ["table inet mncni_portmap", "delete table inet mncni_portmap", *([PORTMAP_TABLE.rstrip()] if states else [])]
+    for chain, rules in plan_port_rules(states).items():
+        lines += [f"add rule inet mncni_portmap {chain} {rule}" for rule in rules]
+    for key, (value, owner) in sorted(winners(states).items()):
+        name, _, key = key.partition(" ")
+        lines.append(f'add element inet mncni_portmap {name} {{ {key} comment "{owner}" : {value} }}')
+    localnet = [f"net/ipv4/conf/{device}/route_localnet" for device in sorted({state["device"] for state in states.values()} - {""})]
+    return [Command(["nft", "-f", "-"], "\n".join(lines) + "\n")] + ([write_sysctls(localnet, 1)] if localnet else [])
+
+
+def change_ports(run_dir, run, new=None, drop=()):
+    """Take up the states `new`, drop those of the paths `drop`, and make the table what follows."""
+    with Locked(os.path.join(run_dir, "portmap", "lock")):
+        before = look_ports(run_dir)
+        for path, state in (new or {}).items():
+            write_file(path, json.dumps(state))
+        after = {path: state for path, state in look_ports(run_dir).items() if path not in drop}
+        apply_ports(before, after, run)
+        for path in drop:
+            remove_file(path)
+
+
+def apply_ports(before, after, run):
+    """Make the table what the states `after` say. UDP flows to ports that lead elsewhere than `before` have to find their new way:
+    conntrack remembers the old one."""
+    apply(plan_portmap(after), run)
+    old, new = winners(before), winners(after)
+    changed = [key.partition(" ")[2] for key in {**old, **new} if old.get(key) != new.get(key)]
+    flows = sorted({key.replace("udp . ", "").replace(" . ", "/") for key in changed if "udp . " in key})
+    if flows:
+        best_effort(apply, [Command(["mncni.py", "forget-flows", *flows])], run)
+
+
+def forget_flows(keys):
+    """Delete conntrack's UDP entries towards the host's own addresses and the ports "53" or "192.0.2.1/53", as `conntrack -D` would.
+
+    include/uapi/linux/netfilter/nfnetlink_conntrack.h: dump all (IPCTNL_MSG_CT_GET), delete each by its original direction and zone.
+    """
+    import socket  # +2 ms, UDP host ports only
+
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as sock:  # NETLINK_NETFILTER
+        sock.settimeout(10)
+        for family, destination in ((socket.AF_INET, 2), (socket.AF_INET6, 4)):
+            for payload in list(ask_conntrack(sock, 1, 0x301, bytes([family, 0, 0, 0]))):  # NLM_F_REQUEST | NLM_F_DUMP
+                flow = parse_attributes(payload[4:])
+                addresses, protocol = (parse_attributes(parse_attributes(flow[1])[key]) for key in (1, 2))
+                address, port = socket.inet_ntop(family, addresses[destination]), int.from_bytes(protocol.get(3, b""), "big")
+                wanted = protocol[1] == b"\x11" and (f"{port}" in keys or f"{address}/{port}" in keys)
+                if wanted and is_own_address(socket, family, address):
+                    which = pack_attribute(0x8001, flow[1]) + (pack_attribute(18, flow[18]) if 18 in flow else b"")
+                    list(ask_conntrack(sock, 2, 0x5, bytes([family, 0, 0, 0]) + which))  # CT_DELETE, NLM_F_REQUEST | NLM_F_ACK
+
+
+def ask_conntrack(sock, kind, flags, payload):
+    """Send one request, yield the payloads of the answer. An error, such as for an entry that is gone by now, ends it like any end."""
+    import struct
+
+    sock.send(struct.pack("=IHHII", 16 + len(payload), 1 << 8 | kind, flags, 1, 0) + payload)
+    while True:
+        data = sock.recv(1 << 17)
+        while data:
+            size, kind = struct.unpack_from("=IH", data)
+            if kind in (2, 3):  # NLMSG_ERROR, which an acknowledgement is as well; NLMSG_DONE
+                return
+            yield data[16:size]
+            data = data[size + 3 & ~3 :]
+
+
+def parse_attributes(data):
+    """{type: value} of netlink attributes, the flag bits of the type masked out."""
+    found = {}
+    while data:
+        size, kind = (int.from_bytes(part, sys.byteorder) for part in (data[:2], data[2:4]))
+        found[kind & 0x3FFF], data = data[4:size], data[size + 3 & ~3 :]
+    return found
+
+
+def pack_attribute(kind, value):
+    return b"".join(number.to_bytes(2, sys.byteorder) for number in (4 + len(value), kind)) + value + bytes(-len(value) % 4)
+
+
+def is_own_address(socket, family, address):
+    """Whether an address is the host's: only then a socket can be bound to it."""
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def ports_path(request):
+    return os.path.join(request.run_dir, "portmap", short_hash(request.network, request.container_id, request.ifname))
+
+
+def portmap_add(request, run):
+    """ADD: lead host ports to the pod. Returns what it was given. Its undo is portmap_del."""
+    mappings = parse_portmap(request)
+    require_prev_result(request, "portmap")
+    if not mappings:
+        return request.prev_result
+    hosts = [link.get("name", "") for link in request.prev_result.get("interfaces") or [] if not link.get("sandbox")]
+    state = {
+        "owner": [request.network, request.container_id, request.ifname],
+        "since": time.monotonic_ns(),
+        "device": hosts[0] if hosts and is_ifname(hosts[0]) else "",  # what pods' packets come in through, in the convention's order
+        "ports": plan_ports(mappings, own_ips(request)),
+    }
+    try:
+        change_ports(request.run_dir, run, new={ports_path(request): state})
+    except Exception:
+        best_effort(portmap_del, request, run)
+        raise
+    return request.prev_result
+
+
+def portmap_del(request, run):
+    """DEL: give the ports back. It needs neither prevResult nor namespace, and starts no command for a pod without host ports."""
+    if os.path.exists(ports_path(request)):
+        change_ports(request.run_dir, run, drop=[ports_path(request)])
+
+
+def portmap_check(request, run):
+    """CHECK: the host ports lead to the pod. CNIError 100 whose details list those that do not."""
+    wanted = {key: value for key, (value, _) in plan_ports(parse_portmap(request), own_ips(request)).items()}
+    problems = diff_portmap(look_ports(request.run_dir), wanted, *look_portmap(run)) if wanted else []
+    if problems:
+        raise CNIError(COMMAND_FAILED, f"CHECK of portmap failed: {problems[0]}", "\n".join(problems))
+
+
+def look_portmap(run):
+    """({"MAP KEY": VALUE}, number of rules) of the table as it stands; ({}, 0) if there is none."""
+    command = Command(["nft", "-j", "list", "table", "inet", "mncni_portmap"])
+    reply = run(command)
+    if reply.exit_code != 0 and not is_gone_nft(reply):
+        raise command_failed(command, reply)
+    items, elements = json.loads(reply.stdout or "{}").get("nftables", []), {}
+    for table_map in (item["map"] for item in items if "map" in item):
+        for key, value in table_map.get("elem", []):
+            words = [[PROTOCOLS.get(str(word), str(word)) for word in side["concat"]] for side in (key["elem"]["val"], value)]
+            elements[f"{table_map['name']} {' . '.join(words[0])}"] = " . ".join(words[1])
+    return elements, sum("rule" in item for item in items)
+
+
+def diff_portmap(states, wanted, elements, rules):
+    """What is wrong with the table, given {"MAP KEY": VALUE} that it has to hold, as a list of messages."""
+    wrong = {key: value for key, value in wanted.items() if elements.get(key) != value}
+    problems = [f"host port {key} leads to {elements.get(key, 'nothing')}, not to {value}" for key, value in wrong.items()]
+    expected = PORTMAP_RULES + sum(map(len, plan_port_rules(states).values()))
+    return problems + ([f"nft table inet mncni_portmap has {rules} rules, not {expected}"] if rules != expected else [])
+
+
+def portmap_gc(request, run):
+    """GC: drop what this network's attachments asked for that are not in the runtime's list."""
+    keep, states = valid_attachments(request), look_ports(request.run_dir)
+    own = {path: tuple(state["owner"][1:]) for path, state in states.items() if state["owner"][0] == request.network}
+    stale = [path for path, owner in own.items() if keep is not None and owner not in keep]
+    if stale:
+        change_ports(request.run_dir, run, drop=stale)
+
+
+def portmap_status(request, run):
+    parse_portmap(request)
+
+
+def restore_portmap(run_dir, run):
+    """Put the table right, if anything is wrong with it: somebody flushed nft, or the pods' device was made anew. Returns what was
+    wrong, a list of messages; without host ports it starts no command."""
+    if not look_ports(run_dir):
+        return []
+    with Locked(os.path.join(run_dir, "portmap", "lock")):
+        states = look_ports(run_dir)
+        problems = diff_portmap(states, {key: value for key, (value, _) in winners(states).items()}, *look_portmap(run))
+        for device in sorted({state["device"] for state in states.values()} - {""}):
+            if read_file(f"/proc/sys/net/ipv4/conf/{device}/route_localnet") == "0\n":
+                problems.append(f"{device} does not accept 127.0.0.1 (route_localnet)")
+        if problems:
+            apply_ports({}, states, run)
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # bandwidth: limits to and from the pod                                                                tc-tbf(8), ifb
 # ---------------------------------------------------------------------------------------------------------------------
 #
@@ -1956,46 +2248,15 @@ def nothing_to_do(request, run):
 # ---------------------------------------------------------------------------------------------------------------------
 # The plugin table
 # ---------------------------------------------------------------------------------------------------------------------
-# "first": it may only stand first in a list.
+# A column a verb, in the order of VERBS: ADD, DEL, CHECK, GC, STATUS. first: it may only stand first in a list.
 
 PLUGINS = {
-    "naivewg": {
-        "first": True,
-        "ADD": naivewg_add,
-        "DEL": naivewg_del,
-        "CHECK": naivewg_check,
-        "GC": naivewg_gc,
-        "STATUS": naivewg_status,
-    },
-    "bandwidth": {
-        "ADD": bandwidth_add,
-        "DEL": bandwidth_del,
-        "CHECK": bandwidth_check,
-        "GC": bandwidth_gc,
-        "STATUS": bandwidth_status,
-    },
-    "lat": {
-        "ADD": lat_add,
-        "DEL": lat_del,
-        "CHECK": lat_check,
-        "GC": nothing_to_do,
-        "STATUS": nothing_to_do,
-    },
-    "quickack": {
-        "ADD": quickack_add,
-        "DEL": nothing_to_do,
-        "CHECK": quickack_check,
-        "GC": nothing_to_do,
-        "STATUS": quickack_status,
-    },
-    "loopback": {
-        "first": True,
-        "ADD": loopback_add,
-        "DEL": loopback_del,
-        "CHECK": loopback_check,
-        "GC": nothing_to_do,
-        "STATUS": nothing_to_do,
-    },
+    "naivewg": dict(zip(VERBS, (naivewg_add, naivewg_del, naivewg_check, naivewg_gc, naivewg_status)), first=True),
+    "portmap": dict(zip(VERBS, (portmap_add, portmap_del, portmap_check, portmap_gc, portmap_status))),
+    "bandwidth": dict(zip(VERBS, (bandwidth_add, bandwidth_del, bandwidth_check, bandwidth_gc, bandwidth_status))),
+    "lat": dict(zip(VERBS, (lat_add, lat_del, lat_check, nothing_to_do, nothing_to_do))),
+    "quickack": dict(zip(VERBS, (quickack_add, nothing_to_do, quickack_check, nothing_to_do, quickack_status))),
+    "loopback": dict(zip(VERBS, (loopback_add, loopback_del, loopback_check, nothing_to_do, nothing_to_do)), first=True),
 }
 
 
@@ -2071,6 +2332,13 @@ def install_command(options, run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+EXPLAINED = {  # what the runtime asks for, where the conflist declares that it may
+    "portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}],
+    "bandwidth": {"ingressRate": 8000000, "egressRate": 8000000},
+    "io.kubernetes.cri.pod-annotations": {"lat": "50ms"},
+}
+
+
 class Explainer:
     """A `run` that runs nothing: it prints each command, and answers as a host would that has nothing yet but `links`, names that grow
     with each link that it is told to make, and a default route in every namespace."""
@@ -2131,6 +2399,10 @@ def explain_stage(conf, prev_result, command, links):
         print("# Not a plugin of MNCNI's.")
         return prev_result
     conf = parse_conf(json.dumps(conf))
+    asked = {name: value for name, value in EXPLAINED.items() if any_case(conf.get("capabilities"), name)}
+    if asked:
+        print(f"# The runtime asks for {json.dumps(asked)}.")
+        conf["runtimeConfig"] = asked
     with tempfile.TemporaryDirectory() as directory:
         environ = {"CNI_CONTAINERID": "c1", "CNI_NETNS": "/run/netns/c1", "CNI_IFNAME": "eth0", "MNCNI_RUN_DIR": directory}
         request = Request({**environ, "CNI_COMMAND": command}, conf)
@@ -2168,6 +2440,12 @@ def explain_call(command, environ, conf, stages, run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def portmap_restore_command(options, run):
+    """`mncni.py portmap-restore`: prints what was wrong."""
+    for problem in restore_portmap(os.environ.get("MNCNI_RUN_DIR") or DEFAULT_RUN_DIR, run):
+        print(f"restored: {problem}")
+
+
 def build_parser():
     import argparse  # +2 ms, the command line only
 
@@ -2184,6 +2462,11 @@ def build_parser():
     command.add_argument("conflist", metavar="CONFLIST", help="a CNI configuration, as in /etc/cni/net.d")
     command.add_argument("--command", default="ADD", choices=VERBS, help="(default ADD)")
     command.set_defaults(act=explain_command)
+    command = commands.add_parser("portmap-restore", help="put the nft table of the host ports right, after somebody flushed nft")
+    command.set_defaults(act=portmap_restore_command)
+    command = commands.add_parser("forget-flows", help="have UDP flows to host ports find their way anew; portmap does it by itself")
+    command.add_argument("ports", metavar="[ADDRESS/]PORT", nargs="+", help="as in 53 or 192.0.2.1/53")
+    command.set_defaults(act=lambda options, run: forget_flows(options.ports))
     return parser
 
 

@@ -45,7 +45,7 @@ READ_KEYS = {
     *("ifname", "flags", "mtu", "master", "address", "ifalias", "linkinfo", "info_kind", "addr_info", "local", "prefixlen", "scope"),
     *("dst", "gateway", "dev", "protocol", "prefsrc", "metric", "metrics", "type", "table"),
     *("interface", "family", "forwarding", "ifindex", "link_index", "kind", "options"),
-    *("nftables", "rule", "chain", "expr", "name", "comment"),
+    *("nftables", "rule", "chain", "expr", "name", "comment", "map", "elem", "val", "concat"),
 }
 
 
@@ -160,7 +160,8 @@ class RealKernel:
 
     def __call__(self, command):
         self.commands.append(self.names.hide("\n".join(command_lines(command))))
-        reply = self.run(mncni.Command(["nsenter", f"--net=/run/netns/{self.host}", *command.argv], command.stdin, command.environ))
+        argv = [mncni.__file__ if word == "mncni.py" else word for word in command.argv]
+        reply = self.run(mncni.Command(["nsenter", f"--net=/run/netns/{self.host}", *argv], command.stdin, command.environ))
         if looks(command) or reply.exit_code:
             shown = mncni.Reply(reply.exit_code, readable(reply.stdout), reply.stderr)
             self.replies.append(self.names.hide(format_reply(command, shown)))

@@ -151,7 +151,7 @@ class TestMain:
     def test_without_anything_it_says_what_it_is_on_stderr(self):
         done = self.start()
         assert (done.returncode, done.stdout) == (0, "")
-        assert "naivewg, bandwidth, lat" in done.stderr and "1.1.0" in done.stderr
+        assert "naivewg, portmap, bandwidth, lat" in done.stderr and "1.1.0" in done.stderr
 
     def test_help_and_version_go_to_stdout(self):
         assert "install" in self.start("--help").stdout
