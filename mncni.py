@@ -49,6 +49,8 @@ NEWEST = CNI_VERSIONS[-1]
 DEFAULT_DATA_DIR = "/var/lib/cni/mncni"
 DEFAULT_RUN_DIR = "/run/mncni"
 DEFAULT_BIN_DIR = "/opt/cni/bin"
+DEFAULT_CONF_DIR = "/etc/cni/net.d"
+BACKUP_DIR = "/var/lib/mncni/backup"
 OWNER_ALIAS = "mncni"  # `ip link` shows it on every link that is ours; a link without it is somebody else's
 
 INCOMPATIBLE_VERSION, UNSUPPORTED_FIELD, BAD_ENVIRONMENT, IO_FAILURE, DECODE_FAILURE, BAD_CONFIG = 1, 2, 4, 5, 6, 7
@@ -2318,13 +2320,100 @@ def precompile(root, bin_dir, run):
     apply([Command(["chroot", root, "/usr/bin/python3", "-IS", *compile_it])], run)
 
 
+CHAINED = {
+    "lat": {"type": "mncni", "plugin": "lat", "capabilities": {"io.kubernetes.cri.pod-annotations": True}},
+    "bandwidth": {"type": "mncni", "plugin": "bandwidth", "capabilities": {"bandwidth": True}},
+    "quickack": {"type": "mncni", "plugin": "quickack"},
+}
+
+
+def chain(name, conf_dir, backup_dir, remove=False):
+    """Put our chained plugin at the end of the active conflist of conf_dir, or take it out. Returns the file's path if it changed, else
+    "". The rest of the file stays as it is, byte by byte; a copy of it goes to backup_dir first. CNIError 7 where that cannot be."""
+    names = sorted(os.listdir(conf_dir)) if os.path.isdir(conf_dir) else []
+    active = next((entry for entry in names if entry.endswith((".conflist", ".conf", ".json")) and entry[0] != "."), None)
+    if active is None:
+        raise config_error(f"there is no network in {conf_dir} yet: a chained plugin needs one before it")
+    path = os.path.realpath(os.path.join(conf_dir, active))
+    text = read_file(path) or ""
+    conf = parse_json_object(text, path)
+    plugins = typed(conf, "plugins", list, [])
+    if not plugins:
+        listed = [without(conf, "name", "cniVersion"), CHAINED[name]]
+        conflist = json.dumps({"cniVersion": conf.get("cniVersion"), "name": conf.get("name"), "plugins": listed}, indent=2)
+        raise config_error(f"{path} is no list of plugins; put in its place a file {os.path.splitext(path)[0]}.conflist", conflist)
+    present = [index for index, plugin in enumerate(plugins) if name in plugin_names(plugin)]
+    ours = [
+        index
+        for index in present
+        if index and plugins[index].get("type") in ("mncni", "mncni.py") and plugin_names(plugins[index]) == [name]
+    ]
+    if bool(ours) == (not remove) or (remove and not present):
+        return ""
+    if present and not ours:
+        raise config_error(f"{path} has a plugin {name} already, which is none that `install --chain` put there")
+    check_version("ADD", str(conf.get("cniVersion")))
+    ends = list_item_ends(text)
+    if remove:
+        changed = text[: ends[ours[0] - 1]] + text[ends[ours[0]] :]
+    else:
+        changed = text[: ends[-1]] + ",\n    " + json.dumps(CHAINED[name]) + text[ends[-1] :]
+    keep_backup(path, text, backup_dir)
+    write_file(path, changed, os.stat(path).st_mode & 0o777)
+    return path
+
+
+def plugin_names(plugin):
+    """The plugins that an entry of a conflist runs."""
+    names = plugin.get("plugin", plugin.get("type")) if isinstance(plugin, dict) else None
+    return names if isinstance(names, list) else [names]
+
+
+def list_item_ends(text):
+    """Where each item of the array "plugins" of a JSON object ends in its text."""
+    decoder, place, ends = json.JSONDecoder(), text.index("{") + 1, []
+
+    def skip(place):
+        while text[place] in " \t\r\n,:":
+            place += 1
+        return place
+
+    key = ""
+    while key != "plugins":
+        key, place = decoder.raw_decode(text, skip(place))
+        start = skip(place)
+        _, place = decoder.raw_decode(text, start)
+    place = start + 1
+    while text[skip(place)] != "]":
+        place = decoder.raw_decode(text, skip(place))[1]
+        ends.append(place)
+    return ends
+
+
+def keep_backup(path, text, backup_dir):
+    """Keep a text as backup_dir/NAME.1, .2, ..., unless the last of them is the same: another network may write its file often."""
+    os.makedirs(backup_dir, mode=0o700, exist_ok=True)
+    number = 1
+    while os.path.exists(os.path.join(backup_dir, f"{os.path.basename(path)}.{number}")):
+        number += 1
+    if read_file(os.path.join(backup_dir, f"{os.path.basename(path)}.{number - 1}")) != text:
+        write_file(os.path.join(backup_dir, f"{os.path.basename(path)}.{number}"), text, 0o600)
+
+
 def install_command(options, run):
     """`mncni.py install`: prints what it wrote."""
-    bin_dir = os.path.join(options.root, options.bin_dir.lstrip("/")) if options.root else options.bin_dir
-    for path in install(bin_dir, [name for name in options.names.split(",") if name], options.force):
-        print(path)
-    if options.root:
+    paths = (options.bin_dir, options.conf_dir, BACKUP_DIR)
+    bin_dir, conf_dir, backup_dir = (os.path.join(options.root, path.lstrip("/")) if options.root else path for path in paths)
+    if options.remove and not options.chain:
+        raise config_error("--remove takes a plugin out of a conflist: say which with --chain")
+    if not options.remove:  # what is taken out of the list stays in place, for the pods that have it
+        for path in install(bin_dir, [name for name in options.names.split(",") if name], options.force):
+            print(path)
+    if options.root and not options.remove:
         precompile(options.root, options.bin_dir, run)
+    if options.chain:
+        changed = chain(options.chain, conf_dir, backup_dir, options.remove)
+        print(f"{changed}: {options.chain} {'taken out' if options.remove else 'added'}" if changed else f"{conf_dir} is as it should be")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2457,6 +2546,9 @@ def build_parser():
     command.add_argument("--bin-dir", default=DEFAULT_BIN_DIR, metavar="DIR", help=f"the plugin directory (default {DEFAULT_BIN_DIR})")
     command.add_argument("--names", default="", metavar="A,B", help=f"also launchers with these names: {', '.join(PLUGINS)}")
     command.add_argument("--force", action="store_true", help="replace files that are not MNCNI's own")
+    command.add_argument("--chain", choices=CHAINED, help="add this plugin to the active conflist, on top of another network")
+    command.add_argument("--conf-dir", default=DEFAULT_CONF_DIR, metavar="DIR", help=f"where that conflist is (default {DEFAULT_CONF_DIR})")
+    command.add_argument("--remove", action="store_true", help="take the --chain plugin out again")
     command.set_defaults(act=install_command)
     command = commands.add_parser("explain", help="print what a call would run, as a shell script; changes nothing")
     command.add_argument("conflist", metavar="CONFLIST", help="a CNI configuration, as in /etc/cni/net.d")
