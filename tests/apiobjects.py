@@ -1,0 +1,626 @@
+"""What a Kubernetes API server does with objects, as pure functions: errors, patches, validation, field managers, realistic nodes.
+
+The server itself is tests/apiserver.py. Objects are dicts as they come from JSON, and are never changed in place: every function that
+changes one returns a new one. Facts: the API conventions, and the source of kube-apiserver 1.30; error texts are the ones it sends.
+"""
+import copy
+import ipaddress
+import json
+import re
+import uuid
+
+# kind -> what a server knows of a type. "conditions" etc.: lists that a strategic merge joins by a key instead of replacing them.
+RESOURCES = {
+    "nodes": {"kind": "Node", "group": "", "version": "v1", "namespaced": False, "status": True, "unconditional": True},
+    "events": {"kind": "Event", "group": "", "version": "v1", "namespaced": True, "unconditional": True, "create_on_update": True},
+    "leases": {"kind": "Lease", "group": "coordination.k8s.io", "version": "v1", "namespaced": True, "create_on_update": True},
+    "events.k8s.io/events": {"kind": "Event", "group": "events.k8s.io", "version": "v1", "namespaced": True, "unconditional": True,
+                             "create_on_update": True, "stored": "events"},
+}
+PARTIAL_KIND = {"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1"}
+# The newer Event's names of what the stored one calls otherwise.
+EVENT_NAMES = {"regarding": "involvedObject", "note": "message", "reportingController": "reportingComponent", "deprecatedSource": "source",
+               "deprecatedFirstTimestamp": "firstTimestamp", "deprecatedLastTimestamp": "lastTimestamp", "deprecatedCount": "count"}
+MERGE_KEYS = {"status.conditions": "type", "status.addresses": "type", "metadata.ownerReferences": "uid"}
+MERGED_SETS = ("spec.podCIDRs", "metadata.finalizers")        # lists of plain values that a strategic merge joins
+SERVER_OWNED = ("uid", "creationTimestamp", "generation", "resourceVersion", "managedFields", "selfLink")
+
+
+def compact(value):
+    """JSON bytes as an API server writes them: no spaces, UTF-8."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def group_version(resource):
+    """apiVersion of a resource: "v1", "coordination.k8s.io/v1"."""
+    row = RESOURCES[resource]
+    return f"{row['group']}/{row['version']}" if row["group"] else row["version"]
+
+
+def plural(resource):
+    return resource.rpartition("/")[2]
+
+
+def stored(resource):
+    """The resource under which objects are kept: both kinds of Event are one."""
+    return RESOURCES[resource].get("stored", resource)
+
+
+def qualified(resource):
+    """"nodes", "leases.coordination.k8s.io": how errors name a resource."""
+    group = RESOURCES[resource]["group"]
+    return f"{plural(resource)}.{group}" if group else resource
+
+
+def kind_of(resource):
+    return {"kind": RESOURCES[resource]["kind"], "apiVersion": group_version(resource)}
+
+
+def partial(obj):
+    """The PartialObjectMetadata of an object."""
+    return {**PARTIAL_KIND, "metadata": obj["metadata"]}
+
+
+def renamed(obj, names):
+    return {names.get(key, key): value for key, value in obj.items()}
+
+
+def to_stored(resource, obj):
+    """What a client sent, as it is kept."""
+    return renamed(obj, EVENT_NAMES) if resource != stored(resource) else obj
+
+
+def from_stored(resource, obj):
+    """What is kept, as this resource presents it."""
+    if resource != stored(resource):
+        obj = renamed(obj, {old: new for new, old in EVENT_NAMES.items()})
+    return {**obj, **kind_of(resource)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------------------------------------
+class ApiError(Exception):
+    """An answer other than success: .status is the Status object, .code its HTTP code, .headers go with it."""
+
+    def __init__(self, code, reason, message, details=None, headers=()):
+        super().__init__(message)
+        self.code, self.headers = code, dict(headers)
+        self.status = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": message}
+        if reason:
+            self.status["reason"] = reason
+        if details:
+            self.status["details"] = details
+        self.status["code"] = code
+
+
+def details_of(resource, name, **more):
+    """The details of an error about one object."""
+    row = RESOURCES[resource]
+    found = {"name": name, "group": row["group"], "kind": plural(resource), **more}
+    return {key: value for key, value in found.items() if value}
+
+
+def bad_request(message):
+    return ApiError(400, "BadRequest", message)
+
+
+def unauthorized():
+    return ApiError(401, "Unauthorized", "Unauthorized")
+
+
+def forbidden(user, verb, resource, subresource="", namespace="", name=""):
+    """403 in the words of the RBAC authorizer."""
+    row = RESOURCES[resource]
+    scope = f'in the namespace "{namespace}"' if namespace else "at the cluster scope"
+    full = f"{plural(resource)}/{subresource}" if subresource else plural(resource)
+    what = f'{qualified(resource)} "{name}"' if name else qualified(resource)
+    message = f'{what} is forbidden: User "{user}" cannot {verb} resource "{full}" in API group "{row["group"]}" {scope}'
+    return ApiError(403, "Forbidden", message, details_of(resource, name))
+
+
+def forbidden_path(user, verb, path):
+    return ApiError(403, "Forbidden", f'forbidden: User "{user}" cannot {verb} path "{path}"', {})
+
+
+def not_found(resource, name):
+    return ApiError(404, "NotFound", f'{qualified(resource)} "{name}" not found', details_of(resource, name))
+
+
+def already_exists(resource, name):
+    return ApiError(409, "AlreadyExists", f'{qualified(resource)} "{name}" already exists', details_of(resource, name))
+
+
+def conflict(resource, name, why="the object has been modified; please apply your changes to the latest version and try again"):
+    return ApiError(409, "Conflict", f'Operation cannot be fulfilled on {qualified(resource)} "{name}": {why}', details_of(resource, name))
+
+
+def gone(message):
+    return ApiError(410, "Expired", message)
+
+
+def invalid(resource, name, causes, kind=None):
+    """422; causes as [(field, reason, text)]: `Node "n1" is invalid: spec.podCIDRs: Forbidden: ...`."""
+    row = RESOURCES[resource]
+    kind = kind or row["kind"]
+    texts = [f"{field}: {text}" for field, _, text in causes]
+    text = texts[0] if len(texts) == 1 else "[" + ", ".join(texts) + "]"
+    named = kind + (f".{row['group']}" if row["group"] else "")
+    details = {"name": name, "group": row["group"], "kind": kind,
+               "causes": [{"reason": reason, "message": text, "field": field} for field, reason, text in causes]}
+    return ApiError(422, "Invalid", f'{named} "{name}" is invalid: {text}', {key: value for key, value in details.items() if value})
+
+
+def invalid_options(kind, field, reason, text):
+    """422 for a parameter of the query."""
+    details = {"group": "meta.k8s.io", "kind": kind, "causes": [{"reason": reason, "message": text, "field": field}]}
+    return ApiError(422, "Invalid", f'{kind}.meta.k8s.io "" is invalid: {field}: {text}', details)
+
+
+def too_large(version, now):
+    """504: a resourceVersion that this server has not seen yet."""
+    details = {"causes": [{"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}], "retryAfterSeconds": 1}
+    return ApiError(504, "Timeout", f"Too large resource version: {version}, current: {now}", details, {"Retry-After": "1"})
+
+
+def denied(resource, name, policy, binding, message, code=422):
+    """The refusal of a ValidatingAdmissionPolicy; 422 Invalid unless the policy gives another reason."""
+    reasons = {401: "Unauthorized", 403: "Forbidden", 413: "RequestEntityTooLarge", 422: "Invalid"}
+    text = f"ValidatingAdmissionPolicy '{policy}' with binding '{binding}' denied request: {message}"
+    details = details_of(resource, name, causes=[{"message": text}])
+    return ApiError(code, reasons[code], f'{qualified(resource)} "{name}" is forbidden: {text}', details)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Patches
+# ---------------------------------------------------------------------------------------------------------------------------
+def merge_patch(target, patch):
+    """RFC 7386: null removes, objects merge, everything else replaces."""
+    if not isinstance(patch, dict):
+        return patch
+    merged = dict(target) if isinstance(target, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = merge_patch(merged.get(key), value)
+    return merged
+
+
+def json_patch(target, operations):
+    """RFC 6902. ApiError 422 when a test fails or a path is not there, 400 when the patch is none."""
+    if not isinstance(operations, list):
+        raise bad_request("json: cannot unmarshal object into Go value of type jsonpatch.Patch")
+    document = copy.deepcopy(target)
+    for operation in operations:
+        try:
+            document = json_patch_step(document, operation)
+        except (KeyError, IndexError, ValueError, TypeError):
+            path = operation.get("path") if isinstance(operation, dict) else None
+            raise ApiError(422, "Invalid", f"the server rejected our request due to an error in our request: "
+                                           f"operation {operation} does not apply at path {path}") from None
+    return document
+
+
+def pointer(path):
+    """A JSON pointer as a list of keys."""
+    if path and not path.startswith("/"):
+        raise ValueError(path)
+    return [part.replace("~1", "/").replace("~0", "~") for part in path.split("/")[1:]]
+
+
+def child_of(parent, key):
+    return parent[int(key)] if isinstance(parent, list) else parent[key]
+
+
+def json_patch_step(document, operation):
+    """The document after one operation; it may be changed in place. KeyError, IndexError, ValueError: it does not apply."""
+    verb, keys = operation["op"], pointer(operation["path"])
+    if verb in ("move", "copy"):
+        source = pointer(operation["from"])
+        value = document
+        for key in source:
+            value = child_of(value, key)
+        value = copy.deepcopy(value)
+        if verb == "move":
+            document = json_patch_step(document, {"op": "remove", "path": operation["from"]})
+        return json_patch_step(document, {"op": "add", "path": operation["path"], "value": value})
+    if not keys:
+        if verb == "test" and document != operation["value"]:
+            raise ValueError("test failed")
+        return document if verb == "test" else copy.deepcopy(operation["value"])
+    parent = document
+    for key in keys[:-1]:
+        parent = child_of(parent, key)
+    change_child(parent, keys[-1], verb, operation)
+    return document
+
+
+def change_child(parent, key, verb, operation):
+    """add, remove, replace or test one child."""
+    if isinstance(parent, list):
+        index = len(parent) if key == "-" else int(key)
+        if verb == "add" and index <= len(parent):
+            parent.insert(index, operation["value"])
+            return
+        key = index
+    elif not isinstance(parent, dict):
+        raise KeyError(key)
+    if verb == "add":
+        parent[key] = operation["value"]
+        return
+    present = parent[key]                            # KeyError, IndexError: nothing there to remove, replace or test
+    if verb == "remove":
+        del parent[key]
+    elif verb == "replace":
+        parent[key] = operation["value"]
+    elif verb != "test" or present != operation["value"]:
+        raise ValueError(verb)
+
+
+def strategic_merge(target, patch, path=""):
+    """Strategic merge patch: as merge_patch, but conditions and the like merge by their key, sets of values are joined.
+
+    Understood: $patch: delete and replace, $deleteFromPrimitiveList/, $setElementOrder/ (order of the elements it names), $retainKeys.
+    """
+    if not isinstance(patch, dict):
+        return patch
+    if patch.get("$patch") == "replace":
+        return {key: value for key, value in patch.items() if key != "$patch"}
+    if patch.get("$patch") == "delete":
+        return {}
+    merged = dict(target) if isinstance(target, dict) else {}
+    for key in list(merged):
+        if "$retainKeys" in patch and key not in patch["$retainKeys"]:
+            del merged[key]
+    for key, value in patch.items():
+        directive, _, plain = key.partition("/")
+        if directive == "$deleteFromPrimitiveList":
+            merged[plain] = [item for item in merged.get(plain, []) if item not in value]
+        elif key.startswith("$"):
+            continue
+        elif value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = merged_value(merged.get(key), value, f"{path}.{key}".lstrip("."))
+    for key, order in patch.items():
+        if key.startswith("$setElementOrder/"):
+            plain = key.partition("/")[2]
+            merged[plain] = ordered(merged.get(plain, []), order, MERGE_KEYS.get(f"{path}.{plain}".lstrip(".")))
+    return merged
+
+
+def merged_value(old, new, path):
+    """One field of a strategic merge."""
+    if isinstance(new, list) and path in MERGE_KEYS:
+        return merged_rows(old or [], new, MERGE_KEYS[path], path)
+    if isinstance(new, list) and path in MERGED_SETS:
+        return [*(old or []), *(value for value in new if value not in (old or []))]
+    return strategic_merge(old, new, path)
+
+
+def merged_rows(old, new, key, path):
+    """Rows joined by their key; rows that are new come last."""
+    if any(row.get("$patch") == "replace" for row in new):
+        return [row for row in new if row.get("$patch") != "replace"]
+    rows = {row.get(key): row for row in old}
+    for row in new:
+        if key not in row:
+            raise ApiError(500, "InternalError", f"Internal error occurred: map: {row} does not contain declared merge key: {key}")
+        if row.get("$patch") == "delete":
+            rows.pop(row[key], None)
+        else:
+            rows[row[key]] = strategic_merge(rows.get(row[key]), row, f"{path}[]")
+    return list(rows.values())
+
+
+def ordered(values, order, key):
+    """Values in the order of $setElementOrder; those it does not name keep their places behind."""
+    names = [row[key] if key else row for row in order]
+    position = {name: index for index, name in enumerate(names)}
+    return sorted(values, key=lambda value: position.get(value.get(key) if key else value, len(names)))
+
+
+PATCHES = {
+    "application/merge-patch+json": merge_patch,
+    "application/strategic-merge-patch+json": strategic_merge,
+    "application/json-patch+json": json_patch,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Validation
+# ---------------------------------------------------------------------------------------------------------------------------
+def with_pod_cidrs(node):
+    """The node with spec.podCIDR and spec.podCIDRs in step: podCIDR is the first of podCIDRs, and where they differ podCIDR wins."""
+    spec = node.get("spec", {})
+    single, several = spec.get("podCIDR", ""), spec.get("podCIDRs") or []
+    if single and several[:1] != [single]:
+        several = [single]
+    spec = {key: value for key, value in spec.items() if key not in ("podCIDR", "podCIDRs")}
+    if several:
+        spec = {"podCIDR": several[0], "podCIDRs": several, **spec}
+    return {**node, "spec": spec}
+
+
+def node_causes(node, old=None):
+    """What is wrong with a node as [(field, reason, text)]; old is the stored one, None for a new node."""
+    causes = []
+    cidrs = node["spec"].get("podCIDRs", [])
+    networks = []
+    for index, cidr in enumerate(cidrs):
+        try:
+            networks.append(ipaddress.ip_network(cidr))
+        except ValueError:
+            causes.append((f"spec.podCIDRs[{index}]", "FieldValueInvalid",
+                           f'Invalid value: "{cidr}": must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)'))
+    versions = [network.version for network in networks]
+    if len(cidrs) > 2 or len(set(versions)) < len(versions):
+        causes.append(("spec.podCIDRs", "FieldValueInvalid",
+                       f"Invalid value: {json.dumps(cidrs)}: may specify no more than one CIDR for each IP family"))
+    before = old["spec"].get("podCIDRs", []) if old else []
+    if before and before != cidrs:
+        causes.append(("spec.podCIDRs", "FieldValueForbidden",
+                       'Forbidden: node updates may not change podCIDR except from "" to valid'))
+    provider = old["spec"].get("providerID", "") if old else ""
+    if provider and provider != node["spec"].get("providerID", ""):
+        causes.append(("spec.providerID", "FieldValueForbidden",
+                       'Forbidden: node updates may not change providerID except from "" to valid'))
+    return causes
+
+
+def lease_causes(lease, _old=None):
+    spec, causes = lease.get("spec", {}), []
+    for key in ("leaseDurationSeconds", "leaseTransitions"):
+        value, least = spec.get(key), 1 if key == "leaseDurationSeconds" else 0
+        if value is not None and value < least:
+            text = "must be greater than 0" if least else "must be greater than or equal to 0"
+            causes.append((f"spec.{key}", "FieldValueInvalid", f"Invalid value: {value}: {text}"))
+    return causes
+
+
+def event_causes(event, _old=None):
+    """An event about a cluster-scoped object belongs into the namespace default (or kube-system)."""
+    namespace = event.get("involvedObject", {}).get("namespace", "")
+    own = event["metadata"]["namespace"]
+    if namespace != own and not (namespace == "" and own in ("default", "kube-system")):
+        return [("involvedObject.namespace", "FieldValueInvalid", f'Invalid value: "{namespace}": does not match event.namespace')]
+    return []
+
+
+def name_causes(name):
+    """What is wrong with the name of a new object."""
+    if not name:
+        return [("metadata.name", "FieldValueRequired", "Required value: name or generateName is required")]
+    if len(name) > 253 or not re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*", name):
+        return [("metadata.name", "FieldValueInvalid",
+                 f'Invalid value: "{name}": a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, \'-\' or '
+                 "'.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is "
+                 "'[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')")]
+    return []
+
+
+CAUSES = {"nodes": node_causes, "leases": lease_causes, "events": event_causes}
+
+
+def meta_causes(meta, old):
+    """What an update must leave alone in metadata."""
+    causes = []
+    for key in ("name", "namespace", "uid"):
+        if meta.get(key) != old.get(key):
+            causes.append((f"metadata.{key}", "FieldValueInvalid", f'Invalid value: "{meta.get(key, "")}": field is immutable'))
+    size = sum(len(key) + len(value) for key, value in meta.get("annotations", {}).items())
+    if size > 256 * 1024:
+        causes.append(("metadata.annotations", "FieldValueTooLong", "Too long: may not be more than 262144 bytes"))
+    return causes
+
+
+def prepared(resource, obj):
+    """The object as the server stores it: defaults filled in, nothing empty in metadata."""
+    meta = {key: value for key, value in obj.get("metadata", {}).items() if value not in (None, "", {}, [])}
+    obj = {**obj, "kind": RESOURCES[resource]["kind"], "apiVersion": group_version(resource), "metadata": meta}
+    return with_pod_cidrs(obj) if resource == "nodes" else obj
+
+
+def kept_part(resource, subresource, new, old):
+    """The update with what this endpoint cannot change set back: nodes leaves status alone, nodes/status leaves spec alone."""
+    if not RESOURCES[resource].get("status"):
+        return new
+    part = "spec" if subresource == "status" else "status"
+    new = {key: value for key, value in new.items() if key != part}
+    return {**new, part: old[part]} if part in old else new
+
+
+def type_problem(obj):
+    """Text of the first value that JSON decoding into the Go types would refuse, "" when all is well. Only the shapes that agents write."""
+    meta = obj.get("metadata")
+    for name in ("annotations", "labels"):
+        values = (meta or {}).get(name) or {}
+        if not isinstance(values, dict):
+            return f"json: cannot unmarshal value into Go struct field ObjectMeta.metadata.{name} of type map[string]string"
+        for value in values.values():
+            if not isinstance(value, str):
+                return f"json: cannot unmarshal {go_kind(value)} into Go struct field ObjectMeta.metadata.{name} of type string"
+    return ""
+
+
+def go_kind(value):
+    """How Go's JSON decoder calls a value."""
+    if isinstance(value, bool):
+        return "bool"
+    return {dict: "object", list: "array", str: "string"}.get(type(value), "number")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Field managers
+# ---------------------------------------------------------------------------------------------------------------------------
+def leaves(value, path=(), name=""):
+    """{path: value} of an object; a path is made of "f:key", 'k:{"type":"Ready"}', 'v:"10.0.0.0/8"'. Without what the server owns."""
+    if isinstance(value, dict) and (value or not path):
+        found = {}
+        for key, child in value.items():
+            if not path and key in ("kind", "apiVersion"):
+                continue
+            if path == ("f:metadata",) and key in (*SERVER_OWNED, "name", "namespace"):
+                continue
+            found.update(leaves(child, (*path, f"f:{key}"), f"{name}.{key}".lstrip(".")))
+        return found
+    if isinstance(value, list) and name in MERGE_KEYS:
+        found = {}
+        for row in value:
+            key = MERGE_KEYS[name]
+            found.update(leaves(row, (*path, "k:" + compact({key: row.get(key)}).decode()), f"{name}[]"))
+        return found
+    if isinstance(value, list) and name in MERGED_SETS:
+        return {(*path, "v:" + compact(item).decode()): item for item in value}
+    return {path: value}
+
+
+def fields_of(paths):
+    """FieldsV1 of a set of paths. Maps and merged lists whose members are owned carry "." as on a real server."""
+    tree = {}
+    for path in sorted(paths):
+        at = tree
+        for part in path:
+            at = at.setdefault(part, {})
+            if part.startswith("k:") or part in ("f:annotations", "f:labels"):
+                at.setdefault(".", {})
+    return tree
+
+
+def paths_of(fields, path=()):
+    """The set of paths of a FieldsV1."""
+    found = set()
+    for key, child in fields.items():
+        if key == ".":
+            continue
+        found |= paths_of(child, (*path, key)) or {(*path, key)}
+    return found
+
+
+def managed_fields(old, new, manager, subresource, now):
+    """metadata.managedFields after an update by `manager`: what it changed is its own now, what is gone is nobody's."""
+    before, after = leaves(old or {}), leaves(new)
+    changed = {path for path, value in after.items() if path not in before or before[path] != value}
+    entries, mine = [], None
+    for entry in (old or {}).get("metadata", {}).get("managedFields", []):
+        paths = paths_of(entry["fieldsV1"])
+        is_mine = (entry["manager"], entry["operation"], entry.get("subresource", "")) == (manager, "Update", subresource)
+        kept = {path for path in paths if path in after and path not in changed}
+        if is_mine:
+            mine, kept = entry, kept | changed
+        if not kept:
+            continue
+        entry = entry if kept == paths and not (is_mine and changed) else {**entry, "fieldsV1": fields_of(kept)}
+        entries.append({**entry, "time": now} if is_mine and changed else entry)
+    if changed and mine is None:
+        entry = {"manager": manager, "operation": "Update", "apiVersion": new.get("apiVersion", "v1"), "time": now,
+                 "fieldsType": "FieldsV1", "fieldsV1": fields_of(changed)}
+        entries.append({**entry, "subresource": subresource} if subresource else entry)
+    return entries
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Realistic nodes
+# ---------------------------------------------------------------------------------------------------------------------------
+IMAGES = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "etcd", "coredns", "pause", "metrics-server")
+
+
+def node_addresses(index):
+    """(InternalIP of IPv4, of IPv6, pod CIDR of IPv4, of IPv6) of node number index, 0 to 65,000."""
+    high, low = divmod(index, 250)
+    return f"172.16.{high}.{low + 1}", f"fd00:16::{index + 1:x}", f"10.{index // 256}.{index % 256}.0/24", f"fd00:10:{index:x}::/64"
+
+
+def realistic_node(name, index=0, pod_cidrs=True):
+    """A Node of about 13 KB as kubelet and the controller manager leave it in a cluster: images, conditions, labels, managedFields.
+
+    Its addresses and pod CIDRs follow from index. Without kind and apiVersion it is an item of a list. No two calls share a value.
+    """
+    ipv4, ipv6, cidr4, cidr6 = node_addresses(index)
+    created = f"2024-05-{index % 28 + 1:02d}T08:00:00Z"
+    node = {
+        "kind": "Node", "apiVersion": "v1",
+        "metadata": {
+            "name": name, "uid": str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{name}.{index}")), "creationTimestamp": created,
+            "labels": realistic_labels(name, index),
+            "annotations": {
+                "alpha.kubernetes.io/provided-node-ip": f"{ipv4},{ipv6}",
+                "csi.volume.kubernetes.io/nodeid": compact({"csi.example.com": f"i-{index:017x}"}).decode(),
+                "kubeadm.alpha.kubernetes.io/cri-socket": "unix:///run/containerd/containerd.sock",
+                "node.alpha.kubernetes.io/ttl": "0",
+                "volumes.kubernetes.io/controller-managed-attach-detach": "true",
+            },
+        },
+        "spec": {"podCIDR": cidr4, "podCIDRs": [cidr4, cidr6], "providerID": f"example:///zone-{index % 3}/i-{index:017x}"},
+        "status": realistic_status(name, index, created, (ipv4, ipv6)),
+    }
+    if not pod_cidrs:
+        del node["spec"]["podCIDR"], node["spec"]["podCIDRs"]
+    return with_managers(node, created)
+
+
+def realistic_labels(name, index):
+    zone = f"zone-{index % 3}"
+    return {
+        "beta.kubernetes.io/arch": "amd64", "beta.kubernetes.io/instance-type": "m5.2xlarge", "beta.kubernetes.io/os": "linux",
+        "failure-domain.beta.kubernetes.io/region": "region-1", "failure-domain.beta.kubernetes.io/zone": zone,
+        "kubernetes.io/arch": "amd64", "kubernetes.io/hostname": name, "kubernetes.io/os": "linux",
+        "node.kubernetes.io/instance-type": "m5.2xlarge", "topology.kubernetes.io/region": "region-1",
+        "topology.kubernetes.io/zone": zone, "example.com/pool": f"pool-{index % 7}", "example.com/team": "platform",
+    }
+
+
+def condition(kind, status, reason, message, when):
+    return {"type": kind, "status": status, "lastHeartbeatTime": when, "lastTransitionTime": when, "reason": reason, "message": message}
+
+
+def realistic_status(name, index, when, addresses):
+    resources = {"cpu": "8", "ephemeral-storage": "101430960Ki", "hugepages-1Gi": "0", "hugepages-2Mi": "0",
+                 "memory": "32386544Ki", "pods": "110"}
+    return {
+        "capacity": resources, "allocatable": {**resources, "cpu": "7910m", "memory": "31339312Ki"},
+        "conditions": [
+            condition("NetworkUnavailable", "False", "RouteCreated", "The network of the node is configured", when),
+            condition("MemoryPressure", "False", "KubeletHasSufficientMemory", "kubelet has sufficient memory available", when),
+            condition("DiskPressure", "False", "KubeletHasNoDiskPressure", "kubelet has no disk pressure", when),
+            condition("PIDPressure", "False", "KubeletHasSufficientPID", "kubelet has sufficient PID available", when),
+            condition("Ready", "True", "KubeletReady", "kubelet is posting ready status", when),
+        ],
+        "addresses": [*({"type": "InternalIP", "address": address} for address in addresses),
+                      {"type": "Hostname", "address": name}],
+        "daemonEndpoints": {"kubeletEndpoint": {"Port": 10250}},
+        "nodeInfo": {"machineID": uuid.uuid5(uuid.NAMESPACE_OID, name).hex, "systemUUID": str(uuid.uuid5(uuid.NAMESPACE_URL, name)),
+                     "bootID": str(uuid.uuid5(uuid.NAMESPACE_X500, name)), "kernelVersion": "6.1.0-21-amd64",
+                     "osImage": "Debian GNU/Linux 12 (bookworm)", "containerRuntimeVersion": "containerd://1.7.16",
+                     "kubeletVersion": "v1.30.1", "kubeProxyVersion": "v1.30.1", "operatingSystem": "linux", "architecture": "amd64"},
+        "images": [realistic_image(number, index) for number in range(32)],
+    }
+
+
+def realistic_image(number, index):
+    name = IMAGES[number] if number < len(IMAGES) else f"team-{number % 5}/service-{number}"
+    digest = uuid.uuid5(uuid.NAMESPACE_URL, f"{name}{index % 9}").hex * 2
+    return {"names": [f"registry.example.com/{name}@sha256:{digest}", f"registry.example.com/{name}:v1.{number}.{index % 9}"],
+            "sizeBytes": 500_000_000 - number * 13_000_003}
+
+
+def with_managers(node, when):
+    """The node with the managedFields that kubelet, kubeadm and the controller manager leave."""
+    owners = {}
+    for path in leaves(node):
+        text = "".join(path)
+        if path[0] == "f:status":
+            # Kubelet's merge keys etc.; images, capacity and the like belong to it too, through the subresource.
+            owner = ("kube-controller-manager", "status") if "NetworkUnavailable" in text else ("kubelet", "status")
+        elif path[0] == "f:spec":
+            owner = ("kube-controller-manager", "") if "podCIDR" in text else ("kubelet", "")
+        else:
+            owner = ("kube-controller-manager", "") if "alpha.kubernetes.io/ttl" in text else ("kubelet", "")
+        owners.setdefault(owner, set()).add(path)
+    entries = []
+    for (manager, subresource), paths in owners.items():
+        entry = {"manager": manager, "operation": "Update", "apiVersion": "v1", "time": when, "fieldsType": "FieldsV1",
+                 "fieldsV1": fields_of(paths)}
+        entries.append({**entry, "subresource": subresource} if subresource else entry)
+    return {**node, "metadata": {**node["metadata"], "managedFields": entries}}

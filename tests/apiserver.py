@@ -1,0 +1,1573 @@
+"""A double of the Kubernetes API server, as far as a node agent and a node-IPAM controller use one. Standard library and `openssl`.
+
+    with ApiServer() as api:                              # TLS on 127.0.0.1, a free port; also host="::1", port=6443, sans=[...]
+        api.create_node(realistic_node("n1", 1))          # or api.create_node("n1", pod_cidrs=["10.244.1.0/24"])
+        token = api.token("system:serviceaccount:kube-system:mncni-agent", node="n1")
+        api.url, api.ca_file, api.kubeconfig(path, user), api.service_account_dir(path, user, node="n1")
+
+What it is like: kube-apiserver 1.30. nodes, nodes/status, events (v1 and events.k8s.io/v1), leases; GET, LIST, WATCH, POST, PUT, PATCH
+(merge, strategic merge, JSON), DELETE; /version, /healthz. One resourceVersion for all; a write that changes nothing makes no new one.
+What it does not know it refuses: label selectors, server-side apply, field selectors but metadata.name and metadata.namespace; it
+never speaks protobuf or HTTP/2.
+
+Objects, behind the API's back (no user, no admission; watchers see the events; each returns the object as stored):
+    create_node(name or dict, pod_cidrs=(), annotations={}, addresses=()), create_nodes(count, prefix="node-"), node(name), nodes()
+    patch_node(name, merge patch), delete_node(name); of any resource: get(resource, name, namespace=""), put(resource, object)
+    resource_version; bump() uses up a resourceVersion without a change; changes: how many writes have changed something
+Users: token(user, groups=(), node="", pod="") -> str; revoke(token); rotate_tokens(): those made so far get 401, the files that
+    kubeconfig() and service_account_dir() wrote get new ones; client_certificate(user, groups) -> (certificate file, key file)
+Rights: rbac = [(user or group, verb, resource[, name])], fnmatch patterns, e.g. ("*:mncni-agent", "patch", "nodes/status"). None, the
+    start: everything for everybody who has authenticated. List and watch with fieldSelector metadata.name=x ask for the right on x.
+Policy: add_policy(hook, name, binding, resources=("nodes", "nodes/status"), code=422), with hook(user, operation, old, new) -> None or
+    why not; user = {"username", "groups", "extra": {"authentication.kubernetes.io/node-name": ["n1"]}}; operation CREATE, UPDATE,
+    DELETE. In force until policies.clear().
+Counters: count(verb, resource, user, user_agent, name, code, dry_run) -> requests so far (patterns; verbs get list watch create update
+    patch delete; resources "nodes", "nodes/status", "leases", "events", else the path); writes(user): without dry-runs; watches(user):
+    open ones; bytes_sent(user), bytes_received(user): HTTP, without TLS; log: the requests as dicts; reset_counters()
+Watching: bookmark_s (60) between bookmarks; send_bookmarks() now; compact() makes every resourceVersion before the present one too old;
+    gone_as_http (False): what a watch that is too old gets: HTTP 410, or like the real one 200 and an ERROR event;
+    close_watches(abrupt=False); send_error(code=410) into every open watch, which then ends
+Server: down() refuses connections, up() is back on the same port; freeze() accepts and never answers, thaw(); rotate_certificate();
+    rotate_ca(publish=True): a new CA, also in ca_file and the files made before; publish_ca()
+Faults: fault(kind, times=1, verb="*", resource="*", name="*", user="*", user_agent="*", **parameters) -> Fault with .used, .cancel(),
+    .wait(used=1, timeout_s=10). It hits the next `times` requests, or events of open and new watches, that match; times=None: until
+    cancelled. clear_faults() cancels all.
+    Of requests:  status (code=500, retry_after=None, message: 401 403 409 410 429 500 503 504)   hang (no answer until cancelled)
+                  slow (delay_s=1, chunk=0, pause_s=0.05: then in pieces of chunk bytes)   reset (RST)   close (no answer)
+                  truncate (Content-Length promises more)   bad_json (a complete answer, half a document)
+                  empty_list   wrong_kind (kind="PodList")   strip (drop=["metadata.annotations", "status.addresses", "spec.podCIDR"])
+                  error_event (code=410: a watch begins with ERROR and ends)
+    Of events:    cut (half an event, then closed)   stall (nothing more, the connection stays)   duplicate   reorder (after the next)
+                  swallow (a bookmark instead)   bad_event (half a document, the stream goes on)   wrong_event (kind="Pod")
+                  strip_event (drop=[...])
+
+As a process of its own, in a network namespace or not; controlled through a Unix socket, which no network namespace hides:
+    python -m tests.apiserver --dir DIR [--listen [::]:6443] [--san 192.0.2.250] [--nodes 5000] [--control]
+    with ApiProcess(dir, netns="name", listen="[::]:6443", sans=[...], nodes=0) as api: api.call("create_node", "n1"); api.url; api.ca_file
+"""
+import argparse
+import atexit
+import base64
+import bisect
+import contextlib
+import copy
+import fnmatch
+import functools
+import gzip
+import http.client
+import itertools
+import json
+import os
+import random
+import secrets
+import select
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+import uuid
+from collections import Counter, deque
+from pathlib import Path
+
+from tests import apiobjects as objects
+from tests.apiobjects import ApiError, compact, realistic_node
+
+VERSION = {"major": "1", "minor": "30", "gitVersion": "v1.30.1", "gitCommit": "0" * 40, "gitTreeState": "clean",
+           "buildDate": "2024-05-14T10:42:02Z", "goVersion": "go1.22.2", "compiler": "gc", "platform": "linux/amd64"}
+NAMESPACES = ("default", "kube-system", "kube-public", "kube-node-lease")
+VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
+WRITES = tuple(VERBS.values())
+HISTORY = 20_000                                     # changes kept for watches and for the pages of a list
+NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+EVENT_FAULTS = ("cut", "stall", "duplicate", "reorder", "swallow", "bad_event", "wrong_event", "strip_event")
+REASONS = {400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFound", 409: "Conflict", 410: "Expired",
+           429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable", 504: "Timeout"}
+
+
+def timestamp():
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Certificates
+# ---------------------------------------------------------------------------------------------------------------------------
+def openssl(*words):
+    done = subprocess.run(["openssl", *map(str, words)], capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise RuntimeError(f"openssl {words[0]}: exit status {done.returncode}\n{done.stderr}")
+
+
+def make_ca(directory):
+    """A new certificate authority in directory: ca.crt, ca.key."""
+    directory.mkdir(parents=True, exist_ok=True)
+    openssl("req", "-x509", *NEW_KEY, "-days", 30, "-subj", "/CN=kubernetes",
+            "-addext", "keyUsage=critical,keyCertSign,cRLSign", "-keyout", directory / "ca.key", "-out", directory / "ca.crt")
+    return directory
+
+
+def make_certificate(ca, stem, subject, usage, names=""):
+    """A certificate that the CA in directory `ca` signed: stem.crt, stem.key. names: a subjectAltName as openssl writes it."""
+    key, request, extensions, certificate = (f"{stem}.{end}" for end in ("key", "csr", "ext", "crt"))
+    Path(extensions).write_text(f"extendedKeyUsage={usage}\n" + (f"subjectAltName={names}\n" if names else ""))
+    openssl("req", "-new", *NEW_KEY, "-subj", subject, "-keyout", key, "-out", request)
+    openssl("x509", "-req", "-in", request, "-CA", ca / "ca.crt", "-CAkey", ca / "ca.key", "-set_serial", secrets.randbits(63),
+            "-days", 30, "-extfile", extensions, "-out", certificate)
+    return certificate, key
+
+
+@functools.lru_cache(maxsize=32)
+def session_certificates(sans):
+    """(directory of the CA, server certificate, its key) for these names; made once per process, removed at its end."""
+    directory = Path(tempfile.mkdtemp(prefix="mncni-apiserver-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return (directory, *make_server_certificate(make_ca(directory), directory / "server", sans))
+
+
+def make_server_certificate(ca, stem, sans):
+    names = ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc", "127.0.0.1", "::1", *sans]
+    return make_certificate(ca, stem, "/CN=kube-apiserver", "serverAuth",
+                            ",".join(("IP:" if is_address(name) else "DNS:") + name for name in dict.fromkeys(names)))
+
+
+def is_address(text):
+    return ":" in text or text.replace(".", "").isdigit()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The store
+# ---------------------------------------------------------------------------------------------------------------------------
+class Entry:
+    """A stored object, encoded once: .item (no kind, no apiVersion), as in lists."""
+
+    __slots__ = ("resource", "namespace", "name", "version", "item", "_partial")
+
+    def __init__(self, resource, obj, version):
+        meta = obj["metadata"]
+        self.resource, self.namespace, self.name, self.version = resource, meta.get("namespace", ""), meta["name"], version
+        meta = {**meta, "resourceVersion": str(version)}
+        self.item = compact({key: value for key, value in {**obj, "metadata": meta}.items() if key not in ("kind", "apiVersion")})
+        self._partial = None
+
+    @property
+    def key(self):
+        return (self.namespace, self.name)
+
+    def object(self):
+        """A new dict, kind and apiVersion first."""
+        return {**objects.kind_of(self.resource), **json.loads(self.item)}
+
+    def encoded(self, partial=False):
+        """The object alone, as the answer to a GET or in an event; partial: its metadata only."""
+        if not partial:
+            return compact(objects.kind_of(self.resource))[:-1] + b"," + self.item[1:]
+        if self._partial is None:
+            self._partial = compact(objects.partial(json.loads(self.item)))
+        return self._partial
+
+    def listed(self, partial):
+        return self.encoded(True) if partial else self.item
+
+
+class Change:
+    """One step of the history: type ADDED, MODIFIED or DELETED; entry as it is (for DELETED: was) with the version of the step."""
+
+    __slots__ = ("version", "type", "entry", "before")
+
+    def __init__(self, version, kind, entry, before):
+        self.version, self.type, self.entry, self.before = version, kind, entry, before
+
+
+class Store:
+    """All objects, one version counter, and the history since `oldest`. Use it under its lock."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.entries = {}                            # resource -> {(namespace, name): Entry}
+        self.version, self.oldest, self.changes = 1, 1, 0
+        self.history, self.versions = [], []         # changes, and their versions for bisect
+        self.on_change = lambda: None
+
+    def get(self, resource, namespace, name):
+        return self.entries.get(resource, {}).get((namespace, name))
+
+    def put(self, resource, obj):
+        """Store an object under a new version. Returns its Entry."""
+        self.version += 1
+        entry = Entry(resource, obj, self.version)
+        before = self.get(resource, *entry.key)
+        self.entries.setdefault(resource, {})[entry.key] = entry
+        self._note("MODIFIED" if before else "ADDED", entry, before)
+        return entry
+
+    def delete(self, entry):
+        self.version += 1
+        del self.entries[entry.resource][entry.key]
+        last = Entry(entry.resource, entry.object(), self.version)
+        self._note("DELETED", last, entry)
+        return last
+
+    def _note(self, kind, entry, before):
+        self.changes += 1
+        self.history.append(Change(self.version, kind, entry, before))
+        self.versions.append(self.version)
+        if len(self.history) > 2 * HISTORY:
+            del self.history[:HISTORY], self.versions[:HISTORY]
+            self.oldest = max(self.oldest, self.versions[0] - 1)
+        self.on_change()
+
+    def since(self, version):
+        """The changes after a version, oldest first."""
+        return self.history[bisect.bisect_right(self.versions, version):]
+
+    def state_at(self, resource, version):
+        """{key: Entry} as it was at a version that is not older than `oldest`."""
+        state = dict(self.entries.get(resource, {}))
+        for change in reversed(self.since(version)):
+            if change.entry.resource != resource:
+                continue
+            if change.before:
+                state[change.entry.key] = change.before
+            else:
+                state.pop(change.entry.key, None)
+        return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Requests
+# ---------------------------------------------------------------------------------------------------------------------------
+class Request:
+    """One request: method, path, query {name: value}, headers, body; what it asks for: verb, resource ("" for other paths),
+    subresource, namespace, name; who asks: user {"username", "groups", "extra"}."""
+
+    def __init__(self, method, target, headers, body):
+        self.method, self.headers, self.body, self.user = method, headers, body, ANONYMOUS
+        self.path, _, query = target.partition("?")
+        self.query = {name: values[-1] for name, values in urllib.parse.parse_qs(query, keep_blank_values=True).items()}
+        self.resource, self.namespace, self.name, self.subresource = parse_path(self.path)
+        self.verb = VERBS.get(method, method.lower())
+        if method == "GET" and self.resource and not self.name:
+            self.verb = "watch" if self.query.get("watch", "") in ("1", "true", "True", "t") else "list"
+        self.selector = parse_field_selector(self.query.get("fieldSelector", ""))
+
+    @property
+    def target(self):
+        """"nodes", "nodes/status", or the path."""
+        return "/".join(filter(None, (self.resource.rpartition("/")[2], self.subresource))) if self.resource else self.path
+
+    @property
+    def object_name(self):
+        """The one name this is about, also where a field selector gives it; "" for many."""
+        return self.name or (self.selector or {}).get("metadata.name", "")
+
+    @property
+    def dry_run(self):
+        return "dryRun" in self.query
+
+    @property
+    def manager(self):
+        """The field manager of a write: the parameter, else the beginning of the user agent."""
+        return (self.query.get("fieldManager") or self.headers.get("User-Agent", "").partition("/")[0] or "unknown")[:128]
+
+
+ANONYMOUS = {"username": "system:anonymous", "groups": ["system:unauthenticated"], "extra": {}}
+
+
+def parse_path(path):
+    """(resource, namespace, name, subresource) of a path of the API, ("", "", "", "") of another one."""
+    parts = [urllib.parse.unquote(part) for part in path.strip("/").split("/")]
+    for resource, row in objects.RESOURCES.items():
+        prefix = ["apis", row["group"], row["version"]] if row["group"] else ["api", row["version"]]
+        if parts[:len(prefix)] != prefix:
+            continue
+        rest, namespace = parts[len(prefix):], ""
+        if rest[:1] == ["namespaces"] and len(rest) > 2 and row["namespaced"]:
+            namespace, rest = rest[1], rest[2:]
+        if rest[:1] == [resource.rpartition("/")[2]] and len(rest) <= 3:
+            name, subresource = (rest + ["", ""])[1:3]
+            if not subresource or row.get(subresource):
+                return resource, namespace, name, subresource
+    return "", "", "", ""
+
+
+def parse_field_selector(text):
+    """{field: value}, or None for one that the double does not know."""
+    found = {}
+    for term in filter(None, text.split(",")):
+        field, _, value = term.partition("=")
+        if field not in ("metadata.name", "metadata.namespace") or term.count("=") > 2:
+            return None
+        found[field] = value.lstrip("=")
+    return found
+
+
+def parse_accept(header):
+    """("", "PartialObjectMetadata" or "PartialObjectMetadataList") of an Accept header: the first clause that can be had. ApiError 406."""
+    for clause in header.split(","):
+        media, *parameters = [part.strip() for part in clause.split(";")]
+        given = dict(part.split("=", 1) for part in parameters if "=" in part)
+        if media not in ("application/json", "*/*", "application/*", ""):
+            continue
+        if "as" not in given:
+            return ""
+        known = given["as"] in ("PartialObjectMetadata", "PartialObjectMetadataList")
+        if known and (given.get("g"), given.get("v")) == ("meta.k8s.io", "v1"):
+            return given["as"]
+    raise ApiError(406, "NotAcceptable", "only the following media types are accepted: application/json, application/yaml, "
+                                         "application/vnd.kubernetes.protobuf")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Faults
+# ---------------------------------------------------------------------------------------------------------------------------
+class Fault:
+    """One scripted fault, see the top of this file."""
+
+    def __init__(self, number, kind, times, patterns, parameters):
+        self.number, self.kind, self.left, self.patterns, self.parameters = number, kind, times, patterns, parameters
+        self.used, self.ended, self._used = 0, threading.Event(), threading.Condition()
+
+    def take(self, facts):
+        """Whether it hits this request or event; then it has been used once more."""
+        with self._used:
+            if self.ended.is_set() or self.left == 0:
+                return False
+            if not all(fnmatch.fnmatchcase(facts[key], pattern) for key, pattern in self.patterns.items()):
+                return False
+            self.left = None if self.left is None else self.left - 1
+            self.used += 1
+            self._used.notify_all()
+            return True
+
+    def cancel(self):
+        """No further use; what hangs or stalls because of it is closed."""
+        self.ended.set()
+
+    def wait(self, used=1, timeout_s=10):
+        """Wait until it has been used so often. AssertionError at the deadline."""
+        with self._used:
+            if not self._used.wait_for(lambda: self.used >= used, timeout_s):
+                raise AssertionError(f"the fault {self.kind} was used {self.used} times within {timeout_s} s, not {used}")
+
+
+class Closed(Exception):
+    """This connection ends now."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Connections
+# ---------------------------------------------------------------------------------------------------------------------------
+class Connection:
+    """One TCP connection: reads requests, sends answers, counts bytes. Only its own thread reads and writes."""
+
+    def __init__(self, api, sock):
+        self.api, self.user = api, ""
+        self.sock = api.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        self.rfile, self.slow = None, None
+        self.received = 0
+
+    def handshake(self):
+        self.sock.settimeout(60)
+        self.sock.do_handshake()
+        self.sock.settimeout(None)
+        self.rfile = self.sock.makefile("rb")
+
+    def read_request(self):
+        """The next Request, None when the client is done."""
+        line = self.rfile.readline(65537)
+        if not line.strip():
+            return None
+        method, target, _ = line.decode("latin-1").split()
+        counted = CountingReader(self.rfile)
+        headers = http.client.parse_headers(counted)
+        length = int(headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        self.received = len(line) + counted.count + length
+        return Request(method, target, headers, body)
+
+    def send(self, data):
+        """Send all of it, in pieces where a fault says so."""
+        if self.slow and self.slow["chunk"]:
+            for start in range(0, len(data), self.slow["chunk"]):
+                self.sock.sendall(data[start:start + self.slow["chunk"]])
+                self.wait(self.slow["pause_s"])
+        else:
+            self.sock.sendall(data)
+        self.api.count_bytes(self.user, sent=len(data))
+
+    def wait(self, timeout_s, event=None):
+        """Wait, until event is set or the server stops; Closed when it stops or the client goes away."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not (event and event.is_set()):
+            left = 0.05 if deadline is None else min(0.05, deadline - time.monotonic())
+            if left <= 0:
+                return
+            poll = select.poll()
+            poll.register(self.sock, select.POLLIN)
+            if poll.poll(left * 1000):
+                self.check_client()
+            if self.api.stopped.is_set():
+                raise Closed
+
+    def check_client(self):
+        """After something could be read: Closed unless it was only TLS talking to itself."""
+        self.sock.settimeout(0)
+        try:
+            self.sock.recv(1)
+            raise Closed                             # the end, or a request in the middle of an answer
+        except (ssl.SSLWantReadError, BlockingIOError):
+            pass
+        finally:
+            self.sock.settimeout(None)
+
+    def answer(self, code, body, content_type="application/json", headers=(), missing=0):
+        """A whole answer. missing: that many of its bytes stay unsent, and the connection is closed."""
+        rows = [f"HTTP/1.1 {code} {http.client.responses.get(code, '')}", f"Audit-Id: {uuid.uuid4()}", "Cache-Control: no-cache, private",
+                f"Content-Type: {content_type}", f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
+                *(f"{name}: {value}" for name, value in dict(headers).items()), f"Content-Length: {len(body)}"]
+        self.send("\r\n".join(rows).encode() + b"\r\n\r\n" + body[:len(body) - missing])
+        if missing:
+            raise Closed
+
+    def start_stream(self):
+        self.send(b"HTTP/1.1 200 OK\r\nCache-Control: no-cache, private\r\nContent-Type: application/json\r\n"
+                  b"Transfer-Encoding: chunked\r\n\r\n")
+
+    def chunk(self, data):
+        self.send(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def interrupt(self):
+        """Called by other threads: end it without a TLS goodbye. Its own thread notices and closes the socket."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)    # not SSLSocket's, which would pull TLS from under a reader
+
+    def reset(self):
+        """Close so that the client gets a RST."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raise Closed
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            if self.rfile:
+                self.rfile.close()
+            self.sock.close()
+
+
+class CountingReader:
+    """A file whose lines are counted."""
+
+    def __init__(self, file):
+        self.file, self.count = file, 0
+
+    def readline(self, limit=-1):
+        line = self.file.readline(limit)
+        self.count += len(line)
+        return line
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Watches
+# ---------------------------------------------------------------------------------------------------------------------------
+class Watch:
+    """One open watch, run by the thread of its connection. Other threads only give it orders."""
+
+    def __init__(self, api, connection, request, partial):
+        self.api, self.connection, self.request, self.partial = api, connection, request, partial
+        self.reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
+        self.reader.setblocking(False)
+        self.orders = deque()                        # ("error", Status) ("close", abrupt) ("bookmark",)
+        self.version, self.held = 0, None
+        self.bookmarks = request.query.get("allowWatchBookmarks", "") in ("1", "true")
+
+    def wake(self, *order):
+        if order:
+            self.orders.append(order)
+        with contextlib.suppress(BlockingIOError, OSError):
+            self.writer.send(b"x")
+
+    def run(self):
+        """Stream until the time is over, the client goes or an order ends it."""
+        timeout_s = float(self.request.query.get("timeoutSeconds") or random.uniform(1800, 3600))
+        end = time.monotonic() + timeout_s
+        self.connection.start_stream()
+        changes = self.first_changes()
+        near_end, bookmark_at = max(end - 2, time.monotonic() + timeout_s / 2), time.monotonic() + self.api.bookmark_s
+        while True:
+            self.api.wait_thawed(self.connection)
+            for change in changes:
+                self.send_change(change)
+            if self.obey() or time.monotonic() >= end:
+                break
+            if time.monotonic() >= min(bookmark_at, near_end):
+                self.bookmark()
+                near_end = near_end if time.monotonic() < near_end else end + 1
+                bookmark_at = time.monotonic() + self.api.bookmark_s
+            changes = self.next_changes(min(end, bookmark_at, near_end))
+        self.connection.chunk(b"")
+
+    def first_changes(self):
+        """What the watch begins with: all objects without a version or with 0, else what happened since. ApiError 410."""
+        text = self.request.query.get("resourceVersion", "")
+        with self.api.store.lock:
+            if text in ("", "0"):
+                self.version = self.api.store.version
+                state = self.api.store.entries.get(self.request.resource, {})
+                return [Change(self.version, "ADDED", state[key], None) for key in sorted(state) if self.wants(state[key])]
+            self.version = int(text)
+            if self.version < self.api.store.oldest:
+                error = objects.gone(f"too old resource version: {text} ({self.api.store.oldest})")
+                self.orders.append(("error", error.status))
+                return []
+            return self.take_changes()
+
+    def take_changes(self):
+        with self.api.store.lock:
+            changes = self.api.store.since(self.version)
+            self.version = max(self.version, self.api.store.version)
+        return [change for change in changes if self.wants(change.entry)]
+
+    def next_changes(self, until):
+        """Wait for news until a time, or until the client goes away. Returns [] on an order or at the end."""
+        poll = select.poll()
+        poll.register(self.connection.sock, select.POLLIN)
+        poll.register(self.reader, select.POLLIN)
+        if self.connection.sock.pending():
+            raise Closed
+        ready = dict(poll.poll(max(0, until - time.monotonic()) * 1000))
+        if self.connection.sock.fileno() in ready:
+            self.connection.check_client()
+        if self.reader.fileno() in ready:
+            with contextlib.suppress(BlockingIOError):
+                self.reader.recv(65536)
+        return self.take_changes()
+
+    def wants(self, entry):
+        request = self.request
+        return (entry.resource == objects.stored(request.resource) and request.namespace in ("", entry.namespace)
+                and selected(request.selector, entry))
+
+    def obey(self):
+        """Do what other threads asked for. Returns True when the stream is to end."""
+        while self.orders:
+            kind, *values = self.orders.popleft()
+            if kind == "bookmark":
+                self.bookmark()
+            elif kind == "error":
+                self.connection.chunk(compact({"type": "ERROR", "object": values[0]}) + b"\n")
+                return True
+            elif values[0]:                          # close, abruptly
+                raise Closed
+            else:
+                return True
+        return False
+
+    def bookmark(self):
+        if not self.bookmarks:
+            return
+        meta = {"resourceVersion": str(self.version), "creationTimestamp": None}
+        kind = objects.PARTIAL_KIND if self.partial else objects.kind_of(self.request.resource)
+        self.connection.chunk(compact({"type": "BOOKMARK", "object": {**kind, "metadata": meta}}) + b"\n")
+
+    def send_change(self, change):
+        """Send one event, or what a fault makes of it."""
+        line = b'{"type":"%b","object":%b}\n' % (change.type.encode(), self.encode(change.entry))
+        fault = self.api.take_fault(self.request, "event", change.entry.name)
+        if fault is None:
+            self.connection.chunk(line)
+            held, self.held = self.held, None
+            if held:
+                self.connection.chunk(held)
+            return
+        self.send_faulty(fault, change, line)
+
+    def encode(self, entry):
+        return presented(self.request.resource, entry, self.partial)
+
+    def send_faulty(self, fault, change, line):
+        kind, parameters = fault.kind, fault.parameters
+        if kind == "cut":
+            self.connection.send(b"%x\r\n%b" % (len(line), line[:len(line) // 2]))
+            raise Closed
+        if kind == "stall":
+            self.connection.wait(None, fault.ended)
+            raise Closed
+        if kind == "duplicate":
+            self.connection.chunk(line)
+            self.connection.chunk(line)
+        elif kind == "reorder":
+            self.held = line
+        elif kind == "swallow":
+            self.bookmarks, before = True, self.bookmarks
+            self.bookmark()
+            self.bookmarks = before
+        elif kind == "bad_event":
+            self.connection.chunk(line[:len(line) // 2] + b"\n")
+        elif kind == "wrong_event":
+            wrong = {**json.loads(self.encode(change.entry)), "kind": parameters.get("kind", "Pod")}
+            self.connection.chunk(compact({"type": change.type, "object": wrong}) + b"\n")
+        elif kind == "strip_event":
+            stripped = without(json.loads(self.encode(change.entry)), parameters.get("drop", []))
+            self.connection.chunk(compact({"type": change.type, "object": stripped}) + b"\n")
+
+
+def presented(resource, entry, partial):
+    """The bytes of one object as this resource shows it."""
+    if resource != entry.resource and not partial:
+        return compact(objects.from_stored(resource, entry.object()))
+    return entry.encoded(partial)
+
+
+def selected(selector, entry):
+    """Whether a field selector lets an entry through."""
+    found = {"metadata.name": entry.name, "metadata.namespace": entry.namespace}
+    return all(found[field] == value for field, value in selector.items())
+
+
+def without(obj, paths):
+    """The object without these fields, "spec.podCIDR" and the like; of a list, every item."""
+    obj = copy.deepcopy(obj)
+    for item in obj.get("items", [obj]):
+        for path in paths:
+            *parents, last = path.split(".")
+            part = functools.reduce(lambda at, key: at.get(key, {}), parents, item)
+            part.pop(last, None)
+    return obj
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The server
+# ---------------------------------------------------------------------------------------------------------------------------
+class ApiServer:
+    """The double, see the top of this file."""
+
+    def __init__(self, host="127.0.0.1", port=0, sans=(), directory=None):
+        self.host, self.port, self.store = host, port, Store()
+        self.store.on_change = self._wake_watches
+        self.sans = tuple(dict.fromkeys([*sans, *([host] if is_address(host) and host not in ("::", "0.0.0.0") else [])]))
+        self.dir = Path(directory) if directory else Path(tempfile.mkdtemp(prefix="mncni-apiserver-"))
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self._own_dir = directory is None
+        self.ca_file = str(self.dir / "ca.crt")
+        self.rbac, self.policies = None, []
+        self.bookmark_s, self.gone_as_http = 60, False
+        self.log, self.faults = [], []
+        self._sent, self._received = Counter(), Counter()
+        self._users, self._published = {}, []        # token -> user; functions that write files with tokens and CA again
+        self._numbers = itertools.count(1)
+        self._lock = threading.RLock()               # of everything but the store
+        self._connections, self._watches = set(), set()
+        self.stopped, self.thawed = threading.Event(), threading.Event()
+        self.thawed.set()
+        self._listener = self._guard = None
+
+    # ---- start and stop -----------------------------------------------------------------------------------------------
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def start(self):
+        ca, certificate, key = session_certificates(self.sans)
+        self._use_certificates(ca, certificate, key)
+        self.publish_ca()
+        # Bound, but never listening: keeps the port ours while the server is down.
+        self._guard = self._bind(self.port)
+        self.port = self._guard.getsockname()[1]
+        self.up()
+        return self
+
+    def stop(self):
+        self.stopped.set()
+        for fault in self.faults:
+            fault.cancel()
+        self.thawed.set()
+        self.down()
+        deadline = time.monotonic() + 10
+        while self._connections and time.monotonic() < deadline:
+            time.sleep(0.005)
+        self._guard.close()
+        if self._own_dir:
+            shutil.rmtree(self.dir, ignore_errors=True)
+
+    @property
+    def url(self):
+        host = {"::": "::1", "0.0.0.0": "127.0.0.1"}.get(self.host, self.host)
+        return f"https://[{host}]:{self.port}" if ":" in host else f"https://{host}:{self.port}"
+
+    def _bind(self, port):
+        sock = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if self.host == "::":
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind((self.host, port))
+        return sock
+
+    def up(self):
+        """Listen on the port again."""
+        self._listener = self._bind(self.port)
+        self._listener.listen(256)
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def down(self):
+        """Refuse connections, and end those that are open."""
+        if self._listener:
+            listener, self._listener = self._listener, None
+            listener.shutdown(socket.SHUT_RDWR)      # wakes the thread in accept, which closes it
+        for connection in self._snapshot(self._connections):
+            connection.interrupt()
+
+    def freeze(self):
+        """Half-open: connections are accepted, nothing is answered or sent any more."""
+        self.thawed.clear()
+
+    def thaw(self):
+        self.thawed.set()
+
+    def wait_thawed(self, connection):
+        if not self.thawed.is_set():
+            connection.wait(None, self.thawed)
+
+    def _snapshot(self, things):
+        with self._lock:
+            return list(things)
+
+    def _accept(self, listener):
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = listener.accept()
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection = Connection(self, sock)
+                with self._lock:
+                    self._connections.add(connection)
+                if self._listener is not listener:
+                    connection.interrupt()           # accepted while the server went down
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+        listener.close()
+
+    def _serve(self, connection):
+        try:
+            self.wait_thawed(connection)
+            connection.handshake()
+            while not self.stopped.is_set():
+                request = connection.read_request()
+                if request is None:
+                    break
+                self._answer(connection, request)
+        except (OSError, ValueError, Closed):        # ValueError: TLS that was shut down under the reader, or no HTTP
+            pass
+        finally:
+            with self._lock:
+                self._connections.discard(connection)
+            connection.close()
+
+    # ---- certificates, users, rights ----------------------------------------------------------------------------------
+
+    def _use_certificates(self, ca, certificate, key):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        context.load_verify_locations(ca / "ca.crt")
+        context.verify_mode = ssl.CERT_OPTIONAL
+        context.set_alpn_protocols(["http/1.1"])
+        self.ca_dir, self.tls = ca, context
+
+    def rotate_certificate(self):
+        """A new certificate of the same CA, for connections from now on."""
+        self._use_certificates(self.ca_dir, *make_server_certificate(self.ca_dir, self.dir / f"server{next(self._numbers)}", self.sans))
+
+    def rotate_ca(self, publish=True):
+        """A new CA and certificate for connections from now on; publish: ca_file, kubeconfigs and service account directories follow."""
+        ca = make_ca(self.dir / f"ca{next(self._numbers)}")
+        self._use_certificates(ca, *make_server_certificate(ca, ca / "server", self.sans))
+        if publish:
+            self.publish_ca()
+
+    def publish_ca(self):
+        """Write the present CA, and tokens that are valid, into all files made before."""
+        write_atomically(Path(self.ca_file), (self.ca_dir / "ca.crt").read_text())
+        for publish in self._snapshot(self._published):
+            publish()
+
+    def client_certificate(self, user, groups=()):
+        """(certificate file, key file) of a user, as kubelet and kubeadm have."""
+        subject = "".join(f"/O={group}" for group in groups) + f"/CN={user}"
+        return make_certificate(self.ca_dir, self.dir / f"client{next(self._numbers)}", subject, "clientAuth")
+
+    def token(self, user, groups=(), node="", pod=""):
+        """A bearer token of a user. node, pod: what a service account token carries when a pod on that node mounts it."""
+        made = secrets.token_urlsafe(24)
+        with self._lock:
+            self._users[made] = self._user(user, groups, node, pod)
+        return made
+
+    def _user(self, user, groups, node, pod):
+        parts, extra = user.split(":"), {}
+        if parts[:2] == ["system", "serviceaccount"] and len(parts) == 4:
+            groups = [*groups, "system:serviceaccounts", f"system:serviceaccounts:{parts[2]}"]
+        for kind, name in (("node", node), ("pod", pod)):
+            if name:
+                extra[f"authentication.kubernetes.io/{kind}-name"] = [name]
+        entry = self.store.get("nodes", "", node)
+        if entry:
+            extra["authentication.kubernetes.io/node-uid"] = [entry.object()["metadata"]["uid"]]
+        return {"username": user, "groups": [*groups, "system:authenticated"], "extra": extra}
+
+    def revoke(self, token):
+        """401 for this token from now on."""
+        with self._lock:
+            self._users.pop(token, None)
+
+    def rotate_tokens(self):
+        """401 for every token made so far; the files made before get new ones."""
+        with self._lock:
+            self._users.clear()
+        self.publish_ca()
+
+    def kubeconfig(self, path, user, groups=(), node="", certificate=False):
+        """Write a kubeconfig (JSON, which is YAML too) with a token, or with a client certificate. Returns its path."""
+        def publish():
+            if certificate:
+                names = zip(("client-certificate", "client-key"), self.client_certificate(user, groups))
+                credentials = dict(names)
+            else:
+                credentials = {"token": self.token(user, groups, node)}
+            ca = base64.b64encode((self.ca_dir / "ca.crt").read_bytes()).decode()
+            config = {"apiVersion": "v1", "kind": "Config", "current-context": "double", "preferences": {},
+                      "clusters": [{"name": "double", "cluster": {"server": self.url, "certificate-authority-data": ca}}],
+                      "contexts": [{"name": "double", "context": {"cluster": "double", "user": "user"}}],
+                      "users": [{"name": "user", "user": credentials}]}
+            write_atomically(Path(path), json.dumps(config, indent=1))
+        return self._publish(path, publish)
+
+    def service_account_dir(self, path, user, groups=(), node="", pod="", namespace=""):
+        """Write token, ca.crt and namespace into a directory as kubelet does: links into ..data, which is exchanged. Returns its path."""
+        def publish():
+            files = {"token": self.token(user, groups, node, pod), "ca.crt": (self.ca_dir / "ca.crt").read_text(),
+                     "namespace": namespace or (user.split(":") + ["", "", "default"])[2] or "default"}
+            write_projected(Path(path), files)
+        return self._publish(path, publish)
+
+    def _publish(self, path, publish):
+        publish()
+        with self._lock:
+            self._published.append(publish)
+        return str(path)
+
+    def _authenticate(self, connection, request):
+        """The user of a request. ApiError 401."""
+        header = request.headers.get("Authorization", "")
+        certificate = connection.sock.getpeercert()
+        if certificate:
+            subject = [pair for rdn in certificate["subject"] for pair in rdn]
+            groups = [value for key, value in subject if key == "organizationName"]
+            return {"username": dict(subject)["commonName"], "groups": [*groups, "system:authenticated"], "extra": {}}
+        if not header:
+            return ANONYMOUS
+        with self._lock:
+            user = self._users.get(header[7:].strip() if header[:7].lower() == "bearer " else "")
+        if user is None:
+            raise objects.unauthorized()
+        return user
+
+    def _authorize(self, request):
+        user, name = request.user, request.object_name
+        if user is ANONYMOUS or not (self.rbac is None or any(self._rule_allows(rule, request, name) for rule in self.rbac)):
+            raise objects.forbidden(user["username"], request.verb, request.resource, request.subresource, request.namespace, name)
+
+    def _rule_allows(self, rule, request, name):
+        who, verb, resource, *names = rule
+        return (any(fnmatch.fnmatchcase(subject, who) for subject in (request.user["username"], *request.user["groups"]))
+                and fnmatch.fnmatchcase(request.verb, verb) and fnmatch.fnmatchcase(request.target, resource)
+                and (not names or fnmatch.fnmatchcase(name, names[0])))
+
+    def add_policy(self, hook, name="policy", binding="binding", resources=("nodes", "nodes/status"), code=422):
+        """A ValidatingAdmissionPolicy as a function, see the top of this file."""
+        self.policies.append({"hook": hook, "name": name, "binding": binding, "resources": resources, "code": code})
+
+    def _admit(self, request, operation, old, new):
+        for policy in list(self.policies):
+            if request.target not in policy["resources"]:
+                continue
+            why = policy["hook"](request.user, operation, old, new)
+            if why:
+                name = (new or old)["metadata"]["name"]
+                raise objects.denied(request.resource, name, policy["name"], policy["binding"], why, policy["code"])
+
+    # ---- faults and counters ------------------------------------------------------------------------------------------
+
+    def fault(self, kind, times=1, verb="*", resource="*", name="*", user="*", user_agent="*", **parameters):
+        """Script a fault, see the top of this file."""
+        if kind not in (*EVENT_FAULTS, *REQUEST_FAULTS):
+            raise ValueError(f"no fault {kind!r}; there are: {' '.join((*REQUEST_FAULTS, *EVENT_FAULTS))}")
+        patterns = {"verb": verb, "resource": resource, "name": name, "user": user, "user_agent": user_agent}
+        made = Fault(next(self._numbers), kind, times, patterns, parameters)
+        with self._lock:
+            self.faults.append(made)
+        return made
+
+    def clear_faults(self):
+        for fault in self._snapshot(self.faults):
+            fault.cancel()
+        with self._lock:
+            self.faults.clear()
+
+    def take_fault(self, request, stage, name):
+        """The fault that hits this request or event, None mostly."""
+        if not self.faults:
+            return None
+        facts = {"verb": request.verb, "resource": request.target, "name": name, "user": request.user["username"],
+                 "user_agent": request.headers.get("User-Agent", "")}
+        for fault in self._snapshot(self.faults):
+            if (fault.kind in EVENT_FAULTS) == (stage == "event") and fault.take(facts):
+                return fault
+        return None
+
+    def count_bytes(self, user, sent=0, received=0):
+        with self._lock:
+            self._sent[user] += sent
+            self._received[user] += received
+
+    def count(self, verb="*", resource="*", user="*", user_agent="*", name="*", code=None, dry_run=None):
+        """How many requests came that match; code: those answered with it."""
+        wanted = {"verb": verb, "resource": resource, "user": user, "user_agent": user_agent, "name": name}
+        return sum(all(fnmatch.fnmatchcase(row[key], pattern) for key, pattern in wanted.items())
+                   and code in (None, row["code"]) and dry_run in (None, row["dry_run"]) for row in self._snapshot(self.log))
+
+    def writes(self, user="*"):
+        """How many requests to write came, without dry-runs, whatever became of them."""
+        return sum(self.count(verb, user=user, dry_run=False) for verb in WRITES)
+
+    def bytes_sent(self, user="*"):
+        with self._lock:
+            return sum(count for name, count in self._sent.items() if fnmatch.fnmatchcase(name, user))
+
+    def bytes_received(self, user="*"):
+        with self._lock:
+            return sum(count for name, count in self._received.items() if fnmatch.fnmatchcase(name, user))
+
+    def reset_counters(self):
+        with self._lock:
+            self.log.clear()
+            self._sent.clear()
+            self._received.clear()
+
+    def watches(self, user="*"):
+        """How many watches are open."""
+        return sum(fnmatch.fnmatchcase(watch.request.user["username"], user) for watch in self._snapshot(self._watches))
+
+    @property
+    def changes(self):
+        return self.store.changes
+
+    # ---- objects, behind the API's back -------------------------------------------------------------------------------
+
+    @property
+    def resource_version(self):
+        return str(self.store.version)
+
+    def bump(self):
+        """Use up a resourceVersion, as a change of some other resource does."""
+        with self.store.lock:
+            self.store.version += 1
+
+    def put(self, resource, obj):
+        """Store an object as it is, new or not. Returns it as stored."""
+        obj = objects.prepared(resource, obj)
+        meta = {"uid": str(uuid.uuid4()), "creationTimestamp": timestamp(), **obj["metadata"]}
+        with self.store.lock:
+            return self.store.put(resource, {**obj, "metadata": meta}).object()
+
+    def get(self, resource, name, namespace=""):
+        """An object, None when there is none."""
+        entry = self.store.get(resource, namespace, name)
+        return entry and entry.object()
+
+    def create_node(self, node, pod_cidrs=(), annotations=None, addresses=()):
+        """A node, whole or by its name and these."""
+        if isinstance(node, str):
+            rows = [{"type": "InternalIP", "address": address} for address in addresses]
+            node = {"metadata": {"name": node, "annotations": annotations or {}, "labels": {"kubernetes.io/hostname": node}},
+                    "spec": {"podCIDRs": list(pod_cidrs), **({"podCIDR": pod_cidrs[0]} if pod_cidrs else {})},
+                    "status": {"addresses": [*rows, {"type": "Hostname", "address": node}], "conditions": []}}
+        return self.put("nodes", node)
+
+    def create_nodes(self, count, prefix="node-"):
+        """realistic_node(prefix + index, index) for index below count."""
+        for index in range(count):
+            self.put("nodes", realistic_node(f"{prefix}{index}", index))
+
+    def node(self, name):
+        return self.get("nodes", name)
+
+    def nodes(self):
+        with self.store.lock:
+            return [entry.object() for entry in self.store.entries.get("nodes", {}).values()]
+
+    def patch_node(self, name, patch):
+        """Merge a patch (status and spec as well) into a node."""
+        with self.store.lock:
+            return self.put("nodes", objects.merge_patch(self.node(name), patch))
+
+    def delete_node(self, name):
+        with self.store.lock:
+            return self.store.delete(self.store.get("nodes", "", name)).object()
+
+    def compact(self):
+        """410 for every resourceVersion before the present one."""
+        with self.store.lock:
+            self.store.oldest = self.store.version
+
+    # ---- open watches -------------------------------------------------------------------------------------------------
+
+    def _wake_watches(self):
+        for watch in self._snapshot(self._watches):
+            watch.wake()
+
+    def _order(self, *order):
+        for watch in self._snapshot(self._watches):
+            watch.wake(*order)
+
+    def send_bookmarks(self):
+        self._order("bookmark")
+
+    def send_error(self, code=410):
+        """An ERROR event into every open watch, which then ends."""
+        self._order("error", error_of({"code": code}).status)
+
+    def close_watches(self, abrupt=False):
+        self._order("close", abrupt)
+
+    # ---- answering ----------------------------------------------------------------------------------------------------
+
+    def _answer(self, connection, request):
+        row = {"time": time.monotonic(), "verb": request.verb, "resource": request.target, "name": request.object_name, "user": "",
+               "user_agent": request.headers.get("User-Agent", ""), "query": request.query, "code": 0, "dry_run": request.dry_run}
+        error = None
+        try:
+            request.user = self._authenticate(connection, request)
+            row["user"] = connection.user = request.user["username"]
+        except ApiError as refusal:
+            error = refusal
+        with self._lock:
+            self.log.append(row)
+        self.count_bytes(connection.user, received=connection.received)
+        self.wait_thawed(connection)
+        fault = self.take_fault(request, "request", request.object_name)
+        connection.slow = None
+        if fault:
+            error = self._begin_fault(fault, connection) or error
+        try:
+            if error:
+                raise error
+            if request.verb == "watch":
+                self._watch(connection, request, row, fault)
+                return
+            code, body, headers = self._handle(request)
+        except ApiError as refusal:
+            code, body, headers = refusal.code, compact(refusal.status), refusal.headers
+        row["code"] = code
+        self._send(connection, request, fault, code, body, headers)
+
+    def _begin_fault(self, fault, connection):
+        """What a fault does before the request is looked at. Returns an ApiError to answer with, or None."""
+        if fault.kind == "status":
+            return error_of(fault.parameters)
+        if fault.kind == "hang":
+            connection.wait(None, fault.ended)
+            raise Closed
+        if fault.kind == "slow":
+            connection.wait(fault.parameters.get("delay_s", 1))
+            connection.slow = {"chunk": fault.parameters.get("chunk", 0), "pause_s": fault.parameters.get("pause_s", 0.05)}
+        elif fault.kind == "reset":
+            connection.reset()
+        elif fault.kind == "close":
+            raise Closed
+        return None
+
+    def _send(self, connection, request, fault, code, body, headers):
+        missing, content_type = 0, headers.pop("Content-Type", "application/json")
+        if fault and code < 300:
+            body = faulty_body(fault, body)
+            missing = len(body) - len(body) // 2 if fault.kind == "truncate" else 0
+        if code == 429:                              # the overload filter of the real one answers in plain text
+            body, content_type = b"Too many requests, please try again later.", "text/plain; charset=utf-8"
+        if len(body) > 128 * 1024 and "gzip" in request.headers.get("Accept-Encoding", ""):
+            body, headers["Content-Encoding"] = gzip.compress(body, 1), "gzip"
+        connection.answer(code, body, content_type, headers, missing)
+
+    def _handle(self, request):
+        """(code, body, headers) of everything but a watch. ApiError."""
+        if not request.resource:
+            return self._other_path(request)
+        self._check(request)
+        handler = {"get": self._get, "list": self._list, "create": self._create, "update": self._update, "patch": self._patch,
+                   "delete": self._delete}.get(request.verb)
+        if handler is None or (request.verb != "list" and not request.name) == (request.verb != "create"):
+            raise ApiError(405, "MethodNotAllowed", "the server does not allow this method on the requested resource")
+        return handler(request)
+
+    def _other_path(self, request):
+        if request.path in ("/healthz", "/livez", "/readyz"):
+            return 200, b"ok", {"Content-Type": "text/plain; charset=utf-8"}
+        if request.path in ("/version", "/version/"):
+            return 200, json.dumps(VERSION, indent=2).encode(), {}
+        if request.user is ANONYMOUS:
+            raise objects.forbidden_path(request.user["username"], request.method.lower(), request.path)
+        return 404, b"404 page not found\n", {"Content-Type": "text/plain; charset=utf-8"}
+
+    def _check(self, request):
+        """ApiError where a request for objects has no right, or asks for what is not there."""
+        self._authorize(request)
+        if request.selector is None:
+            raise objects.bad_request(f"field label not supported: {request.query['fieldSelector'].partition('=')[0]}")
+        if "labelSelector" in request.query:
+            raise objects.bad_request("this double of an API server knows no label selectors")
+        if request.query.get("dryRun", "All") != "All":
+            kind = {"create": "CreateOptions", "delete": "DeleteOptions", "patch": "PatchOptions"}.get(request.verb, "UpdateOptions")
+            raise objects.invalid_options(kind, "dryRun", "FieldValueNotSupported",
+                                          f'Unsupported value: "{request.query["dryRun"]}": supported values: "All"')
+
+    def _shown(self, request, obj):
+        """The body of an answer with one object."""
+        kind = parse_accept(request.headers.get("Accept", ""))
+        if kind == "PartialObjectMetadataList":
+            raise ApiError(406, "NotAcceptable", "you requested PartialObjectMetadataList, but the requested object is not a list")
+        return compact(objects.partial(obj) if kind else objects.from_stored(request.resource, obj))
+
+    def _find(self, request):
+        """The Entry a request is about. ApiError 404."""
+        entry = self.store.get(objects.stored(request.resource), request.namespace, request.name)
+        if entry is None:
+            raise objects.not_found(request.resource, request.name)
+        return entry
+
+    def _get(self, request):
+        return 200, self._shown(request, self._find(request).object()), {}
+
+    def _list(self, request):
+        partial = parse_accept(request.headers.get("Accept", ""))
+        if partial == "PartialObjectMetadata":
+            raise ApiError(406, "NotAcceptable", "you requested PartialObjectMetadata, but the requested object is a list")
+        kind = {"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1"} if partial else objects.kind_of(request.resource)
+        if not partial:
+            kind["kind"] += "List"
+        entries, meta = self._page(request)
+        if partial or request.resource == objects.stored(request.resource):
+            items = b",".join(entry.listed(bool(partial)) for entry in entries)
+        else:
+            items = b",".join(presented(request.resource, entry, False) for entry in entries)
+        return 200, compact({**kind, "metadata": meta})[:-1] + b',"items":[' + items + b"]}", {}
+
+    def _page(self, request):
+        """(entries, metadata of the list) of one page."""
+        query = request.query
+        limit, token = int(query.get("limit") or 0), query.get("continue", "")
+        version, match = parse_version(query, "resourceVersion"), query.get("resourceVersionMatch", "")
+        check_list_options(version, match, token)
+        with self.store.lock:
+            now, at, start = self.store.version, self.store.version, None
+            if token:
+                at, start = self._continued(token)
+            elif version and (match == "Exact" or (limit and not match)):
+                at = version
+            if version and version > now:
+                raise objects.too_large(version, now)
+            if at < self.store.oldest and at != now:
+                raise objects.gone("The provided resource version is too old." if not token else "")
+            state = self.store.state_at(objects.stored(request.resource), at)
+        if version == 0 and not token:
+            limit = 0                                # the watch cache answers, and gives all it has
+        keys = [key for key in sorted(state) if (start is None or key >= start) and request.namespace in ("", key[0])
+                and selected(request.selector, state[key])]
+        meta = {"resourceVersion": str(at)}
+        if limit and len(keys) > limit:
+            meta["continue"] = make_continue(at, keys[limit])
+            if not request.selector:
+                meta["remainingItemCount"] = len(keys) - limit
+            keys = keys[:limit]
+        return [state[key] for key in keys], meta
+
+    def _continued(self, token):
+        """(version, first key) of a continue token. ApiError 410 with a token that goes on at the present version."""
+        try:
+            row = json.loads(base64.urlsafe_b64decode(token))
+            version, start = row["rv"], tuple(row["start"])
+        except (ValueError, KeyError, TypeError):
+            raise objects.bad_request(f"continue key is not valid: {token}") from None
+        if version == -1:
+            return self.store.version, start
+        if version < self.store.oldest:
+            error = objects.gone(
+                "The provided continue parameter is too old to display a consistent list result. You can start a new list without the "
+                "continue parameter, or use the continue token in this response to retrieve the remainder of the results. Continuing with "
+                "the provided token results in an inconsistent list - objects that were created, modified, or deleted between the time the "
+                "first chunk was returned and now may show up in the list.")
+            error.status["metadata"] = {"continue": make_continue(-1, start)}
+            raise error
+        return version, start
+
+    def _watch(self, connection, request, row, fault):
+        self._check(request)
+        partial = parse_accept(request.headers.get("Accept", ""))
+        if partial == "PartialObjectMetadataList":
+            raise ApiError(406, "NotAcceptable", "you requested PartialObjectMetadataList, but the requested object is not a list")
+        version = parse_version(request.query, "resourceVersion")
+        if self.gone_as_http and version and version < self.store.oldest:
+            raise objects.gone(f"too old resource version: {version} ({self.store.oldest})")
+        watch = Watch(self, connection, request, bool(partial))
+        if fault and fault.kind == "error_event":
+            watch.orders.append(("error", error_of({"code": 410, **fault.parameters}).status))
+        row["code"] = 200
+        with self._lock:
+            self._watches.add(watch)
+        try:
+            watch.run()
+        finally:
+            with self._lock:
+                self._watches.discard(watch)
+            watch.reader.close()
+            watch.writer.close()
+
+    # ---- writing ------------------------------------------------------------------------------------------------------
+
+    def _body(self, request):
+        """The object in the body of a POST or PUT, as it would be stored. ApiError 400."""
+        kind = objects.kind_of(request.resource)
+        try:
+            obj = json.loads(request.body)
+        except ValueError as error:
+            raise objects.bad_request(f"couldn't get version/kind; json parse error: {error}") from None
+        given = {key: obj.get(key, kind[key]) for key in kind} if isinstance(obj, dict) else {}
+        if given != kind:
+            raise objects.bad_request(f"the object provided is unrecognized (must be of type {kind['kind']}): {given}")
+        return self._typed(request, objects.to_stored(request.resource, obj))
+
+    def _typed(self, request, obj):
+        problem = objects.type_problem(obj)
+        if problem:
+            raise objects.bad_request(f"{objects.RESOURCES[request.resource]['kind']} in version \"v1\" cannot be handled as a "
+                                      f"{objects.RESOURCES[request.resource]['kind']}: {problem}")
+        return objects.prepared(objects.stored(request.resource), obj)
+
+    def _create(self, request):
+        new = self._body(request)
+        meta = dict(new["metadata"])
+        if "generateName" in meta and "name" not in meta:
+            meta["name"] = meta["generateName"] + secrets.token_hex(3)[:5]
+        if objects.RESOURCES[request.resource]["namespaced"]:
+            if meta.setdefault("namespace", request.namespace) != request.namespace:
+                raise objects.bad_request("the namespace of the provided object does not match the namespace sent on the request")
+            if request.namespace not in NAMESPACES:
+                raise ApiError(404, "NotFound", f'namespaces "{request.namespace}" not found',
+                               {"name": request.namespace, "kind": "namespaces"})
+        if "resourceVersion" in meta:
+            raise objects.bad_request("resourceVersion should not be set on objects to be created")
+        for key in ("managedFields", "selfLink"):
+            meta.pop(key, None)
+        new["metadata"] = {**meta, "uid": str(uuid.uuid4()), "creationTimestamp": timestamp()}
+        return 201, self._shown(request, self._store_new(request, new)), {}
+
+    def _store_new(self, request, new):
+        resource, meta = objects.stored(request.resource), new["metadata"]
+        causes = objects.name_causes(meta.get("name", "")) or objects.CAUSES[resource](new)
+        if causes:
+            raise objects.invalid(request.resource, meta.get("name", ""), causes)
+        with self.store.lock:
+            self._admit(request, "CREATE", None, new)
+            if self.store.get(resource, meta.get("namespace", ""), meta["name"]):
+                raise objects.already_exists(request.resource, meta["name"])
+            new["metadata"]["managedFields"] = objects.managed_fields(None, new, request.manager, "", timestamp())
+            return new if request.dry_run else self.store.put(resource, new).object()
+
+    def _update(self, request):
+        new = self._body(request)
+        if new["metadata"].get("name", request.name) != request.name:
+            raise objects.bad_request(f"the name of the object ({new['metadata']['name']}) does not match the name on the URL "
+                                      f"({request.name})")
+        row = objects.RESOURCES[request.resource]
+        with self.store.lock:
+            missing = self.store.get(objects.stored(request.resource), request.namespace, request.name) is None
+            if missing and row.get("create_on_update") and not request.subresource:
+                return self._create(request)
+            old = self._find(request).object()
+            uid = new["metadata"].get("uid", old["metadata"]["uid"])
+            if uid != old["metadata"]["uid"]:
+                raise objects.conflict(request.resource, request.name, f"Precondition failed: UID in precondition: {uid}, "
+                                                                       f"UID in object meta: {old['metadata']['uid']}")
+            if "resourceVersion" not in new["metadata"] and not row.get("unconditional"):
+                raise objects.invalid(request.resource, request.name, kind=objects.plural(request.resource), causes=[
+                    ("metadata.resourceVersion", "FieldValueInvalid", "Invalid value: 0x0: must be specified for an update")])
+            return 200, self._shown(request, self._store_update(request, old, new)), {}
+
+    def _patch(self, request):
+        media = request.headers.get("Content-Type", "").partition(";")[0].strip()
+        if media not in objects.PATCHES:
+            raise ApiError(415, "UnsupportedMediaType", "the body of the request was in an unknown format - accepted media types include: "
+                                                        + ", ".join(sorted(objects.PATCHES)))
+        try:
+            patch = json.loads(request.body)
+        except ValueError as error:
+            raise objects.bad_request(f"error decoding patch: {error}") from None
+        with self.store.lock:
+            old = self._find(request).object()
+            shown = objects.from_stored(request.resource, old)
+            new = self._typed(request, objects.to_stored(request.resource, objects.PATCHES[media](shown, patch)))
+            return 200, self._shown(request, self._store_update(request, old, new)), {}
+
+    def _store_update(self, request, old, new):
+        """The stored object after an update that passed every check. Nothing changed: nothing is written. ApiError."""
+        resource, meta, before = objects.stored(request.resource), dict(new["metadata"]), old["metadata"]
+        if meta.get("resourceVersion", before["resourceVersion"]) != before["resourceVersion"]:
+            raise objects.conflict(request.resource, request.name)
+        for key in ("resourceVersion", "creationTimestamp", "generation", "managedFields", "deletionTimestamp"):
+            meta.pop(key, None)
+            if key in before:
+                meta[key] = before[key]
+        meta.setdefault("uid", before["uid"])
+        new = objects.kept_part(resource, request.subresource, {**new, "metadata": meta}, old)
+        causes = [*objects.meta_causes(meta, before), *objects.CAUSES[resource](new, old)]
+        if causes:
+            raise objects.invalid(request.resource, request.name, causes)
+        self._admit(request, "UPDATE", copy.deepcopy(old), copy.deepcopy(new))
+        managed = objects.managed_fields(old, new, request.manager, request.subresource, timestamp())
+        if managed:
+            meta["managedFields"] = managed
+        if new == old or request.dry_run:
+            return new
+        return self.store.put(resource, new).object()
+
+    def _delete(self, request):
+        options = json.loads(request.body) if request.body else {}
+        with self.store.lock:
+            entry = self._find(request)
+            old = entry.object()
+            check_preconditions(request, options.get("preconditions", {}), old["metadata"])
+            self._admit(request, "DELETE", old, None)
+            if not request.dry_run and options.get("dryRun") != ["All"]:
+                self.store.delete(entry)
+        details = objects.details_of(request.resource, request.name, uid=old["metadata"]["uid"])
+        return 200, compact({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details}), {}
+
+
+REQUEST_FAULTS = ("status", "hang", "slow", "reset", "close", "truncate", "bad_json", "empty_list", "wrong_kind", "strip", "error_event")
+
+
+def error_of(parameters):
+    """The ApiError that a fault asks for: {"code", "retry_after"}."""
+    code, retry_after = parameters.get("code", 500), parameters.get("retry_after")
+    messages = {401: "Unauthorized", 410: "The resourceVersion for the provided watch is too old.", 500: "etcdserver: request timed out"}
+    message = parameters.get("message") or messages.get(code, f"the server answers {code}, as the test asked for")
+    headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+    return ApiError(code, REASONS.get(code, ""), message, headers=headers)
+
+
+def faulty_body(fault, body):
+    """What a fault makes of the body of a good answer."""
+    if fault.kind == "bad_json":
+        return body[:len(body) // 2]
+    if fault.kind == "wrong_kind":
+        return compact({**json.loads(body), "kind": fault.parameters.get("kind", "PodList")})
+    if fault.kind == "strip":
+        return compact(without(json.loads(body), fault.parameters.get("drop", [])))
+    if fault.kind == "empty_list":
+        return compact({**json.loads(body), "items": []})
+    return body
+
+
+def parse_version(query, name):
+    """A resourceVersion of a query as a number, None without one. ApiError 400."""
+    text = query.get(name, "")
+    if text and not text.isdigit():
+        raise objects.bad_request(f'resourceVersion: Invalid value: "{text}": strconv.ParseUint: parsing "{text}": invalid syntax')
+    return int(text) if text else None
+
+
+def check_list_options(version, match, token):
+    """ApiError for a combination that makes no sense."""
+    where, forbidden = "resourceVersionMatch", "FieldValueForbidden"
+    if token and version:
+        raise objects.bad_request("specifying resource version is not allowed when using continue")
+    if match and match not in ("Exact", "NotOlderThan"):
+        raise objects.invalid_options("ListOptions", where, "FieldValueNotSupported",
+                                      f'Unsupported value: "{match}": supported values: "Exact", "NotOlderThan", ""')
+    if match and version is None:
+        raise objects.invalid_options("ListOptions", where, forbidden,
+                                      "Forbidden: resourceVersionMatch is forbidden unless resourceVersion is provided")
+    if match == "Exact" and version == 0:
+        raise objects.invalid_options("ListOptions", where, forbidden,
+                                      'Forbidden: resourceVersionMatch "exact" is forbidden for resourceVersion "0"')
+
+
+def check_preconditions(request, wanted, meta):
+    """ApiError 409 unless the object is the one that a DELETE means."""
+    for key, text, became in (("uid", "UID", "deleted and then recreated"), ("resourceVersion", "ResourceVersion", "modified")):
+        if wanted.get(key) not in (None, meta[key]):
+            raise objects.conflict(request.resource, request.name, f"the {text} in the precondition ({wanted[key]}) does not match the "
+                                   f"{text} in record ({meta[key]}). The object might have been {became}")
+
+
+def make_continue(version, key):
+    row = {"v": "meta.k8s.io/v1", "rv": version, "start": list(key)}
+    return base64.urlsafe_b64encode(compact(row)).decode()
+
+
+def write_atomically(path, text):
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_projected(directory, files):
+    """Files as kubelet projects them: name -> ..data/name, ..data -> a directory with all of them, exchanged in one step."""
+    directory.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=time.strftime("..%Y_%m_%d_%H_%M_%S."), dir=directory))
+    fresh.chmod(0o755)
+    for name, text in files.items():
+        (fresh / name).write_text(text)
+        if not (directory / name).is_symlink():
+            (directory / name).symlink_to(f"..data/{name}")
+    data = directory / "..data"
+    old = data.is_symlink() and os.readlink(data)
+    (directory / "..data_tmp").symlink_to(fresh.name)
+    os.replace(directory / "..data_tmp", data)
+    if old:
+        shutil.rmtree(directory / old)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# A process of its own
+# ---------------------------------------------------------------------------------------------------------------------------
+# What may be called through the control socket: with JSON values, so a Fault becomes its number.
+CONTROLLED = (
+    "create_node", "create_nodes", "node", "nodes", "patch_node", "delete_node", "get", "put", "bump", "token", "revoke", "rotate_tokens",
+    "kubeconfig", "service_account_dir", "client_certificate", "count", "writes", "watches", "bytes_sent", "bytes_received",
+    "reset_counters", "send_bookmarks", "compact", "close_watches", "send_error", "down", "up", "freeze", "thaw", "rotate_certificate",
+    "rotate_ca", "publish_ca", "fault", "clear_faults", "fault_used", "cancel_fault", "set", "value",
+)
+
+
+class Controlled(ApiServer):
+    """A double that is called from another process: one line of JSON for each call, one for each answer."""
+
+    SETTABLE = ("rbac", "bookmark_s", "gone_as_http")
+    READABLE = (*SETTABLE, "resource_version", "changes", "log", "url", "ca_file")
+
+    def set(self, name, value):
+        if name not in self.SETTABLE:
+            raise ValueError(f"set: no {name!r}; there are: {' '.join(self.SETTABLE)}")
+        setattr(self, name, value)
+
+    def value(self, name):
+        if name not in self.READABLE:
+            raise ValueError(f"value: no {name!r}; there are: {' '.join(self.READABLE)}")
+        return getattr(self, name)
+
+    def fault_used(self, number):
+        return next(fault.used for fault in self.faults if fault.number == number)
+
+    def cancel_fault(self, number):
+        next(fault for fault in self.faults if fault.number == number).cancel()
+
+    def serve_control(self, path):
+        """Answer calls on a Unix socket, for good."""
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.listen(16)
+        while True:
+            caller, _ = listener.accept()
+            threading.Thread(target=self._controlled, args=(caller,), daemon=True).start()
+
+    def _controlled(self, caller):
+        with caller, caller.makefile("rwb") as stream:
+            for line in stream:
+                stream.write(compact(self._call(json.loads(line))) + b"\n")
+                stream.flush()
+
+    def _call(self, call):
+        try:
+            if call["method"] not in CONTROLLED:
+                raise ValueError(f"no method {call['method']!r}")
+            result = getattr(self, call["method"])(*call["args"], **call["kwargs"])
+        except Exception as error:                   # of any kind: the caller is to see it, not this process's stderr
+            return {"error": f"{type(error).__name__}: {error}"}
+        return {"result": result.number if isinstance(result, Fault) else result}
+
+
+class ApiProcess:
+    """A double in a process, and in a network namespace, of its own: call("create_node", "n1"), .url, .ca_file, .dir."""
+
+    def __init__(self, directory, netns="", listen="127.0.0.1:0", sans=(), nodes=0, python=sys.executable):
+        self.dir = Path(directory)
+        enter = ["nsenter", f"--net=/run/netns/{netns}", "--"] if netns else []
+        self.argv = [*enter, python, "-m", "tests.apiserver", "--dir", str(self.dir), "--listen", listen, "--nodes", str(nodes),
+                     "--control"]
+        for name in sans:
+            self.argv += ["--san", name]
+        self.process = self._socket = None
+
+    def __enter__(self):
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.process = subprocess.Popen(self.argv, cwd=Path(__file__).resolve().parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            line = self.process.stdout.readline()    # it says when it serves; at its end there is nothing
+            if not line:
+                raise AssertionError(f"no start: {' '.join(self.argv)}")
+            ready = json.loads(line)
+            self.url, self.ca_file = ready["url"], ready["ca_file"]
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.connect(str(self.dir / "control.sock"))
+            self._stream = self._socket.makefile("rwb")
+            return self
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait(10)
+        self.process.stdin.close()
+        self.process.stdout.close()
+        if self._socket:
+            self._socket.close()
+
+    def call(self, method, *args, **kwargs):
+        """The result of a method of ApiServer. RuntimeError with its error."""
+        self._stream.write(compact({"method": method, "args": args, "kwargs": kwargs}) + b"\n")
+        self._stream.flush()
+        answer = json.loads(self._stream.readline())
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["result"]
+
+
+def main(argv):
+    """Serve until standard input ends, so that nothing outlives the test that started it."""
+    parser = argparse.ArgumentParser(prog="python -m tests.apiserver", description="A double of the Kubernetes API server.")
+    parser.add_argument("--dir", required=True, type=Path, help="for certificates, control.sock and ready.json")
+    parser.add_argument("--listen", default="127.0.0.1:0", help="ADDRESS:PORT; port 0: a free one")
+    parser.add_argument("--san", action="append", default=[], help="another name or address in the certificate")
+    parser.add_argument("--nodes", type=int, default=0, help="so many realistic nodes to begin with")
+    parser.add_argument("--control", action="store_true", help="obey calls through DIR/control.sock")
+    options = parser.parse_args(argv)
+    host, _, port = options.listen.rpartition(":")
+    api = Controlled(host.strip("[]"), int(port), options.san, options.dir)
+    api.create_nodes(options.nodes)
+    with api:
+        if options.control:
+            (options.dir / "control.sock").unlink(missing_ok=True)
+            threading.Thread(target=api.serve_control, args=(options.dir / "control.sock",), daemon=True).start()
+        ready = {"url": api.url, "ca_file": api.ca_file, "pid": os.getpid()}
+        write_atomically(options.dir / "ready.json", json.dumps(ready))
+        print(json.dumps(ready), flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
