@@ -89,7 +89,7 @@ class ApiError(Exception):
         self.status = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": message}
         if reason:
             self.status["reason"] = reason
-        if details:
+        if details is not None:
             self.status["details"] = details
         self.status["code"] = code
 
@@ -157,6 +157,12 @@ def invalid_options(kind, field, reason, text):
     return ApiError(422, "Invalid", f'{kind}.meta.k8s.io "" is invalid: {field}: {text}', details)
 
 
+def bad_patch(text):
+    """422 for a patch whose outcome is no object of the type."""
+    details = {"causes": [{"reason": "FieldValueInvalid", "message": text, "field": "patch"}]}
+    return ApiError(422, "Invalid", f' "" is invalid: patch: {text}', details)
+
+
 def too_large(version, now):
     """504: a resourceVersion that this server has not seen yet."""
     details = {"causes": [{"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}], "retryAfterSeconds": 1}
@@ -196,9 +202,7 @@ def json_patch(target, operations):
         try:
             document = json_patch_step(document, operation)
         except (KeyError, IndexError, ValueError, TypeError):
-            path = operation.get("path") if isinstance(operation, dict) else None
-            raise ApiError(422, "Invalid", f"the server rejected our request due to an error in our request: "
-                                           f"operation {operation} does not apply at path {path}") from None
+            raise ApiError(422, "Invalid", "the server rejected our request due to an error in our request", {}) from None
     return document
 
 
