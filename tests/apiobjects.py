@@ -135,6 +135,12 @@ def conflict(resource, name, why="the object has been modified; please apply you
     return ApiError(409, "Conflict", f'Operation cannot be fulfilled on {qualified(resource)} "{name}": {why}', details_of(resource, name))
 
 
+def storage_error(resource, meta, text):
+    """How a failed precondition of the storage reads."""
+    where = "/".join(filter(None, ("minions" if resource == "nodes" else plural(resource), meta.get("namespace", ""), meta["name"])))
+    return f"StorageError: invalid object, Code: 4, Key: /registry/{where}, ResourceVersion: 0, AdditionalErrorMsg: {text}"
+
+
 def gone(message):
     return ApiError(410, "Expired", message)
 
@@ -383,13 +389,31 @@ def lease_causes(lease, _old=None):
     return causes
 
 
-def event_causes(event, _old=None):
-    """An event about a cluster-scoped object belongs into the namespace default (or kube-system)."""
-    namespace = event.get("involvedObject", {}).get("namespace", "")
-    own = event["metadata"]["namespace"]
-    if namespace != own and not (namespace == "" and own in ("default", "kube-system")):
-        return [("involvedObject.namespace", "FieldValueInvalid", f'Invalid value: "{namespace}": does not match event.namespace')]
-    return []
+def event_causes(event, old=None):
+    """An event about a cluster-scoped object belongs into the namespace default; one with an eventTime may be in kube-system, too."""
+    if old:
+        return []
+    about, own = event.get("involvedObject", {}).get("namespace", ""), event["metadata"]["namespace"]
+    causes = []
+    allowed = (about,) if about else ("default", "kube-system") if event.get("eventTime") else ("default",)
+    if own not in allowed:
+        causes.append(("involvedObject.namespace", "FieldValueInvalid", f'Invalid value: "{about}": does not match event.namespace'))
+    if event.get("eventTime"):
+        for key in ("reportingComponent", "reportingInstance", "action", "reason"):
+            if not event.get(key):
+                causes.append((key.replace("Component", "Controller"), "FieldValueRequired", "Required value"))
+        if event.get("type") not in ("Normal", "Warning"):
+            causes.append(("type", "FieldValueInvalid", f'Invalid value: "": has invalid value: {event.get("type", "")}'))
+    if len(event.get("message", "")) > 1024 and event.get("eventTime"):
+        causes.append(("message", "FieldValueInvalid", 'Invalid value: "": can have at most 1024 characters'))
+    return causes
+
+
+def new_event_causes(event, old=None):
+    """events.k8s.io/v1 insists on eventTime, and with it on what it asks for."""
+    if not old and not event.get("eventTime"):
+        return [("eventTime", "FieldValueRequired", "Required value")]
+    return event_causes(event, old)
 
 
 def name_causes(name):
@@ -404,7 +428,7 @@ def name_causes(name):
     return []
 
 
-CAUSES = {"nodes": node_causes, "leases": lease_causes, "events": event_causes}
+CAUSES = {"nodes": node_causes, "leases": lease_causes, "events": event_causes, "events.k8s.io/events": new_event_causes}
 
 
 def meta_causes(meta, old):
@@ -435,17 +459,84 @@ def kept_part(resource, subresource, new, old):
     return {**new, part: old[part]} if part in old else new
 
 
-def type_problem(obj):
-    """Text of the first value that JSON decoding into the Go types would refuse, "" when all is well. Only the shapes that agents write."""
-    meta = obj.get("metadata")
-    for name in ("annotations", "labels"):
-        values = (meta or {}).get(name) or {}
-        if not isinstance(values, dict):
-            return f"json: cannot unmarshal value into Go struct field ObjectMeta.metadata.{name} of type map[string]string"
-        for value in values.values():
-            if not isinstance(value, str):
-                return f"json: cannot unmarshal {go_kind(value)} into Go struct field ObjectMeta.metadata.{name} of type string"
-    return ""
+# What decoding knows of the types, as far as agents write them. Fields that are not here are dropped, as the server drops what it does
+# not know. "..." keeps everything below; micro: a time with six digits of a second; time: a time, kept in whole seconds.
+STRING, NUMBER, BOOL, TIME, MICRO, KEEP = "string", "number", "bool", "time", "micro", "..."
+REFERENCE = dict.fromkeys(("kind", "namespace", "name", "uid", "apiVersion", "resourceVersion", "fieldPath"), STRING)
+META = {
+    **dict.fromkeys(("name", "generateName", "namespace", "uid", "resourceVersion", "selfLink"), STRING), "generation": NUMBER,
+    "creationTimestamp": TIME, "deletionTimestamp": TIME, "deletionGracePeriodSeconds": NUMBER, "labels": {"*": STRING},
+    "annotations": {"*": STRING}, "ownerReferences": [KEEP], "finalizers": [STRING], "managedFields": [KEEP],
+}
+EVENT = {
+    "metadata": META, "eventTime": MICRO, "series": {"count": NUMBER, "lastObservedTime": MICRO}, "reportingInstance": STRING,
+    "action": STRING, "reason": STRING, "type": STRING, "related": REFERENCE,
+}
+TYPES = {
+    "nodes": {
+        "metadata": META,
+        "spec": {"podCIDR": STRING, "podCIDRs": [STRING], "providerID": STRING, "unschedulable": BOOL, "taints": [KEEP],
+                 "configSource": KEEP, "externalID": STRING},
+        "status": {
+            **dict.fromkeys(("capacity", "allocatable", "daemonEndpoints", "nodeInfo", "config", "features"), KEEP), "phase": STRING,
+            **dict.fromkeys(("images", "volumesInUse", "volumesAttached", "runtimeHandlers"), [KEEP]),
+            "conditions": [{"type": STRING, "status": STRING, "lastHeartbeatTime": TIME, "lastTransitionTime": TIME, "reason": STRING,
+                            "message": STRING}],
+            "addresses": [{"type": STRING, "address": STRING}],
+        },
+    },
+    "leases": {
+        "metadata": META,
+        "spec": {"holderIdentity": STRING, "leaseDurationSeconds": NUMBER, "acquireTime": MICRO, "renewTime": MICRO,
+                 "leaseTransitions": NUMBER, "strategy": STRING, "preferredHolder": STRING},
+    },
+    "events": {**EVENT, "involvedObject": REFERENCE, "message": STRING, "source": {"component": STRING, "host": STRING},
+               "firstTimestamp": TIME, "lastTimestamp": TIME, "count": NUMBER, "reportingComponent": STRING},
+    "events.k8s.io/events": {
+        **EVENT, "regarding": REFERENCE, "note": STRING, "deprecatedSource": {"component": STRING, "host": STRING},
+        "deprecatedFirstTimestamp": TIME, "deprecatedLastTimestamp": TIME, "deprecatedCount": NUMBER, "reportingController": STRING},
+}
+SECONDS = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d)")
+
+
+def decoded(resource, obj):
+    """(the object with the fields that its type has, ["spec.typo", ...] dropped). ValueError where a value has another type."""
+    unknown = []
+    found = decoded_value(obj, {"kind": STRING, "apiVersion": STRING, **TYPES[resource]}, "", unknown)
+    return found, unknown
+
+
+def decoded_value(value, kind, path, unknown):
+    """One value of a type out of TYPES; null stands for absent."""
+    if value is None or kind == KEEP:
+        return value
+    if isinstance(kind, str):
+        return decoded_plain(value, kind, path)
+    if go_kind(value) != ("object" if isinstance(kind, dict) else "array"):
+        raise ValueError(f"json: cannot unmarshal {go_kind(value)} into Go struct field .{path} of type {path.rpartition('.')[2]}")
+    if isinstance(kind, list):
+        return [decoded_value(row, kind[0], path, unknown) for row in value]
+    found = {}
+    for key, child in value.items():
+        at = f"{path}.{key}".lstrip(".")
+        if "*" not in kind and key not in kind:
+            unknown.append(at)
+        elif child is not None:
+            found[key] = decoded_value(child, kind.get(key) or kind["*"], at, unknown)
+    return found
+
+
+def decoded_plain(value, kind, path):
+    """A string, number, bool or time."""
+    wanted = "string" if kind in (TIME, MICRO) else kind
+    if go_kind(value) != wanted:
+        raise ValueError(f"json: cannot unmarshal {go_kind(value)} into Go struct field .{path} of type {wanted}")
+    if kind not in (TIME, MICRO):
+        return value
+    match, layout = SECONDS.fullmatch(value), "2006-01-02T15:04:05.000000Z07:00" if kind == MICRO else "2006-01-02T15:04:05Z07:00"
+    if not match or (kind == MICRO and len(match[2] or "") != 7):
+        raise ValueError(f'parsing time "{value}" as "{layout}": cannot parse "{value}"')
+    return value if kind == MICRO else match[1] + match[3]
 
 
 def go_kind(value):

@@ -436,10 +436,17 @@ class Resources:
         given = {key: obj.get(key, kind[key]) for key in kind} if isinstance(obj, dict) else {}
         if given != kind:
             raise objects.bad_request(f"the object provided is unrecognized (must be of type {kind['kind']}): {given}")
-        problem = objects.type_problem(obj)
-        if problem:
-            raise objects.bad_request(f'{kind["kind"]} in version "v1" cannot be handled as a {kind["kind"]}: {problem}')
+        try:
+            obj, unknown = objects.decoded(request.resource, obj)
+            self._refuse_unknown(request, unknown)
+        except ValueError as error:
+            raise objects.bad_request(f'{kind["kind"]} in version "v1" cannot be handled as a {kind["kind"]}: {error}') from None
         return objects.prepared(objects.stored(request.resource), objects.to_stored(request.resource, obj))
+
+    def _refuse_unknown(self, request, unknown):
+        """Unknown fields were dropped; with fieldValidation=Strict that is an error (ValueError)."""
+        if unknown and request.query.get("fieldValidation") == "Strict":
+            raise ValueError("strict decoding error: " + ", ".join(f'unknown field "{field}"' for field in unknown))
 
     def _create(self, request):
         new = self._body(request)
@@ -461,7 +468,7 @@ class Resources:
 
     def _store_new(self, request, new):
         resource, meta = objects.stored(request.resource), new["metadata"]
-        causes = objects.name_causes(meta.get("name", "")) or objects.CAUSES[resource](new)
+        causes = objects.name_causes(meta.get("name", "")) or objects.CAUSES[request.resource](new)
         if causes:
             raise objects.invalid(request.resource, meta.get("name", ""), causes)
         with self.store.lock:
@@ -485,8 +492,9 @@ class Resources:
             old = self._find(request).object()
             uid = new["metadata"].get("uid", old["metadata"]["uid"])
             if uid != old["metadata"]["uid"]:
-                raise objects.conflict(request.resource, request.name, f"Precondition failed: UID in precondition: {uid}, "
-                                                                       f"UID in object meta: {old['metadata']['uid']}")
+                raise objects.conflict(request.resource, request.name, objects.storage_error(
+                    request.resource, old["metadata"], f"Precondition failed: UID in precondition: {uid}, UID in object meta: "
+                                                       f"{old['metadata']['uid']}"))
             if "resourceVersion" not in new["metadata"] and not row.get("unconditional"):
                 raise objects.invalid(request.resource, request.name, kind=objects.plural(request.resource), causes=[
                     ("metadata.resourceVersion", "FieldValueInvalid", "Invalid value: 0x0: must be specified for an update")])
@@ -504,9 +512,11 @@ class Resources:
         with self.store.lock:
             old = self._find(request).object()
             patched = objects.PATCHES[media](objects.from_stored(request.resource, old), patch)
-            problem = objects.type_problem(patched)
-            if problem:
-                raise objects.bad_patch(f'Invalid value: {json.dumps(patched)}: {problem}')
+            try:
+                patched, unknown = objects.decoded(request.resource, patched)
+                self._refuse_unknown(request, unknown)
+            except ValueError as error:
+                raise objects.bad_patch(f"Invalid value: {json.dumps(patched)}: {error}") from None
             new = objects.prepared(objects.stored(request.resource), objects.to_stored(request.resource, patched))
             if new["metadata"].get("name") != request.name:
                 raise objects.bad_request(f"the name of the object ({new['metadata'].get('name')}) does not match the name on the URL "
@@ -524,7 +534,7 @@ class Resources:
                 meta[key] = before[key]
         meta.setdefault("uid", before["uid"])
         new = objects.kept_part(resource, request.subresource, {**new, "metadata": meta}, old)
-        causes = [*objects.meta_causes(meta, before), *objects.CAUSES[resource](new, old)]
+        causes = [*objects.meta_causes(meta, before), *objects.CAUSES[request.resource](new, old)]
         if causes:
             raise objects.invalid(request.resource, request.name, causes)
         self._admit(request, "UPDATE", copy.deepcopy(old), copy.deepcopy(new))
