@@ -576,9 +576,9 @@ def fields_of(paths):
     tree = {}
     for path in sorted(paths):
         at = tree
-        for part in path:
+        for part, child in zip(path, (*path[1:], "")):
             at = at.setdefault(part, {})
-            if part.startswith("k:") or part in ("f:annotations", "f:labels"):
+            if part.startswith("k:") or child.startswith("v:") or part in ("f:annotations", "f:labels"):
                 at.setdefault(".", {})
     return tree
 

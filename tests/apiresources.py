@@ -454,8 +454,8 @@ class Resources:
         if "generateName" in meta and "name" not in meta:
             meta["name"] = meta["generateName"] + secrets.token_hex(3)[:5]
         if objects.RESOURCES[request.resource]["namespaced"]:
-            if meta.setdefault("namespace", request.namespace) != request.namespace:
-                raise objects.bad_request("the namespace of the provided object does not match the namespace sent on the request")
+            self._match_path(request, {**meta, "name": request.name})
+            meta["namespace"] = request.namespace
             if request.namespace not in NAMESPACES:
                 raise ApiError(404, "NotFound", f'namespaces "{request.namespace}" not found',
                                {"name": request.namespace, "kind": "namespaces"})
@@ -465,6 +465,13 @@ class Resources:
             meta.pop(key, None)
         new["metadata"] = {**meta, "uid": str(uuid.uuid4()), "creationTimestamp": timestamp()}
         return 201, self._shown(request, self._store_new(request, new)), {}
+
+    def _match_path(self, request, meta):
+        """Fill in name and namespace from the path. ApiError 400 where they differ."""
+        if meta.setdefault("name", request.name) != request.name:
+            raise objects.bad_request(f"the name of the object ({meta['name']}) does not match the name on the URL ({request.name})")
+        if request.namespace and meta.setdefault("namespace", request.namespace) != request.namespace:
+            raise objects.bad_request("the namespace of the provided object does not match the namespace sent on the request")
 
     def _store_new(self, request, new):
         resource, meta = objects.stored(request.resource), new["metadata"]
@@ -480,9 +487,7 @@ class Resources:
 
     def _update(self, request):
         new = self._body(request)
-        if new["metadata"].get("name", request.name) != request.name:
-            raise objects.bad_request(f"the name of the object ({new['metadata']['name']}) does not match the name on the URL "
-                                      f"({request.name})")
+        self._match_path(request, new["metadata"])
         row = objects.RESOURCES[request.resource]
         with self.store.lock:
             missing = self.store.get(objects.stored(request.resource), request.namespace, request.name) is None
@@ -518,9 +523,7 @@ class Resources:
             except ValueError as error:
                 raise objects.bad_patch(f"Invalid value: {json.dumps(patched)}: {error}") from None
             new = objects.prepared(objects.stored(request.resource), objects.to_stored(request.resource, patched))
-            if new["metadata"].get("name") != request.name:
-                raise objects.bad_request(f"the name of the object ({new['metadata'].get('name')}) does not match the name on the URL "
-                                          f"({request.name})")
+            self._match_path(request, new["metadata"])
             return 200, self._shown(request, self._store_update(request, old, new)), {}
 
     def _store_update(self, request, old, new):

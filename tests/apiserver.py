@@ -214,12 +214,27 @@ class Connection:
             left = 0.05 if deadline is None else min(0.05, deadline - time.monotonic())
             if left <= 0:
                 return
-            poll = select.poll()
-            poll.register(self.sock, select.POLLIN)
-            if poll.poll(left * 1000):
+            if not self.rfile:                       # before the handshake: what the client sends stays unread
+                if self.has_ended():
+                    raise Closed
+                self.api.stopped.wait(left)
+            elif self.poll(left):
                 self.check_client()
             if self.api.stopped.is_set():
                 raise Closed
+
+    def poll(self, timeout_s):
+        """Whether there is something to read, or to hear of the end, within this time."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
+
+    def has_ended(self):
+        """Whether the client has gone, seen below TLS."""
+        try:
+            return socket.socket.recv(self.sock, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
 
     def check_client(self):
         """After something could be read: Closed unless it was only TLS talking to itself."""
@@ -674,7 +689,7 @@ class ApiServer(Resources):
 
     # ---- faults and counters ------------------------------------------------------------------------------------------
 
-    def fault(self, kind, times=1, verb="*", resource="*", name="*", user="*", user_agent="*", **parameters):
+    def fault(self, kind, /, times=1, verb="*", resource="*", name="*", user="*", user_agent="*", **parameters):
         """Script a fault, see the top of this file."""
         if kind not in (*EVENT_FAULTS, *REQUEST_FAULTS):
             raise ValueError(f"no fault {kind!r}; there are: {' '.join((*REQUEST_FAULTS, *EVENT_FAULTS))}")
