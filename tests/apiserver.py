@@ -317,8 +317,8 @@ class Watch:
         """Stream until the time is over, the client goes or an order ends it."""
         timeout_s = float(self.request.query.get("timeoutSeconds") or random.uniform(1800, 3600))
         end = time.monotonic() + timeout_s
-        self.connection.start_stream()
         changes = self.first_changes()
+        self.connection.start_stream()               # a client that has seen this misses nothing from here on
         near_end, bookmark_at = max(end - 2, time.monotonic() + timeout_s / 2), time.monotonic() + self.api.bookmark_s
         while True:
             self.api.wait_thawed(self.connection)
