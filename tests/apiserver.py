@@ -104,7 +104,8 @@ def make_ca(directory):
 def make_certificate(ca, stem, subject, usage, names=""):
     """A certificate that the CA in directory `ca` signed: stem.crt, stem.key. names: a subjectAltName as openssl writes it."""
     key, request, extensions, certificate = (f"{stem}.{end}" for end in ("key", "csr", "ext", "crt"))
-    Path(extensions).write_text(f"extendedKeyUsage={usage}\n" + (f"subjectAltName={names}\n" if names else ""))
+    rows = ["basicConstraints=CA:FALSE", "subjectKeyIdentifier=hash", "authorityKeyIdentifier=keyid", f"extendedKeyUsage={usage}"]
+    Path(extensions).write_text("\n".join([*rows, f"subjectAltName={names}" if names else ""]))
     openssl("req", "-new", *NEW_KEY, "-subj", subject, "-keyout", key, "-out", request)
     openssl("x509", "-req", "-in", request, "-CA", ca / "ca.crt", "-CAkey", ca / "ca.key", "-set_serial", secrets.randbits(63),
             "-days", 30, "-extfile", extensions, "-out", certificate)
@@ -935,11 +936,16 @@ class Controlled(ApiServer):
     def cancel_fault(self, number):
         next(fault for fault in self.faults if fault.number == number).cancel()
 
-    def serve_control(self, path):
-        """Answer calls on a Unix socket, for good."""
+    def serve_control(self):
+        """Answer calls on DIR/control.sock from now on."""
         listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(path))
+        (self.dir / "control.sock").unlink(missing_ok=True)
+        with control_path(self.dir) as path:
+            listener.bind(path)
         listener.listen(16)
+        threading.Thread(target=self._accept_control, args=(listener,), daemon=True).start()
+
+    def _accept_control(self, listener):
         while True:
             caller, _ = listener.accept()
             threading.Thread(target=self._controlled, args=(caller,), daemon=True).start()
@@ -958,6 +964,16 @@ class Controlled(ApiServer):
         except Exception as error:                   # of any kind: the caller is to see it, not this process's stderr
             return {"error": f"{type(error).__name__}: {error}"}
         return {"result": result.number if isinstance(result, Fault) else result}
+
+
+@contextlib.contextmanager
+def control_path(directory):
+    """The path of the control socket in a form that is always short enough for one (107 bytes)."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{descriptor}/control.sock"
+    finally:
+        os.close(descriptor)
 
 
 class ApiProcess:
@@ -982,7 +998,8 @@ class ApiProcess:
             ready = json.loads(line)
             self.url, self.ca_file = ready["url"], ready["ca_file"]
             self._socket = socket.socket(socket.AF_UNIX)
-            self._socket.connect(str(self.dir / "control.sock"))
+            with control_path(self.dir) as path:
+                self._socket.connect(path)
             self._stream = self._socket.makefile("rwb")
             return self
         except BaseException:
@@ -1021,8 +1038,7 @@ def main(argv):
     api.create_nodes(options.nodes)
     with api:
         if options.control:
-            (options.dir / "control.sock").unlink(missing_ok=True)
-            threading.Thread(target=api.serve_control, args=(options.dir / "control.sock",), daemon=True).start()
+            api.serve_control()
         ready = {"url": api.url, "ca_file": api.ca_file, "pid": os.getpid()}
         write_atomically(options.dir / "ready.json", json.dumps(ready))
         print(json.dumps(ready), flush=True)
