@@ -80,6 +80,7 @@ class Settings:
 
     node_name: str
     nodes_dir: str
+    kubeconfig: str
     cluster_cidrs: tuple
     pod_cidrs: tuple
     endpoints: tuple
@@ -146,6 +147,7 @@ FLAGS = (
     # flag, type, default, repeatable, help
     ("--node-name", str, socket.gethostname(), False, "this node's name"),
     ("--nodes-dir", str, "", False, "directory of node records, <node>.json each: the node store that needs no cluster"),
+    ("--kubeconfig", str, "", False, "the cluster whose API server is the node store; neither this nor --nodes-dir: the pod's own cluster"),
     ("--cluster-cidr", network, None, True, "addresses of all pods; repeatable"),
     ("--pod-cidr", network, None, True, "addresses of this node's pods, inside --cluster-cidr; repeatable"),
     (
@@ -216,12 +218,13 @@ def parse_settings(parser, options, environ):
         parser.error(f"--mtu {options.mtu} is out of range: {least} to 65000, or 0")
     if not mncni.is_identifier(options.node_name):
         parser.error(f"--node-name {options.node_name!r} must be letters, digits, '_', '.', '-'")
-    names = ("node_name", "nodes_dir", "bridge", "namespace", "mtu", "masquerade", "conf_dir", "bin_dir", "state_dir", "run_dir")
+    names = ("node_name", "nodes_dir", "kubeconfig", "bridge", "namespace", "mtu", "masquerade", "conf_dir", "bin_dir", "state_dir")
     return Settings(
         cluster_cidrs=lists["cluster_cidr"],
         pod_cidrs=lists["pod_cidr"],
         endpoints=lists["endpoint"],
         ports=options.port,
+        run_dir=options.run_dir,
         **{name: getattr(options, name) for name in names},
     )
 
@@ -311,6 +314,283 @@ class DirectoryStore:
                 return signature, (file.read(self.RECORD_LIMIT + 1) or b"").decode("utf-8", "replace")
         except OSError:
             return known
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kubernetes API: a client
+# ---------------------------------------------------------------------------------------------------------------------
+
+SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+JSON, MERGE_PATCH, STRATEGIC_PATCH = "application/json", "application/merge-patch+json", "application/strategic-merge-patch+json"
+METADATA_LIST, METADATA = (f"{JSON};as=PartialObjectMetadata{kind};g=meta.k8s.io;v=v1" for kind in ("List", ""))
+
+
+class ApiError(Exception):
+    """What the API server said instead of doing it. status: HTTP's, 0 where there was no answer. retry_after_s: its wish, or None."""
+
+    def __init__(self, status, reason, message, retry_after_s=None):
+        super().__init__(f"{status} {reason}: {message}" if status else message)
+        self.status, self.reason, self.message, self.retry_after_s = status, reason, message, retry_after_s
+
+
+def in_cluster(environ, directory=SERVICE_ACCOUNT):
+    """What Api needs, from what Kubernetes gives every pod. The host may be a comma-separated list. CNIError 7 outside a cluster."""
+    hosts, port = environ.get("KUBERNETES_SERVICE_HOST"), environ.get("KUBERNETES_SERVICE_PORT", "443")
+    if not hosts:
+        raise CNIError(mncni.BAD_CONFIG, "KUBERNETES_SERVICE_HOST is not set, so this is no pod of a cluster: give --kubeconfig")
+    servers = [f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}" for host in hosts.split(",")]
+    files = {"certificate-authority": "ca.crt", "tokenFile": "token"}
+    return {"server": ",".join(servers), **{key: os.path.join(directory, name) for key, name in files.items()}}
+
+
+def read_kubeconfig(path, run):
+    """What Api needs, of the current context, under a kubeconfig's own keys: {"server", "token", ...}. CNIError 7."""
+    text, command = mncni.read_file(path), Command(["kubectl", "config", "view", "--raw", "--minify", "-o", "json", "--kubeconfig", path])
+    if text is None:
+        raise CNIError(mncni.BAD_CONFIG, f"there is no kubeconfig {path}")
+    try:
+        if not text.lstrip().startswith("{"):
+            if shutil.which("kubectl", path=mncni.search_path(os.environ)) is None:
+                what = f"kubeconfig {path} is no JSON, and there is no kubectl to read YAML"
+                raise CNIError(mncni.BAD_CONFIG, f"{what}; where there is one, do: {' '.join(command.argv)} > FILE, and give that file")
+            text = run(command).stdout
+        config = json.loads(text)
+        parts = {kind: {entry["name"]: entry[kind] for entry in config.get(f"{kind}s") or []} for kind in ("context", "cluster", "user")}
+        context = parts["context"][config["current-context"]]
+        access = {**parts["cluster"][context["cluster"]], **parts["user"].get(context.get("user"), {})}
+        servers = access["server"].split(",")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CNIError(mncni.BAD_CONFIG, f"kubeconfig {path} has no usable current context: {type(error).__name__} {error}") from None
+    for key in ("exec", "auth-provider"):
+        if access.get(key):
+            raise CNIError(mncni.BAD_CONFIG, f'kubeconfig {path}: "{key}" is not supported: give a user with a token or a certificate')
+    if not all(server.startswith(("https://", "http://")) for server in servers):
+        raise CNIError(mncni.BAD_CONFIG, f"kubeconfig {path}: the server {access['server']!r} is no http(s):// address")
+    for key in ("certificate-authority", "client-certificate", "client-key", "tokenFile"):
+        if access.get(key):
+            access[key] = os.path.join(os.path.dirname(os.path.abspath(path)), access[key])
+    return access
+
+
+class Api:
+    """A client of one API server, which may have several addresses. For any number of threads.
+
+    access: see read_kubeconfig. Files that it names are read each time: kubelet renews tokens and certificates.
+    http.client and ssl are imported by its first request (+40 ms): the directory store does without.
+    """
+
+    CONNECT_S, READ_S = 5, 30  # how long a connection, an answer to a request may take
+    SILENCE_S = 90  # a watch that says nothing for so long is dead: the server has a bookmark to tell each minute
+    WATCH_S = 300  # when the server is to end a watch; up to twice that, lest all nodes come again at once
+    IDLE_S = 15  # how long a connection is kept for the next request; the server keeps it longer
+
+    def __init__(self, access):
+        self.access = access
+        self.servers = access["server"].split(",")
+        self.idle = []  # [(when it was used, connection)]
+        self.tls = (None, None)  # (the files' contents, the context made of them)
+
+    def request(self, method, path, body=None, params=None, content_type=JSON, accept=JSON):
+        """The object in the answer, {} for none. ApiError. body: an object. params: {name: value} for the query."""
+        connection, response = self._exchange(method, path, body, params, content_type, accept, self.READ_S)
+        with self._told(method, path):
+            data = response.read()
+            if response.will_close:
+                connection.close()
+            else:
+                self.idle.append((time.monotonic(), connection))
+            answer = json.loads(data) if data else {}
+            if not isinstance(answer, dict):
+                raise ValueError("no object")
+            return answer
+
+    def list(self, path, params=None, accept=JSON, take=lambda item: item):
+        """(items, resourceVersion), fetched in pages, so that a server and we can bear it. ApiError; a list that expires while it is
+        read (410) is begun again, twice. take: what to keep of an item; all of a large cluster is too much."""
+        for again in (True, True, False):
+            items, query = [], {**(params or {}), "limit": 500}
+            try:
+                while True:
+                    page = self.request("GET", path, params=query, accept=accept)
+                    with self._told("GET", path):
+                        items += [take(item) for item in page["items"] or ()]
+                        version, rest = page["metadata"]["resourceVersion"], page["metadata"].get("continue")
+                    if not rest:
+                        return items, version
+                    query["continue"] = rest
+            except ApiError as error:
+                if error.status != 410 or not again:
+                    raise
+
+    def watch(self, path, resource_version, params=None, accept=JSON):
+        """Yields (type, object) of every change since resource_version, BOOKMARK among the types; returns when the server ends it.
+        ApiError: 410 when the version has expired, 0 when the stream is cut or silent."""
+        options = {"watch": 1, "allowWatchBookmarks": "true", "timeoutSeconds": int(self.WATCH_S * (1 + jitter()))}
+        query = {**(params or {}), "resourceVersion": resource_version, **options}
+        connection, response = self._exchange("GET", path, None, query, JSON, accept, self.SILENCE_S)
+        try:
+            rest = b""
+            while True:
+                with self._told("watch", path):
+                    data = response.read1(1 << 16)
+                    *lines, rest = (rest + data).split(b"\n")
+                    events = [json.loads(line) for line in lines if line.strip()]
+                    if not data and rest:
+                        raise ValueError("cut")
+                for event in events:
+                    with self._told("watch", path):
+                        kind, item = event["type"], event["object"]
+                        status = item.get("code", 500)
+                    if kind == "ERROR":
+                        raise ApiError(status, str(item.get("reason")), str(item.get("message")))
+                    yield kind, item
+                if not data:
+                    return
+        finally:
+            connection.close()
+
+    @contextlib.contextmanager
+    def _told(self, method, path):
+        """Whatever goes wrong on the way or in what was said, as an ApiError."""
+        import http.client
+
+        try:
+            yield
+        except (OSError, http.client.HTTPException) as error:
+            raise ApiError(0, "Unreachable", f"{method} {path}: {str(error) or type(error).__name__}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ApiError(0, "Garbled", f"{method} {path}: cannot understand the answer: {type(error).__name__} {error}"[:300]) from None
+
+    def _exchange(self, method, path, body, params, content_type, accept, timeout_s):
+        """(connection, response) of a request that succeeded. What failed because the server had closed a kept connection, or
+        because the token was just renewed, is said once more."""
+        from urllib.parse import urlencode
+
+        while True:
+            kept, connection, token = self._connection()
+            target = connection.prefix + path + (f"?{urlencode(params)}" if params else "")
+            headers = {"Accept": accept, "User-Agent": f"mncni-agent/{mncni.PROGRAM_VERSION}"}
+            headers.update({"Content-Type": content_type} if body is not None else {})
+            headers.update({"Authorization": f"Bearer {token}"} if token else {})
+            try:
+                with self._told(method, path):
+                    connection.sock.settimeout(timeout_s)
+                    connection.request(method, target, None if body is None else json.dumps(body), headers)
+                    response = connection.getresponse()
+                    data = response.read() if response.status >= 300 else b""
+                if response.status < 300:
+                    return connection, response
+                error = refusal(method, path, response, data)
+            except ApiError as failure:
+                error = failure
+            connection.close()
+            renewed = error.status == 401 and self._token() != token
+            if not renewed and not (kept and error.status == 0 and method == "GET"):
+                raise error
+
+    def _connection(self):
+        """(whether it was used before, an open connection, the token)."""
+        token = self._token()
+        while self.idle:
+            used, connection = self.idle.pop()
+            if time.monotonic() - used < self.IDLE_S:
+                return True, connection, token
+            connection.close()
+        for server in list(self.servers):
+            try:
+                with self._told("connect to", server):
+                    return False, self._connect(server), token
+            except ApiError as failure:
+                error = failure
+                self.servers = [*self.servers[1:], self.servers[0]]  # the next request begins with one that may be better
+        raise error
+
+    def _connect(self, server):
+        import http.client
+        from urllib.parse import urlsplit
+
+        url = urlsplit(server)
+        port = url.port or {"https": 443, "http": 80}[url.scheme]
+        sock = socket.create_connection((url.hostname, port), self.CONNECT_S)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+            if url.scheme == "https":
+                sock = self._context().wrap_socket(sock, server_hostname=self.access.get("tls-server-name") or url.hostname)
+        except BaseException:
+            sock.close()
+            raise
+        connection = http.client.HTTPConnection(url.hostname, port)
+        connection.sock, connection.prefix = sock, url.path.rstrip("/")
+        connection.auto_open = 0  # it would open a plain one, and send it the token
+        return connection
+
+    def _context(self):
+        """The TLS context, made anew when a certificate has changed."""
+        import ssl
+
+        parts = [self._part(key) for key in ("certificate-authority", "client-certificate", "client-key")]
+        if parts != self.tls[0]:
+            context = ssl.create_default_context(cadata=parts[0].decode() or None)
+            context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)  # Python 3.13 sets it; many clusters' certificates fail it
+            if self.access.get("insecure-skip-tls-verify"):
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            if parts[1]:
+                with open(os.memfd_create("client"), "wb") as file:  # ssl reads it from a file alone; this one is on no disk
+                    file.write(b"\n".join(parts[1:]))
+                    file.flush()
+                    context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
+            self.tls = (parts, context)
+        return self.tls[1]
+
+    def _part(self, key):
+        """The bytes of a part of the access, which stands there in base64 or in a file; b"" if it has none."""
+        if self.access.get(f"{key}-data"):
+            return base64.b64decode(self.access[f"{key}-data"])
+        return read_bytes(self.access[key]) if self.access.get(key) else b""
+
+    def _token(self):
+        with self._told("read the token", ""):
+            return read_bytes(self.access["tokenFile"]).decode().strip() if self.access.get("tokenFile") else self.access.get("token", "")
+
+
+def open_api(kubeconfig, environ, run):
+    """The client of the cluster that a kubeconfig tells, or of the one whose pod this is. CNIError 7."""
+    return Api(read_kubeconfig(kubeconfig, run) if kubeconfig else in_cluster(environ))
+
+
+def read_bytes(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def jitter():
+    """A number from 0 to 1, another each time; `random` would be another import."""
+    return os.urandom(1)[0] / 255
+
+
+def refusal(method, path, response, data):
+    """The ApiError in an answer of the API server."""
+    try:
+        said = json.loads(data)
+        reason, message = str(said.get("reason") or response.reason), str(said.get("message"))
+    except (ValueError, AttributeError):
+        reason, message = response.reason, data[:200].decode("utf-8", "replace")
+    message = f"{method} {path.split('?')[0]}: {' '.join(message.split())[:1000]}"
+    if response.status == 403:
+        message += f"; the account needs the right to {right_to(method, path)}"
+    after = response.headers.get("Retry-After") or ""
+    return ApiError(response.status, reason, message, float(after) if after.isascii() and after.isdigit() else None)
+
+
+def right_to(method, path):
+    """The verb and the resource of a request, as RBAC names them: "patch nodes/status"."""
+    words = path.split("/")[3 if path.startswith("/api/") else 4 :]
+    words = words[2:] if words[0] == "namespaces" and len(words) > 2 else words
+    verbs = {"GET": "get" if len(words) > 1 else "list and watch", "POST": "create", "PUT": "update"}
+    return f"{verbs.get(method, method.lower())} {'/'.join([words[0], *words[2:]])}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
