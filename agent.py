@@ -23,6 +23,7 @@ import argparse
 import base64
 import binascii
 import bisect
+import collections
 import contextlib
 import fcntl
 import glob
@@ -38,9 +39,10 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 
 if __name__ == "__main__":
@@ -202,17 +204,15 @@ def parse_settings(parser, options, environ):
             lists[key] = tuple(getattr(options, key) or (map(kind, given.split(",")) if given else ()))
         except argparse.ArgumentTypeError as error:
             parser.error(f"MNCNI_{key.upper()}: {error}")
-    for cidr in lists["pod_cidr"]:
-        if not is_part(cidr, lists["cluster_cidr"]):
-            parser.error(f"--pod-cidr {cidr} is no part of --cluster-cidr {', '.join(map(str, lists['cluster_cidr'])) or '(none given)'}")
-        if cidr.num_addresses < 4:
-            parser.error(f"--pod-cidr {cidr} is too small: it needs room for a gateway and a pod")
-    twins = find_twins(lists["pod_cidr"])
-    if twins:
-        parser.error(f"--pod-cidr {twins[0]} overlaps --pod-cidr {twins[1]}")
-    for endpoint in lists["endpoint"]:
-        if is_in(endpoint, lists["cluster_cidr"]):
-            parser.error(f"--endpoint {endpoint} is inside --cluster-cidr: nodes and pods need addresses of their own")
+    trouble = pod_cidr_trouble("--pod-cidr", lists["pod_cidr"], lists["cluster_cidr"])
+    if trouble:
+        parser.error(trouble)
+    hosts = environ.get("KUBERNETES_SERVICE_HOST", "").split(",")
+    hosts = [address(host) for host in hosts if mncni.is_address(host, ipaddress.ip_address)]
+    for what, addresses in (("--endpoint", lists["endpoint"]), ("the cluster's service KUBERNETES_SERVICE_HOST", hosts)):
+        for inner in addresses:
+            if is_in(inner, lists["cluster_cidr"]):
+                parser.error(f"{what} {inner} is inside --cluster-cidr: nodes, services and pods need addresses of their own")
     least = smallest_mtu(lists["pod_cidr"])
     if options.mtu and not least <= options.mtu <= 65000:
         parser.error(f"--mtu {options.mtu} is out of range: {least} to 65000, or 0")
@@ -227,6 +227,17 @@ def parse_settings(parser, options, environ):
         run_dir=options.run_dir,
         **{name: getattr(options, name) for name in names},
     )
+
+
+def pod_cidr_trouble(what, pod_cidrs, cluster_cidrs):
+    """What is wrong with a node's pod CIDRs, "" if nothing is."""
+    for cidr in pod_cidrs:
+        if not is_part(cidr, cluster_cidrs):
+            return f"{what} {cidr} is no part of --cluster-cidr {', '.join(map(str, cluster_cidrs)) or '(none given)'}"
+        if cidr.num_addresses < 4:
+            return f"{what} {cidr} is too small: it needs room for a gateway and a pod"
+    twins = find_twins(pod_cidrs)
+    return f"{what} {twins[0]} overlaps {what} {twins[1]}" if twins else ""
 
 
 def is_part(cidr, cidrs):
@@ -256,13 +267,34 @@ class StoreError(Exception):
     """The store cannot be read or written: what it would say is unknown, so nothing follows from it."""
 
 
-class DirectoryStore:
-    """Node records as files, <node>.json each; dot-files are somebody's unfinished writing. The store for a cluster without an API.
-
-    records() -> {node name: text}, publish(name, text), withdraw(name), changed() -> whether it is worth reading again.
-    """
+class Store:
+    """What the agent asks of a node store: records(), publish(name, text), withdraw(name), changed() -> whether records() is worth
+    reading again; and what only a cluster can answer, or wants to be told."""
 
     RECORD_LIMIT = 65536  # bytes; a record has some 300
+    trouble = ""  # why what records() says may be old
+    guard = None  # whether the cluster refuses that one node writes another's record; None: unknown
+
+    def identity(self):
+        """{"uid", "podCIDRs"} that the cluster gave this node, {} if none yet; None where the operator decides."""
+
+    def facts(self):
+        """{node name: Facts}: what a node cannot forge."""
+        return {}
+
+    def look_again(self):
+        """Read everything anew, if records() does not; whether that has been done since it was asked for."""
+        return True
+
+    def say(self, reason):
+        """Tell the cluster whether the node's network stands ("") or why not."""
+
+    def note(self, name, reason):
+        """Tell the cluster that a node's record is not believed, or ("") that it is again."""
+
+
+class DirectoryStore(Store):
+    """Node records as files, <node>.json each; dot-files are somebody's unfinished writing. The store for a cluster without an API."""
 
     def __init__(self, path):
         self.path = path
@@ -423,13 +455,15 @@ class Api:
                     raise
 
     def watch(self, path, resource_version, params=None, accept=JSON):
-        """Yields (type, object) of every change since resource_version, BOOKMARK among the types; returns when the server ends it.
-        ApiError: 410 when the version has expired, 0 when the stream is cut or silent."""
+        """An iterator over (type, object) of every change since resource_version, BOOKMARK among the types, until the server ends it.
+        ApiError, now or later: 410 when the version has expired, 0 when the stream is cut or silent."""
         options = {"watch": 1, "allowWatchBookmarks": "true", "timeoutSeconds": int(self.WATCH_S * (1 + jitter()))}
         query = {**(params or {}), "resourceVersion": resource_version, **options}
-        connection, response = self._exchange("GET", path, None, query, JSON, accept, self.SILENCE_S)
+        return self._events(path, *self._exchange("GET", path, None, query, JSON, accept, self.SILENCE_S))
+
+    def _events(self, path, connection, response):
+        rest = b""
         try:
-            rest = b""
             while True:
                 with self._told("watch", path):
                     data = response.read1(1 << 16)
@@ -440,9 +474,10 @@ class Api:
                 for event in events:
                     with self._told("watch", path):
                         kind, item = event["type"], event["object"]
-                        status = item.get("code", 500)
-                    if kind == "ERROR":
-                        raise ApiError(status, str(item.get("reason")), str(item.get("message")))
+                        broken = kind == "ERROR" and (item.get("code", 500), str(item.get("reason")), str(item.get("message")))
+                        str(broken or item["metadata"]["resourceVersion"])
+                    if broken:
+                        raise ApiError(*broken)
                     yield kind, item
                 if not data:
                     return
@@ -594,6 +629,257 @@ def right_to(method, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Node store: Kubernetes
+# ---------------------------------------------------------------------------------------------------------------------
+
+RECORD, NODES = "mncni.dev/node", "/api/v1/nodes"
+Facts = collections.namedtuple("Facts", "uid created pod_cidrs")  # texts of a Node; pod_cidrs: None where only metadata was read
+Seen = collections.namedtuple("Seen", "text facts")  # text: the record, None for none
+
+
+class KubernetesStore(Store):
+    """Node records as annotations of Node objects. Two threads follow the API server, one writes: a pass never waits for it.
+
+    Of other nodes it reads metadata alone, a third of the whole; unless nothing keeps a node from writing another's record: then whole
+    Nodes, for their spec.podCIDRs. It writes what has changed, and nothing just because time has passed. wake: called when there is news.
+    """
+
+    EVENT_PAUSE_S = 5  # between two Kubernetes Events, of which at most 20 wait
+
+    def __init__(self, api, node_name, wake=lambda: None):
+        self.api, self.node_name, self.wake = api, node_name, wake
+        self.lock = threading.Lock()
+        self.nodes = None  # {name: Seen}, None before the first list
+        self.own = {}  # our Node: "uid", "podCIDRs", "addresses", "record", "condition", "version"
+        self.troubles = {}  # {what: why it fails}
+        self.news = True
+        self.work = threading.Event()  # there may be something to write
+        self.record, self.condition = None, None  # what our Node is to say
+        self.notes = collections.deque(maxlen=20)
+        self.looking = None  # whether a second look is asked for (True) or done (False)
+
+    def start(self):
+        only_own = {"fieldSelector": f"metadata.name={self.node_name}"}
+        for act, *arguments in ((self._follow, "nodes", {}), (self._follow, "own", only_own), (self._write,)):
+            threading.Thread(target=act, args=arguments, daemon=True).start()
+
+    @property
+    def trouble(self):
+        return "; ".join(sorted(set(filter(None, self.troubles.values()))))
+
+    def changed(self):
+        changed, self.news = self.news, False
+        return changed
+
+    def records(self):
+        """{node name: text}, "" for our Node without a record. StoreError before the first answer."""
+        if self.nodes is None:
+            raise StoreError(self.trouble or "the API server has not answered yet")
+        records = {name: seen.text for name, seen in self.nodes.copy().items() if seen.text is not None}
+        return {self.node_name: "", **records} if self.node_name in self.nodes else records
+
+    def facts(self):
+        return {name: seen.facts for name, seen in self.nodes.copy().items()}
+
+    def identity(self):
+        own = self.own
+        return {"uid": own["uid"], "podCIDRs": own["podCIDRs"], "addresses": own["addresses"]} if own.get("podCIDRs") else {}
+
+    def look_again(self):
+        asked, self.looking = self.looking, None if self.looking is False else True
+        self.work.set()
+        return asked is False
+
+    def publish(self, name, text):
+        self.record = text
+        self.work.set()
+
+    def withdraw(self, name):
+        try:
+            self.api.request("PATCH", f"{NODES}/{name}", {"metadata": {"annotations": {RECORD: None}}}, content_type=MERGE_PATCH)
+        except ApiError as error:
+            raise StoreError(str(error)) from None
+
+    def say(self, reason):
+        up = ("False", "MncniIsUp", "MNCNI connects this node's pods with those of other nodes")
+        self.condition = ("True", "MncniIsDown", reason[:1000]) if reason else up
+        self.work.set()
+
+    def note(self, name, reason):
+        self.notes.append((name, reason))
+        self.work.set()
+
+    def _tell(self, what, trouble):
+        if self.troubles.get(what, "") != trouble:
+            self.troubles[what], self.news = trouble, True
+            self.wake()
+
+    def _follow(self, what, params):
+        """Thread: list, then watch, for ever. Whatever goes wrong costs a pause; what was seen last stays."""
+        version, failures, whole = None, 0, True
+        while True:
+            wish = 0
+            try:
+                if what == "nodes" and self.guard is None:
+                    self.guard = self._test_guard()
+                    version = None
+                whole = what == "own" or not self.guard
+                if version is None:
+                    version = self._list(what, params, whole)
+                events = self.api.watch(NODES, version, params, JSON if whole else METADATA)
+                self._tell(what, "")
+                for kind, item in events:
+                    if is_older(item["metadata"]["resourceVersion"], version):
+                        raise ApiError(410, "Disorder", "the API server told of changes in the wrong order")
+                    version, failures = item["metadata"]["resourceVersion"], 0
+                    if kind != "BOOKMARK":
+                        self._change(what, kind, *self._extract(what, item))
+            except Exception as error:
+                version = None if getattr(error, "status", 0) in (400, 410) or failures > 5 else version
+                wish = getattr(error, "retry_after_s", None) or 0
+                if not isinstance(error, ApiError):
+                    log.exception("a defect of the agent, please report it")
+                if failures and getattr(error, "status", 0) != 410:  # one failure is everyday: servers restart, versions expire
+                    self._tell(what, f"the API server: {error}")
+            failures += 1
+            time.sleep(pause_s(failures, wish))
+
+    def _extract(self, what, item):
+        """(name, what we keep) of a Node or of its metadata. Whatever may be absent in a Node may be null, too."""
+        metadata, spec, status = item["metadata"], item.get("spec") or {}, item.get("status") or {}
+        text, facts = (metadata.get("annotations") or {}).get(RECORD), (metadata.get("uid"), metadata.get("creationTimestamp"))
+        if what == "nodes":
+            return metadata["name"], Seen(text, Facts(*facts, None if self.guard else tuple(spec.get("podCIDRs") or ())))
+        found = [entry for entry in status.get("conditions") or () if entry.get("type") == "NetworkUnavailable"]
+        own = {"uid": facts[0], "podCIDRs": spec.get("podCIDRs") or [], "record": text, "version": metadata["resourceVersion"]}
+        own["condition"] = {key: found[0].get(key) for key in ("status", "reason", "lastTransitionTime")} if found else {}
+        own["addresses"] = [entry.get("address") for entry in status.get("addresses") or ()]
+        return metadata["name"], own
+
+    def _list(self, what, params, whole):
+        """Read and take over a whole list. Returns its version."""
+        items, version = self.api.list(NODES, params, JSON if whole else METADATA_LIST, lambda item: self._extract(what, item))
+        found = dict(items)
+        if what == "own":
+            self._change(what, "MODIFIED" if found else "DELETED", self.node_name, found.get(self.node_name, {}))
+        else:
+            with self.lock:
+                changed, self.nodes = found != self.nodes, found
+            self._announce(changed)
+        return version
+
+    def _change(self, what, kind, name, seen):
+        """Take over one object. One that says nothing new to us, like a kubelet's sign of life, is no news."""
+        gone = kind == "DELETED"
+        with self.lock:
+            if what == "nodes":
+                changed = name in self.nodes if gone else self.nodes.get(name) != seen
+                if gone:
+                    self.nodes.pop(name, None)
+                else:
+                    self.nodes[name] = seen
+            elif not gone and is_older(seen["version"], self.own.get("version", "")):  # it was sent before what we wrote was there
+                return
+            else:
+                seen = {} if gone else seen
+                changed = {**seen, "version": ""} != {**self.own, "version": ""}
+                self.own = seen
+        if what == "own" and changed:
+            self._tell("name", "" if seen else f"the cluster has no node {self.node_name}: is --node-name right?")
+            self.work.set()
+        self._announce(changed)
+
+    def _announce(self, changed):
+        if changed:
+            self.news = True
+            self.wake()
+
+    def _test_guard(self):
+        """Whether an admission policy bites: a change of another node's record, tried without effect (dryRun), is to be refused. None if
+        that cannot be tried. Were it done all the same, that record would have a space more."""
+        try:
+            items = self.api.request("GET", NODES, params={"limit": 2}, accept=METADATA_LIST)["items"]
+            others = [item["metadata"] for item in items if item["metadata"]["name"] != self.node_name]
+            if not others:
+                return None
+            text = (others[0].get("annotations") or {}).get(RECORD, "") + " "
+            body = {"metadata": {"annotations": {RECORD: text}}}
+            self.api.request("PATCH", f"{NODES}/{others[0]['name']}", body, {"dryRun": "All"}, MERGE_PATCH)
+            return False
+        except ApiError as error:
+            return True if error.status in (403, 422) else None
+
+    def _write(self):
+        """Thread: have our Node say what it should, whenever one of the two changes; then the second look, and Events."""
+        failures, next_note = 0, 0
+        while True:
+            self.work.wait(1 if self.notes else None)
+            self.work.clear()
+            try:
+                self._write_own()
+                if self.looking:
+                    self._list("nodes", {}, not self.guard)
+                    self.looking = False
+                if self.notes and time.monotonic() >= next_note:
+                    next_note = time.monotonic() + self.EVENT_PAUSE_S
+                    self._send_event(*self.notes.popleft())
+                failures = 0
+                self._tell("write", "")
+            except ApiError as error:
+                failures += 1
+                self._tell("write", f"the API server: {error}")
+                time.sleep(pause_s(failures, error.retry_after_s or 0))
+                self.work.set()
+
+    def _write_own(self):
+        """Write the record and the condition NetworkUnavailable where our Node says something else. The uid in it keeps it from a Node
+        of the same name that was made meanwhile."""
+        own, record, condition = self.own, self.record, self.condition
+        if not own:
+            return
+        path, metadata = f"{NODES}/{self.node_name}", {"uid": own["uid"]}
+        if record and record != own["record"] and json.loads(record)["uid"] == own["uid"]:
+            body = {"metadata": {**metadata, "annotations": {RECORD: record}}}
+            self._change("own", "MODIFIED", *self._extract("own", self.api.request("PATCH", path, body, None, MERGE_PATCH)))
+        there = own["condition"]
+        if condition and condition[:2] != (there.get("status"), there.get("reason")):
+            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            since = there["lastTransitionTime"] if condition[0] == there.get("status") and there["lastTransitionTime"] else now
+            words = dict(zip(("status", "reason", "message"), condition))
+            entry = {"type": "NetworkUnavailable", **words, "lastTransitionTime": since, "lastHeartbeatTime": now}
+            body = {"metadata": metadata, "status": {"conditions": [entry]}}
+            self._change("own", "MODIFIED", *self._extract("own", self.api.request("PATCH", f"{path}/status", body, None, STRATEGIC_PATCH)))
+
+    def _send_event(self, name, reason):
+        """A Kubernetes Event about a node, best effort. All agents give it one name: the cluster keeps one per ten minutes."""
+        now, what = time.time(), "RecordRefused" if reason else "RecordAccepted"
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+        body = {
+            "metadata": {"name": f"{name}.{mncni.short_hash(reason, str(now // 600))}", "namespace": "default"},
+            "involvedObject": {"apiVersion": "v1", "kind": "Node", "name": name, "uid": name},
+            "type": "Warning" if reason else "Normal",
+            "reason": what,
+            "message": f"MNCNI does not connect this node: {reason}" if reason else "MNCNI connects this node again",
+            "source": {"component": "mncni-agent", "host": self.node_name},
+            **{"firstTimestamp": stamp, "lastTimestamp": stamp, "count": 1},
+        }
+        try:
+            self.api.request("POST", "/api/v1/namespaces/default/events", body)
+        except ApiError as error:
+            log.log(logging.DEBUG if error.status == 409 else logging.INFO, "no Event about node %s: %s", name, error)
+
+
+def is_older(version, than):
+    """Whether a resourceVersion came before another; unknown counts as no."""
+    return version.isdigit() and than.isdigit() and int(version) < int(than)
+
+
+def pause_s(failures, wish):
+    """How long to wait before the next try: longer each time, up to 4 s, and as long as the server wishes; never all at once."""
+    return max(min(4, 0.25 * 2 ** min(failures, 4)), wish) * (0.75 + jitter() / 2) + (jitter() if wish else 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Records: what a node says about itself                                                     pure; trusted in nothing
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -624,7 +910,7 @@ def format_record(settings, uid, endpoints, key, generation, created):
         "endpoints": [str(endpoint) for endpoint in endpoints],
         "slots": {"0": {"key": key, "port": settings.ports[0]}},
         "gen": generation,
-        "created": created,
+        **({"created": created} if created else {}),
     }
     return json.dumps(record, separators=(",", ":"))
 
@@ -633,8 +919,8 @@ def parse_record(name, text, cluster_cidrs):
     """A Node from the text of a record. BadRecord says what is wrong. It costs no more than the text is long."""
     if not mncni.is_identifier(name):
         raise BadRecord("the node's name has characters that no node has")
-    if len(text) > DirectoryStore.RECORD_LIMIT:
-        raise BadRecord(f"the record is longer than {DirectoryStore.RECORD_LIMIT} bytes")
+    if len(text) > Store.RECORD_LIMIT:
+        raise BadRecord(f"the record is longer than {Store.RECORD_LIMIT} bytes")
     try:
         record = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
@@ -736,12 +1022,26 @@ def parse_port(port):
     return port
 
 
+def agreed(node, facts):
+    """A node with what the cluster says about it, which is not its to forge. BadRecord where its record says otherwise."""
+    if node.uid != facts.uid:
+        raise BadRecord("the record is of an earlier node of this name")
+    if facts.pod_cidrs is not None and {str(cidr) for cidr in node.pod_cidrs} != set(facts.pod_cidrs):
+        claimed = ", ".join(map(str, node.pod_cidrs))
+        raise BadRecord(f"its record claims the pod CIDRs {claimed}, the cluster gave it {', '.join(facts.pod_cidrs) or 'none'}")
+    return replace(node, created=parse_time(facts.created))
+
+
 class Roster:
-    """Which records are believed. judge() is pure but for a memory: a record is validated once per content."""
+    """Which records are believed. judge() is pure but for a memory: a record is validated once per content.
+
+    facts: {name: Facts} of the nodes of which a cluster tells more than their records.
+    """
 
     def __init__(self, settings):
         self.settings = settings
         self.memory = {}
+        self.facts = {}
 
     def judge(self, records, own_key, own_endpoints):
         """({name: Node}, {name: reason}) of the other nodes' records. Of two that claim one key or one address, the older is believed."""
@@ -761,12 +1061,13 @@ class Roster:
 
     def verdict(self, name, text):
         """A Node, or the reason why a record is not believed whatever the others say."""
-        known = self.memory.get(name)
-        if known is None or known[0] != text:
+        known, content = self.memory.get(name), (text, self.facts.get(name))
+        if known is None or known[0] != content:
             try:
-                known = (text, parse_record(name, text, self.settings.cluster_cidrs))
+                node = parse_record(name, text, self.settings.cluster_cidrs)
+                known = (content, agreed(node, content[1]) if content[1] else node)
             except BadRecord as error:
-                known = (text, str(error))
+                known = (content, str(error))
             self.memory[name] = known
         return known[1]
 
@@ -1467,9 +1768,8 @@ def endpoints_of(peers):
     return {key: peer["endpoint"] for key, peer in peers.items()}
 
 
+FLOOR = (ensure_endpoints, ensure_floor)
 STAGES = (
-    ensure_endpoints,
-    ensure_floor,
     ensure_mtu,
     ensure_namespace,
     ensure_links,
@@ -1532,6 +1832,8 @@ class Monitors:
         """Wait for an event of ours, a byte from the pipe `wakeup`, or the end of the time. Returns whether there was an event."""
         outputs = [process.stdout for process in self.running.values()]
         ready, _, _ = select.select([wakeup, *outputs], [], [], timeout_s)
+        if wakeup in ready:
+            os.read(wakeup, 4096)
         said = [output.read(1 << 20) or b"" for output in outputs if output in ready]
         if b"" in said:  # one has ended, or cannot start: tend() starts it again, but not at once
             select.select([wakeup], [], [], POLL_S)
@@ -1547,7 +1849,7 @@ class Agent:
     """The node's agent. clock: seconds that only go forward. store: see DirectoryStore."""
 
     def __init__(self, settings, store, run, clock=time.monotonic):
-        self.settings, self.store, self.clock = settings, store, clock
+        self.store, self.clock = store, clock
         self.context = Context(settings, run, mncni.boot_id(), loaded=load_json(os.path.join(settings.run_dir, "firewall.json")))
         self.roster = Roster(settings)
         self.state_path = os.path.join(settings.state_dir, "nodes.json")
@@ -1562,13 +1864,13 @@ class Agent:
 
     def tick(self, event=False):
         """One look at the store and, if something happened or an audit is due, one pass. Returns whether the node's network stands."""
-        deadline = self.next_pass if self.doubt_until is None else min(self.next_pass, self.doubt_until)
-        due = self.clock() >= deadline
-        if not (self.store.changed() or due or event or self.is_tunnel_changed()):
+        news = self.store.changed()
+        look = event or bool(self.reason) or self.clock() >= self.next_pass or self.is_tunnel_changed()
+        if not (news or look or (self.doubt_until is not None and self.clock() >= self.doubt_until)):
             return not self.reason
         try:
-            self.reconcile()
-            self.next_pass = self.clock() + AUDIT_S
+            self.reconcile(look)
+            self.next_pass = self.clock() + AUDIT_S if look else self.next_pass
             self.say("")
         except Exception as error:  # whatever it is, the next pass starts from the present state, and the network stays
             self.next_pass = self.clock() + 1
@@ -1596,11 +1898,17 @@ class Agent:
         wanted = {key: peer["allowed_ips"] for key, peer in context.peers.items()}
         return allowed != wanted or device["port"] != self.settings.ports[0] or firewall != loaded
 
-    def reconcile(self):
-        """One pass: all stages, what the store says, our record, then the files that let pods in."""
+    def reconcile(self, look=True):
+        """One pass: all stages, what the store says, our record, then the files that let pods in. look: False for a pass that only the
+        store has asked for: nothing in the kernel has changed but what follows from that."""
         context = self.context
         os.makedirs(self.settings.run_dir, exist_ok=True)
-        for stage in STAGES:
+        adopted, trouble = self.adopt()
+        for stage in FLOOR if look or adopted or trouble else ():
+            stage(context)
+        if trouble:
+            raise CNIError(mncni.BAD_CONFIG, trouble)
+        for stage in STAGES if look or adopted else ():
             stage(context)
         if context.sent is None:  # after a restart: what the agent before us sent
             self.judge()
@@ -1609,11 +1917,37 @@ class Agent:
         self.judge()
         ensure_peers(context)
         self.note([*troubles, self.publish(), self.save_state()])
-        mncni.install(self.settings.bin_dir)
+        if look or adopted:
+            mncni.install(self.settings.bin_dir)
         write_if_changed(os.path.join(self.settings.run_dir, "ready"), self.ready_text(""))
         path = os.path.join(self.settings.conf_dir, CONFLIST)
         if write_if_changed(path, conflist(self.settings, context.mtu)):
             log.info("wrote %s: pods can come", path)
+
+    @property
+    def settings(self):
+        return self.context.settings
+
+    def adopt(self):
+        """Take over the pod CIDRs that the cluster gave this node, the last ones while it says nothing. Returns (whether they are others
+        than before, why there is no going on without them or "")."""
+        given, own = self.store.identity(), self.state["own"]
+        if given is None:
+            return False, ""
+        own.update(given)
+        if not own.get("podCIDRs"):
+            waiting = "this node has no pod CIDR yet (spec.podCIDRs), which the controller manager or `agent.py nodeipam` gives"
+            return False, self.store.trouble or waiting
+        addresses = [ipaddress.ip_address(text) for text in own["addresses"] if mncni.is_address(text, ipaddress.ip_address)]
+        inside = [str(address) for address in addresses if is_in(address, self.settings.cluster_cidrs)]
+        if inside:
+            return False, f"this node's address {inside[0]} is inside --cluster-cidr: nodes and pods need addresses of their own"
+        cidrs = tuple(ipaddress.ip_network(text, strict=False) for text in own["podCIDRs"])
+        trouble = pod_cidr_trouble("spec.podCIDRs", cidrs, self.settings.cluster_cidrs)
+        if trouble or cidrs == self.settings.pod_cidrs:
+            return False, trouble
+        self.context.settings = self.roster.settings = replace(self.settings, pod_cidrs=cidrs)
+        return True, ""
 
     def read_store(self):
         """Take over the store's records; returns why not, or "". What it has lost is not believed at once: the last good records stay."""
@@ -1623,18 +1957,20 @@ class Agent:
         except StoreError as error:
             self.stored, self.doubt_until = None, hold
             return f"{error}; going on with the last good list of nodes"
-        self.stored = records.get(self.settings.node_name)
-        if self.stored is None and self.state["own"]:
+        self.stored, self.roster.facts = records.get(self.settings.node_name), self.store.facts()
+        if self.stored is None and "text" in self.state["own"]:
             self.doubt_until = hold
             return "the node store has lost this node's record; going on with the last good list of nodes"
         lost = set(self.context.nodes) - self.roster.sound(records)
         if lost_too_many(lost, self.context.nodes) and self.doubt_until is None:
             self.doubt_until = hold
+        if lost and self.doubt_until is not None and self.clock() >= self.doubt_until and not self.store.look_again():
+            self.doubt_until = self.clock() + POLL_S
         if lost and self.doubt_until is not None and self.clock() < self.doubt_until:
             self.records = {**records, **{name: self.records[name] for name in lost}}
             return f"good records of {len(lost)} nodes have vanished; keeping these nodes for up to {HOLD_S} s"
         self.doubt_until, self.records = None, records
-        return ""
+        return self.store.trouble
 
     def note(self, troubles):
         """Tell log and status what is wrong with the store; "" among the troubles is none."""
@@ -1651,6 +1987,7 @@ class Agent:
             if quarantine.get(name) != self.quarantine.get(name):
                 word = "believed again" if name in nodes else "gone"
                 log.warning("node %s: %s", name, f"quarantined: {quarantine[name]}" if name in quarantine else word)
+                self.store.note(name, quarantine.get(name, ""))
         for name in sorted(set(nodes) ^ set(context.nodes)):
             log.info("node %s %s", name, "joined" if name in nodes else "left")
         self.quarantine, context.nodes = quarantine, nodes
@@ -1658,16 +1995,18 @@ class Agent:
 
     def publish(self):
         """Have our record in the store as it should be; returns why not, or "". Its generation grows with every change."""
-        own, name = self.state["own"], self.settings.node_name
-        own.setdefault("uid", str(uuid.uuid4()))
-        own.setdefault("created", datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
+        own, name, given = self.state["own"], self.settings.node_name, self.store.identity()
+        if given is None:
+            own.setdefault("uid", str(uuid.uuid4()))
+            own.setdefault("created", datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
         own["gen"] = own.get("gen", 1)
         text = self.own_record()
         if own.get("text") not in (None, text):
             own["gen"] += 1
             text = self.own_record()
         stored = self.roster.verdict(name, self.stored or "")
-        if "text" in own and isinstance(stored, Node) and stored.uid != own["uid"]:  # two that write in turn would never end
+        rival = given is None and "text" in own and isinstance(stored, Node) and stored.uid != own["uid"]
+        if rival:  # two that write in turn would never end
             return f"another node has written the record of {name}: give each node a --node-name of its own, or remove the record"
         own["text"] = text
         try:
@@ -1679,7 +2018,7 @@ class Agent:
 
     def own_record(self):
         own, context = self.state["own"], self.context
-        return format_record(self.settings, own["uid"], context.endpoints, context.public_key, own["gen"], own["created"])
+        return format_record(self.settings, own["uid"], context.endpoints, context.public_key, own["gen"], own.get("created"))
 
     def save_state(self):
         """Keep the last good list of nodes for the next start; returns why not, or "". It is a help: the network stands without."""
@@ -1696,6 +2035,7 @@ class Agent:
         if reason != self.reason:
             log.log(logging.ERROR if reason else logging.INFO, "%s", f"the network is not up: {reason}" if reason else "the network is up")
         self.reason = reason
+        self.store.say(reason)
         path = os.path.join(self.settings.run_dir, "ready")
         if reason and os.path.exists(path):  # before the first success there is none, and there is to be none
             with contextlib.suppress(CNIError):
@@ -1712,6 +2052,7 @@ class Agent:
             "ok": not self.reason,
             "reason": self.reason,
             "store": self.store_trouble,
+            **({} if self.store.identity() is None else {"admission_guard": self.store.guard}),
             "pid": os.getpid(),
             "publicKey": context.public_key,
             "podCIDRs": [str(cidr) for cidr in settings.pod_cidrs],
@@ -1748,7 +2089,12 @@ def run_agent(settings, environ):
     if shutil.which("setpriv", path=mncni.search_path(os.environ)) is None:
         log.error("%s", mncni.missing_tool("setpriv"))
         return FAILED
-    agent, monitors, event = Agent(settings, DirectoryStore(settings.nodes_dir), run), Monitors(settings.netns), False
+    try:
+        store = open_store(settings, environ, run, lambda: wake(writer))
+    except CNIError as error:
+        log.error("%s", error)
+        return FAILED
+    agent, monitors, event = Agent(settings, store, run), Monitors(settings.netns), False
     while not stopping:
         agent.tick(event)
         for daemon in agent.context.daemons:
@@ -1760,6 +2106,20 @@ def run_agent(settings, environ):
     monitors.stop()
     log.info("stopping; the network stays as it is")
     return OK
+
+
+def open_store(settings, environ, run, wake):
+    """The node store that the operator chose. CNIError 7."""
+    if settings.nodes_dir:
+        return DirectoryStore(settings.nodes_dir)
+    store = KubernetesStore(open_api(settings.kubeconfig, environ, run), settings.node_name, wake)
+    store.start()
+    return store
+
+
+def wake(writer):
+    with contextlib.suppress(BlockingIOError):  # then there is something in the pipe already
+        os.write(writer, b"!")
 
 
 def take_lock(path, timeout_s=0):
@@ -1818,6 +2178,9 @@ def format_status(status, now):
     lines = [f"node {status['node']}: {word}" + (f": {status['reason']}" if status["reason"] else "")]
     if status.get("store"):
         lines.append(f"node store: {status['store']}")
+    if "admission_guard" in status:
+        words = {True: "refuses that one node writes another's record", False: "MISSING: any node can write another's record"}
+        lines.append(f"admission policy: {words.get(status['admission_guard'], 'unknown')}")
     if status.get("podCIDRs"):
         endpoints = ", ".join(status["endpoints"])
         lines.append(f"pods {', '.join(status['podCIDRs'])}, MTU {status['mtu']}, endpoint {endpoints}, key {status['publicKey']}")
@@ -1940,10 +2303,16 @@ def main(arguments, environ):
     settings = parse_settings(parser, options, environ)
     level = logging.DEBUG if environ.get("MNCNI_DEBUG") == "1" else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    needed = {"--nodes-dir": settings.nodes_dir, "--cluster-cidr": settings.cluster_cidrs, "--pod-cidr": settings.pod_cidrs}
+    cluster = settings.kubeconfig or environ.get("KUBERNETES_SERVICE_HOST")
+    needed = {"--kubeconfig or --nodes-dir": settings.nodes_dir or cluster, "--cluster-cidr": settings.cluster_cidrs}
+    needed.update({"--pod-cidr": settings.pod_cidrs} if settings.nodes_dir else {})
     for flag, value in needed.items():
         if options.command == "run" and not value:
             parser.error(f"{flag} is needed: see agent.py run --help")
+    if settings.nodes_dir and settings.kubeconfig:
+        parser.error("--nodes-dir and --kubeconfig are two node stores: give one")
+    if settings.pod_cidrs and not settings.nodes_dir:
+        parser.error("--pod-cidr is for --nodes-dir: a cluster tells its nodes their pod CIDRs (spec.podCIDRs)")
     if os.geteuid() != 0:
         log.error("agent.py %s needs root: run it with sudo", options.command)
         return FAILED

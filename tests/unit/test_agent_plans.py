@@ -228,8 +228,8 @@ def test_a_route_that_differs_is_replaced_and_one_too_many_deleted():
 
 
 def test_the_floor_is_a_stage_before_anything_that_makes_a_link_or_can_lack_knowledge():
-    names = [stage.__name__ for stage in agent.STAGES]
-    assert names.index("ensure_floor") < min(names.index(name) for name in names if name not in ("ensure_endpoints", "ensure_floor"))
+    assert agent.FLOOR == (agent.ensure_endpoints, agent.ensure_floor)
+    assert not set(agent.FLOOR) & set(agent.STAGES)
 
 
 # ---- addresses, links, sysctls ----

@@ -93,6 +93,7 @@ def test_every_flag_of_run_has_its_variable_and_the_flag_wins():
     environ = {
         "MNCNI_NODE_NAME": "n7",
         "MNCNI_NODES_DIR": "/n",
+        "MNCNI_KUBECONFIG": "/k",
         "MNCNI_CLUSTER_CIDR": "10.0.0.0/8,fd00::/32",
         "MNCNI_POD_CIDR": "10.7.0.0/24,fd00:0:7::/64",
         "MNCNI_ENDPOINT": "192.0.2.7,2001:db8::7",
@@ -112,6 +113,7 @@ def test_every_flag_of_run_has_its_variable_and_the_flag_wins():
     assert {key: [str(item) for item in value] if isinstance(value, tuple) else value for key, value in shown.items()} == {
         "node_name": "n7",
         "nodes_dir": "/n",
+        "kubeconfig": "/k",
         "cluster_cidrs": ["10.0.0.0/8", "fd00::/32"],
         "pod_cidrs": ["10.7.0.0/24", "fd00:0:7::/64"],
         "endpoints": ["192.0.2.7", "2001:db8::7"],
@@ -497,7 +499,8 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setattr(agent, "STAGES", (agent.ensure_endpoints, agent.ensure_mtu, agent.ensure_identity))
+    monkeypatch.setattr(agent, "FLOOR", (agent.ensure_endpoints,))
+    monkeypatch.setattr(agent, "STAGES", (agent.ensure_mtu, agent.ensure_identity))
     return Bench(tmp_path)
 
 
@@ -754,7 +757,7 @@ def break_stage(monkeypatch, error):
         if error is not None:
             raise error
 
-    monkeypatch.setattr(agent, "STAGES", (stage, agent.ensure_endpoints, agent.ensure_mtu, agent.ensure_identity))
+    monkeypatch.setattr(agent, "STAGES", (stage, agent.ensure_mtu, agent.ensure_identity))
 
 
 @pytest.mark.parametrize(
