@@ -26,6 +26,7 @@ import bisect
 import collections
 import contextlib
 import fcntl
+import functools
 import glob
 import ipaddress
 import itertools
@@ -900,6 +901,27 @@ class Node:
     key: str
     port: int
 
+    # What every pass asks of every node is worked out once per record.
+
+    @functools.cached_property
+    def allowed_ips(self):
+        return {str(cidr) for cidr in self.pod_cidrs}
+
+    @functools.cached_property
+    def spans(self):
+        return [span_of(cidr) for cidr in self.pod_cidrs]
+
+    @functools.cached_property
+    def targets(self):
+        """{IP version: "address:port"} of the first endpoint of each family, in the record's order."""
+        first = {endpoint.version: endpoint for endpoint in reversed(self.endpoints)}
+        return {version: endpoint_text(first[version], self.port) for version in dict.fromkeys(each.version for each in self.endpoints)}
+
+
+def span_of(cidr):
+    """(IP version, first address, last address) as numbers: they sort, and compare in no time."""
+    return cidr.version, int(cidr.network_address), int(cidr.broadcast_address)
+
 
 def format_record(settings, uid, endpoints, key, generation, created):
     """This node's record as text: compact JSON. The order of its keys is part of the format: policies compare its beginning."""
@@ -1045,13 +1067,14 @@ class Roster:
 
     def judge(self, records, own_key, own_endpoints):
         """({name: Node}, {name: reason}) of the other nodes' records. Of two that claim one key or one address, the older is believed."""
-        usable, quarantine = {}, {}
+        usable, quarantine, families = {}, {}, {endpoint.version for endpoint in own_endpoints}
+        own_spans = sorted((*span_of(cidr), "") for cidr in self.settings.pod_cidrs)
         self.memory = {name: known for name, known in self.memory.items() if name in records}
         for name, text in sorted(records.items()):
             if name == self.settings.node_name:
                 continue
             verdict = self.verdict(name, text)
-            reason = verdict if isinstance(verdict, str) else self._clash_with_self(verdict, own_key, own_endpoints)
+            reason = verdict if isinstance(verdict, str) else clash_with_self(verdict, own_key, own_spans, families)
             if reason:
                 quarantine[name] = reason
             else:
@@ -1075,47 +1098,47 @@ class Roster:
         """The names of the records that are believed, unless others clash with them."""
         return {name for name, text in records.items() if isinstance(self.verdict(name, text), Node)}
 
-    def _clash_with_self(self, node, own_key, own_endpoints):
-        if node.key == own_key:
-            return "it has this node's key"
-        for cidr in node.pod_cidrs:
-            if any(cidr.overlaps(own) for own in self.settings.pod_cidrs):
-                return f"its pod CIDR {cidr} is this node's"
-        if choose_endpoint(node, own_endpoints) is None:
-            return f"it has no endpoint of a family that this node has: {', '.join(map(str, node.endpoints))}"
-        return None
+
+def clash_with_self(node, own_key, own_spans, own_families):
+    """Why a node cannot be a peer of this one, None if it can."""
+    if node.key == own_key:
+        return "it has this node's key"
+    for cidr, span in zip(node.pod_cidrs, node.spans):
+        if find_overlap(own_spans, span) is not None:
+            return f"its pod CIDR {cidr} is this node's"
+    if own_families.isdisjoint(node.targets):
+        return f"it has no endpoint of a family that this node has: {', '.join(map(str, node.endpoints))}"
+    return None
 
 
 def find_clashes(nodes):
     """{name: reason} of the nodes that lose to an older one: same key, or pod CIDRs that overlap."""
-    lost, keys, held = {}, {}, {4: [], 6: []}  # held: (first, last, name) of the CIDRs believed so far, in order and disjoint
+    spans = sorted(span for node in nodes for span in node.spans)
+    apart = all(one[0] != two[0] or one[2] < two[1] for one, two in zip(spans, spans[1:]))
+    if apart and len({node.key for node in nodes}) == len(nodes):
+        return {}  # as good as always
+    lost, keys, held = {}, {}, []  # held: (*span, name) of the CIDRs believed so far, in order and disjoint
     for node in sorted(nodes, key=seniority):
-        owner = keys.get(node.key) or next(filter(None, (find_overlap(held[cidr.version], cidr) for cidr in node.pod_cidrs)), None)
+        owner = keys.get(node.key) or next(filter(None, (find_overlap(held, span) for span in node.spans)), None)
         if owner:
             what = "key" if node.key in keys else "pod CIDR"
             lost[node.name] = f"its {what} is that of the older node {owner}"
             continue
         keys[node.key] = node.name
-        for cidr in node.pod_cidrs:
-            bisect.insort(held[cidr.version], (int(cidr.network_address), int(cidr.broadcast_address), node.name))
+        for span in node.spans:
+            bisect.insort(held, (*span, node.name))
     return lost
 
 
-def find_overlap(held, cidr):
-    """The name that holds part of a CIDR, None if nobody does. held is sorted and disjoint."""
-    first, last = int(cidr.network_address), int(cidr.broadcast_address)
-    place = bisect.bisect_right(held, (last, 1 << 129, ""))  # everything from here on begins behind the CIDR
-    return held[place - 1][2] if place and held[place - 1][1] >= first else None
+def find_overlap(held, span):
+    """The name that holds part of a span, None if nobody does. held: (*span, name), sorted and disjoint."""
+    version, first, last = span
+    place = bisect.bisect_right(held, (version, last, 1 << 129))  # everything from here on begins behind it
+    return held[place - 1][3] if place and held[place - 1][0] == version and held[place - 1][2] >= first else None
 
 
 def seniority(node):
     return (node.created or "9999", node.uid, node.name)
-
-
-def choose_endpoint(node, own_endpoints):
-    """The first endpoint of a node whose family this node has, None if there is none."""
-    families = {endpoint.version for endpoint in own_endpoints}
-    return next((endpoint for endpoint in node.endpoints if endpoint.version in families), None)
 
 
 def endpoint_text(address, port):
@@ -1367,10 +1390,10 @@ def without_volatile(value):
 
 def desired_peers(nodes, own_endpoints):
     """{key: {"name", "endpoint", "allowed_ips"}} from {name: Node}."""
-    peers = {}
+    peers, families = {}, {endpoint.version for endpoint in own_endpoints}
     for name, node in nodes.items():
-        endpoint = endpoint_text(choose_endpoint(node, own_endpoints), node.port)
-        peers[node.key] = {"name": name, "endpoint": endpoint, "allowed_ips": {str(cidr) for cidr in node.pod_cidrs}}
+        endpoint = next(text for version, text in node.targets.items() if version in families)
+        peers[node.key] = {"name": name, "endpoint": endpoint, "allowed_ips": node.allowed_ips}
     return peers
 
 
@@ -1865,7 +1888,7 @@ class Agent:
     def tick(self, event=False):
         """One look at the store and, if something happened or an audit is due, one pass. Returns whether the node's network stands."""
         news = self.store.changed()
-        look = event or bool(self.reason) or self.clock() >= self.next_pass or self.is_tunnel_changed()
+        look = event or bool(self.reason) or self.clock() >= self.next_pass or (not news and self.is_tunnel_changed())
         if not (news or look or (self.doubt_until is not None and self.clock() >= self.doubt_until)):
             return not self.reason
         try:
@@ -2025,7 +2048,7 @@ class Agent:
         believed = {name: self.records[name] for name in self.context.nodes}
         state = {"own": self.state["own"], "records": believed}
         try:
-            write_if_changed(self.state_path, json.dumps(state, indent=1, sort_keys=True) + "\n", mode=0o600)
+            write_if_changed(self.state_path, json.dumps(state, sort_keys=True) + "\n", mode=0o600)
             return ""
         except CNIError as error:
             return f"{error}; the list of nodes would not outlive a restart"
@@ -2065,7 +2088,7 @@ class Agent:
             "quarantine": self.quarantine,
         }
         with contextlib.suppress(CNIError):
-            write_if_changed(os.path.join(settings.run_dir, "status.json"), json.dumps(status, indent=1) + "\n")
+            write_if_changed(os.path.join(settings.run_dir, "status.json"), json.dumps(status) + "\n")
 
 
 def run_agent(settings, environ):

@@ -228,7 +228,7 @@ def test_a_route_that_differs_is_replaced_and_one_too_many_deleted():
 
 
 def test_the_floor_is_a_stage_before_anything_that_makes_a_link_or_can_lack_knowledge():
-    assert agent.FLOOR == (agent.ensure_endpoints, agent.ensure_floor)
+    assert (agent.ensure_endpoints, agent.ensure_floor) == agent.FLOOR
     assert not set(agent.FLOOR) & set(agent.STAGES)
 
 
