@@ -27,6 +27,7 @@ import collections
 import contextlib
 import fcntl
 import functools
+import gc
 import glob
 import ipaddress
 import itertools
@@ -2117,6 +2118,7 @@ def run_agent(settings, environ):
     except CNIError as error:
         log.error("%s", error)
         return FAILED
+    gc.set_threshold(100_000)  # cycles are few here, and looking for them among 5,000 nodes takes longer than a pass
     agent, monitors, event = Agent(settings, store, run), Monitors(settings.netns), False
     while not stopping:
         agent.tick(event)

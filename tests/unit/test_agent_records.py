@@ -341,7 +341,7 @@ def test_the_work_for_clashes_grows_with_the_nodes_not_with_their_pairs(mocker):
     overlaps = mocker.spy(ipaddress.IPv4Network, "overlaps")
     assert agent.find_clashes(nodes) == {}
     assert (lookups.call_count, overlaps.call_count) == (0, 0)
-    twin = agent.parse_record("twin", text_of(5001, podCIDRs=[str(nodes[7].pod_cidrs[0])], created=""), cluster)
+    twin = agent.parse_record("twin", text_of(5001, podCIDRs=[str(nodes[7].pod_cidrs[0])], endpoints=["192.0.2.9"], created=""), cluster)
     assert list(agent.find_clashes([*nodes, twin])) == ["twin"]
     assert (lookups.call_count, overlaps.call_count) == (5001, 0)
 
