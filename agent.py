@@ -447,6 +447,7 @@ class Api:
                 while True:
                     page = self.request("GET", path, params=query, accept=accept)
                     with self._told("GET", path):
+                        refuse_kind(path, page["kind"], "List")
                         items += [take(item) for item in page["items"] or ()]
                         version, rest = page["metadata"]["resourceVersion"], page["metadata"].get("continue")
                     if not rest:
@@ -476,10 +477,11 @@ class Api:
                 for event in events:
                     with self._told("watch", path):
                         kind, item = event["type"], event["object"]
-                        broken = kind == "ERROR" and (item.get("code", 500), str(item.get("reason")), str(item.get("message")))
-                        str(broken or item["metadata"]["resourceVersion"])
-                    if broken:
-                        raise ApiError(*broken)
+                        if kind != "ERROR":
+                            refuse_kind(path, item["kind"])
+                            item["metadata"]["resourceVersion"]  # the least that it has to say
+                    if kind == "ERROR":
+                        raise ApiError(int(item.get("code") or 500), str(item.get("reason")), str(item.get("message")))
                     yield kind, item
                 if not data:
                     return
@@ -598,6 +600,12 @@ def open_api(kubeconfig, environ, run):
     return Api(read_kubeconfig(kubeconfig, run) if kubeconfig else in_cluster(environ))
 
 
+def refuse_kind(path, kind, suffix=""):
+    """ValueError unless what came from a path is of the kind that the path names in the plural, or the metadata of it."""
+    if kind.lower() not in (path.rpartition("/")[2].rstrip("s") + suffix.lower(), f"PartialObjectMetadata{suffix}".lower()):
+        raise ValueError(f"it is a {kind}")
+
+
 def read_bytes(path):
     with open(path, "rb") as file:
         return file.read()
@@ -674,11 +682,10 @@ class KubernetesStore(Store):
         return changed
 
     def records(self):
-        """{node name: text}, "" for our Node without a record. StoreError before the first answer."""
+        """{node name: text}. StoreError before the first answer."""
         if self.nodes is None:
             raise StoreError(self.trouble or "the API server has not answered yet")
-        records = {name: seen.text for name, seen in self.nodes.copy().items() if seen.text is not None}
-        return {self.node_name: "", **records} if self.node_name in self.nodes else records
+        return {name: seen.text for name, seen in self.nodes.copy().items() if seen.text is not None}
 
     def facts(self):
         return {name: seen.facts for name, seen in self.nodes.copy().items()}
@@ -1982,7 +1989,9 @@ class Agent:
             self.stored, self.doubt_until = None, hold
             return f"{error}; going on with the last good list of nodes"
         self.stored, self.roster.facts = records.get(self.settings.node_name), self.store.facts()
-        if self.stored is None and "text" in self.state["own"]:
+        if self.stored:
+            self.state["own"]["seen"] = True
+        if self.stored is None and "seen" in self.state["own"]:
             self.doubt_until = hold
             return "the node store has lost this node's record; going on with the last good list of nodes"
         lost = set(self.context.nodes) - self.roster.sound(records)

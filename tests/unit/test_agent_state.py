@@ -17,7 +17,7 @@ import pytest
 
 import agent
 import mncni
-from tests.unit.agent_data import V4, key_of, make_settings, parse, record, text_of
+from tests.unit.agent_data import V4, FakeWireGuard, key_of, make_settings, parse, record, text_of
 
 # ---- settings ----
 
@@ -398,57 +398,6 @@ def test_a_run_dir_that_cannot_be_used_is_named(tmp_path, caplog):
 
 
 # ---- passes ----
-
-
-class FakeWireGuard:
-    """run() that plays `wg` on a device in memory. log: every command, as its trace would show it."""
-
-    def __init__(self):
-        self.private, self.port, self.peers, self.log, self.broken = "", 0, {}, [], None
-
-    def __call__(self, command):
-        self.log.append(str(command))
-        assert command.argv[:2] == ["nsenter", "--net=/run/netns/mncni-wg"] and command.argv[2] == "wg", command
-        verb, _, *words = command.argv[3:]
-        if self.broken is not None:
-            return mncni.Reply(*self.broken)
-        return mncni.Reply(0, self.dump() if verb == "show" else self.set(words), "")
-
-    def public(self):
-        return key_of(4711) if self.private else "(none)"
-
-    def dump(self):
-        lines = [[self.private or "(none)", self.public(), str(self.port), "off"]]
-        for key, fields in self.peers.items():
-            lines.append([key, "(none)", fields["endpoint"], fields["allowed-ips"], "0", "0", "0", "off"])
-        return "".join("\t".join(words) + "\n" for words in lines)
-
-    def set(self, words):
-        peer = None
-        while words:
-            name = words.pop(0)
-            if name == "listen-port":
-                self.port = int(words.pop(0))
-            elif name == "private-key":
-                self.private = mncni.read_file(words.pop(0)).strip()
-            elif name == "peer":
-                peer = words.pop(0)
-                self.peers.setdefault(peer, {"endpoint": "(none)", "allowed-ips": "(none)"})
-            elif name == "remove":
-                del self.peers[peer]
-            else:
-                self.peers[peer][name] = words.pop(0)
-        return ""
-
-    def writes(self):
-        """The commands so far that change the device; forgets them."""
-        found = [line.partition(" wg ")[2] for line in self.log if " wg set " in line]
-        self.log.clear()
-        return found
-
-    def names(self):
-        """The numbers of the peers, see key_of."""
-        return sorted(int.from_bytes(base64.b64decode(key), "big") for key in self.peers)
 
 
 class Bench:
