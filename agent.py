@@ -660,7 +660,7 @@ class KubernetesStore(Store):
         self.api, self.node_name, self.wake = api, node_name, wake
         self.lock = threading.Lock()
         self.nodes = None  # {name: Seen}, None before the first list
-        self.own = {}  # our Node: "uid", "podCIDRs", "addresses", "record", "condition", "version"
+        self.own = None  # our Node: "uid", "podCIDRs", "addresses", "record", "condition", "version"; {} where the cluster has none
         self.troubles = {}  # {what: why it fails}
         self.news = True
         self.work = threading.Event()  # there may be something to write
@@ -669,6 +669,7 @@ class KubernetesStore(Store):
         self.looking = None  # whether a second look is asked for (True) or done (False)
 
     def start(self):
+        gc.set_threshold(100_000)  # cycles are few here, and to look for them among 5,000 nodes takes longer than a pass
         only_own = {"fieldSelector": f"metadata.name={self.node_name}"}
         for act, *arguments in ((self._follow, "nodes", {}), (self._follow, "own", only_own), (self._write,)):
             threading.Thread(target=act, args=arguments, daemon=True).start()
@@ -691,7 +692,7 @@ class KubernetesStore(Store):
         return {name: seen.facts for name, seen in self.nodes.copy().items()}
 
     def identity(self):
-        own = self.own
+        own = self.own or {}
         return {"uid": own["uid"], "podCIDRs": own["podCIDRs"], "addresses": own["addresses"]} if own.get("podCIDRs") else {}
 
     def look_again(self):
@@ -727,7 +728,7 @@ class KubernetesStore(Store):
         """Thread: list, then watch, for ever. Whatever goes wrong costs a pause; what was seen last stays."""
         version, failures, whole = None, 0, True
         while True:
-            wish = 0
+            wish, opened = 0, False
             try:
                 if what == "nodes" and self.guard is None:
                     self.guard = self._test_guard()
@@ -736,6 +737,7 @@ class KubernetesStore(Store):
                 if version is None:
                     version = self._list(what, params, whole)
                 events = self.api.watch(NODES, version, params, JSON if whole else METADATA)
+                opened = True
                 self._tell(what, "")
                 for kind, item in events:
                     if is_older(item["metadata"]["resourceVersion"], version):
@@ -748,7 +750,7 @@ class KubernetesStore(Store):
                 wish = getattr(error, "retry_after_s", None) or 0
                 if not isinstance(error, ApiError):
                     log.exception("a defect of the agent, please report it")
-                if failures and getattr(error, "status", 0) != 410:  # one failure is everyday: servers restart, versions expire
+                if failures >= (4 if opened else 1):  # the first is everyday: servers restart, versions expire
                     self._tell(what, f"the API server: {error}")
             failures += 1
             time.sleep(pause_s(failures, wish))
@@ -787,11 +789,11 @@ class KubernetesStore(Store):
                     self.nodes.pop(name, None)
                 else:
                     self.nodes[name] = seen
-            elif not gone and is_older(seen["version"], self.own.get("version", "")):  # it was sent before what we wrote was there
-                return
+            elif not gone and self.own and is_older(seen["version"], self.own["version"]):
+                return  # it was sent before what we wrote was there
             else:
                 seen = {} if gone else seen
-                changed = {**seen, "version": ""} != {**self.own, "version": ""}
+                changed = self.own is None or {**seen, "version": ""} != {**self.own, "version": ""}
                 self.own = seen
         if what == "own" and changed:
             self._tell("name", "" if seen else f"the cluster has no node {self.node_name}: is --node-name right?")
@@ -2127,7 +2129,6 @@ def run_agent(settings, environ):
     except CNIError as error:
         log.error("%s", error)
         return FAILED
-    gc.set_threshold(100_000)  # cycles are few here, and looking for them among 5,000 nodes takes longer than a pass
     agent, monitors, event = Agent(settings, store, run), Monitors(settings.netns), False
     while not stopping:
         agent.tick(event)

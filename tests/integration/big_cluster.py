@@ -1,0 +1,134 @@
+"""A cluster of thousands of nodes and an agent in it, each in a process of its own, so that CPU and memory are counted apart.
+
+    with running(directory, "serve", "5000") as server, running(directory, "follow") as agents:
+        server("rekey 7") -> {};  agents("sync") -> {"peers", "cpu_s", "rss_mb"}, agents("change"), agents("beats") -> {"cpu_s"}
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import agent
+from tests.apiserver import ApiServer, realistic_node
+from tests.unit.agent_data import FakeWireGuard, key_of, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT_TIMEOUT_S = 120
+
+
+@contextlib.contextmanager
+def running(directory, *words):
+    """This file as a process, ready. Yields call(line), which returns what the process answers."""
+    argv = [sys.executable, "-m", "tests.integration.big_cluster", str(directory), *words]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+
+        def call(line):
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        try:
+            json.loads(process.stdout.readline())
+            yield call
+        finally:
+            process.kill()
+
+
+def answer(acts):
+    """Answer line after line: the first word names the act, the others are its arguments."""
+    print("{}", flush=True)
+    for line in sys.stdin:
+        name, *words = line.split()
+        print(json.dumps(acts[name](*words) or {}), flush=True)
+
+
+def record_of(node, number):
+    """A node's record; number makes its key."""
+    record = {"v": 1, "podCIDRs": node["spec"]["podCIDRs"], "uid": node["metadata"]["uid"]}
+    record["endpoints"] = [entry["address"] for entry in node["status"]["addresses"] if entry["type"] == "InternalIP"]
+    return json.dumps({**record, "slots": {"0": {"key": key_of(number), "port": 28384}}, "gen": 1}, separators=(",", ":"))
+
+
+def serve(directory, count):
+    with ApiServer() as server:
+        for index in range(int(count)):
+            node = realistic_node(f"node-{index}", index)
+            node["metadata"]["annotations"][agent.RECORD] = record_of(node, index + 10_000)
+            server.create_node(node)
+        server.add_policy(lambda user, operation, old, new: None if new["metadata"]["name"] == "node-0" else "not your node")
+        server.kubeconfig(directory / "kubeconfig", "system:serviceaccount:kube-system:mncni-agent")
+
+        def rekey(number):
+            text = record_of(server.node(f"node-{number}"), int(number) + 20_000)
+            server.patch_node(f"node-{number}", {"metadata": {"annotations": {agent.RECORD: text}}})
+
+        def beats(number):
+            """Signs of life of so many kubelets."""
+            for index in range(int(number)):
+                conditions = server.node(f"node-{index}")["status"]["conditions"]
+                now = f"2026-01-01T{index // 3600:02d}:{index // 60 % 60:02d}:{index % 60:02d}Z"
+                new = [{**condition, "lastHeartbeatTime": now} for condition in conditions]
+                server.patch_node(f"node-{index}", {"status": {"conditions": new}})
+
+        answer({"rekey": rekey, "beats": beats})
+
+
+class Follower:
+    """The agent of node-0, with a WireGuard device in memory and without the stages that need a kernel."""
+
+    def __init__(self, directory):
+        agent.FLOOR, agent.STAGES = (agent.ensure_endpoints,), (agent.ensure_mtu, agent.ensure_identity)
+        names = ("conf-dir", "bin-dir", "state-dir", "run-dir")
+        dirs = [word for name in names for word in (f"--{name}", directory / name)]
+        argv = ["--node-name", "node-0", "--kubeconfig", directory / "kubeconfig", "--cluster-cidr", "10.0.0.0/8", *dirs]
+        settings = parse(*argv, "--cluster-cidr", "fd00:10::/32", "--endpoint", "192.0.2.1", "--mtu", "1400")
+        self.run, self.dump = FakeWireGuard(), None
+        self.store = agent.open_store(settings, {}, self.command, lambda: None)
+        self.agent = agent.Agent(settings, self.store, self.command)
+
+    def command(self, command):
+        """The device's own work is not the agent's: what it says is made ready before the clock runs."""
+        return self.dump if self.dump and "show" in command.argv else self.run(command)
+
+    def sync(self):
+        while not (self.agent.tick() and self.agent.context.peers):
+            time.sleep(0.05)
+        sizes = [int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+        return {"peers": len(self.agent.context.peers), "cpu_s": time.process_time(), "rss_mb": sizes[0] / 1024}
+
+    def change(self):
+        deadline = time.monotonic() + RESULT_TIMEOUT_S
+        device = agent.look_device(self.agent.context)
+        while set(device["peers"]) != set(self.agent.context.peers) or not self.store.news:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        self.run.writes()
+        self.dump = self.run(agent.Command(["nsenter", "--net=/run/netns/mncni-wg", "wg", "show", "mncni-wg0", "dump"]))
+        self.agent.next_pass = self.agent.clock() + RESULT_TIMEOUT_S  # no audit falls into the measurement
+        begin = time.process_time()
+        self.agent.tick()
+        self.mark = time.process_time()
+        cpu_s, self.dump = self.mark - begin, None
+        return {"cpu_s": cpu_s, "sets": len(self.run.writes())}
+
+    def beats(self):
+        """What the events cost that have come since the last change."""
+        quiet = 0
+        while quiet < 20:
+            before = time.process_time()
+            time.sleep(0.05)
+            quiet = quiet + 1 if time.process_time() - before < 0.001 else 0
+        assert not self.store.news
+        return {"cpu_s": time.process_time() - self.mark}
+
+
+def follow(directory):
+    agents = Follower(directory)
+    answer({"sync": agents.sync, "change": agents.change, "beats": agents.beats})
+
+
+if __name__ == "__main__":
+    {"serve": serve, "follow": follow}[sys.argv[2]](Path(sys.argv[1]), *sys.argv[3:])
