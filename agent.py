@@ -277,8 +277,11 @@ class Store:
     trouble = ""  # why what records() says may be old
     guard = None  # whether the cluster refuses that one node writes another's record; None: unknown
 
+    def start(self):
+        """Begin to follow what others write, where that takes more than looking."""
+
     def identity(self):
-        """{"uid", "podCIDRs"} that the cluster gave this node, {} if none yet; None where the operator decides."""
+        """{"uid", "podCIDRs", "addresses"} that the cluster gave this node, {} if none yet; None where the operator decides."""
 
     def facts(self):
         """{node name: Facts}: what a node cannot forge."""
@@ -2125,7 +2128,8 @@ def run_agent(settings, environ):
         log.error("%s", mncni.missing_tool("setpriv"))
         return FAILED
     try:
-        store = open_store(settings, environ, run, lambda: wake(writer))
+        store = make_store(settings, environ, run, lambda: wake(writer))
+        store.start()
     except CNIError as error:
         log.error("%s", error)
         return FAILED
@@ -2143,13 +2147,11 @@ def run_agent(settings, environ):
     return OK
 
 
-def open_store(settings, environ, run, wake):
+def make_store(settings, environ, run, wake):
     """The node store that the operator chose. CNIError 7."""
     if settings.nodes_dir:
         return DirectoryStore(settings.nodes_dir)
-    store = KubernetesStore(open_api(settings.kubeconfig, environ, run), settings.node_name, wake)
-    store.start()
-    return store
+    return KubernetesStore(open_api(settings.kubeconfig, environ, run), settings.node_name, wake)
 
 
 def wake(writer):
@@ -2257,7 +2259,7 @@ def uninstall(settings, run, force):
     for name in [*veths, *(name for name in own if name in (settings.bridge, HOST_VETH, DEVICE))]:
         mncni.delete_link(name, run)
     remove_namespace(settings, run)
-    notes = [withdraw_record(settings), remove_plugins(settings)]
+    notes = [withdraw_record(settings, run), remove_plugins(settings)]
     for directory in (leases.dir, settings.run_dir, settings.state_dir):
         shutil.rmtree(directory, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -2282,12 +2284,12 @@ def remove_namespace(settings, run):
         wait_until(lambda: not os.path.exists(WIREGUARD_GO_SOCKET), 2, "")
 
 
-def withdraw_record(settings):
+def withdraw_record(settings, run):
     """Take our record out of the node store. A note if that cannot be."""
-    if not settings.nodes_dir:
-        return f"no --nodes-dir was given: this node's record stays in the node store; remove {settings.node_name}.json there"
     try:
-        DirectoryStore(settings.nodes_dir).withdraw(settings.node_name)
+        make_store(settings, os.environ, run, None).withdraw(settings.node_name)
+    except CNIError:
+        return f"neither --nodes-dir nor --kubeconfig was given: the record of {settings.node_name} stays in the node store"
     except StoreError as error:
         return f"{error}: this node's record stays"
     return ""

@@ -160,7 +160,8 @@ class Lab:
     """Names, paths and state of one lab. The state is in lab.json alone, so that several processes may work on one lab:
 
     {"name", "families": ["ipv4"], "underlay": "ipv4", "source": path, "nodes": {"node1": {"number": 1, "pods": ["pod1"], "boot_id": uuid,
-     "pid": host PID of init, "start": its start time in clock ticks}}}; pid is 0 while the node is down.
+     "pid": host PID of init, "start": its start time in clock ticks}}}; pid is 0 while the node is down. With "kubeconfig": "path/{node}"
+    as well, agents follow that API server instead of the directory; whoever runs the lab has one on the underlay.
     """
 
     def __init__(self, name="mncni-lab", verbose=True):
@@ -329,6 +330,8 @@ def make_node_dir(lab, node):
     (top / "etc/hosts").write_text(f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {node}\n")
     for path in [*(Path(lab.state()["source"]) / part for part in PARTS), LAB_FILE]:
         shutil.copy(path, top / "opt/mncni" / path.name)
+    if "kubeconfig" in lab.state():
+        shutil.copy(lab.state()["kubeconfig"].format(node=node), top / "opt/mncni/kubeconfig")
 
 
 def start_node(lab, node):
@@ -474,9 +477,11 @@ def node_init(arguments):
 # ---------------------------------------------------------------------------------------------------------------------------
 def plan_agent(lab, node):
     """The command line of the node's agent."""
-    argv = [PYTHON, "/opt/mncni/agent.py", "run", "--nodes-dir", STORE, "--endpoint", endpoint(lab, node)[0]]
+    in_cluster = "kubeconfig" in lab.state()
+    store = ["--kubeconfig", "/opt/mncni/kubeconfig"] if in_cluster else ["--nodes-dir", STORE]
+    argv = [PYTHON, "/opt/mncni/agent.py", "run", *store, "--endpoint", endpoint(lab, node)[0]]
     for row in pod_cidrs(lab, node):
-        argv += ["--cluster-cidr", row["cluster_cidr"], "--pod-cidr", row["pod_cidr"]]
+        argv += ["--cluster-cidr", row["cluster_cidr"], *([] if in_cluster else ["--pod-cidr", row["pod_cidr"]])]
     return argv
 
 

@@ -9,12 +9,14 @@ from deploy import lab as labs
 
 
 @contextlib.contextmanager
-def lab_up(name, nodes=2, pods=1, families=("ipv4", "ipv6"), underlay="ipv4"):
-    """A lab in which every pod has been reached."""
+def lab_up(name, nodes=2, pods=1, families=("ipv4", "ipv6"), underlay="ipv4", control=contextlib.nullcontext, kubeconfig=""):
+    """A lab in which every pod has been reached. control(lab): what has to be there before the nodes boot, for the time of the lab;
+    kubeconfig: a path with {node} in it, of an API server that agents are to follow."""
     lab = labs.Lab(name, verbose=False)
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated"))  # by default nothing would be cleaned up
     try:
-        with labs.built_or_undone(lab, nodes, pods, labs.LAB_FILE.parents[1], {"families": list(families), "underlay": underlay}):
+        kind = {"families": list(families), "underlay": underlay, **({"kubeconfig": kubeconfig} if kubeconfig else {})}
+        with labs.built_or_undone(lab, nodes, pods, labs.LAB_FILE.parents[1], kind), control(lab):
             labs.boot_all(lab)
             labs.wait_first_pongs(lab, labs.plan_pairs(lab))
             yield lab

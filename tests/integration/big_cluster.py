@@ -86,7 +86,8 @@ class Follower:
         argv = ["--node-name", "node-0", "--kubeconfig", directory / "kubeconfig", "--cluster-cidr", "10.0.0.0/8", *dirs]
         settings = parse(*argv, "--cluster-cidr", "fd00:10::/32", "--endpoint", "192.0.2.1", "--mtu", "1400")
         self.run, self.dump = FakeWireGuard(), None
-        self.store = agent.open_store(settings, {}, self.command, lambda: None)
+        self.store = agent.make_store(settings, {}, self.command, lambda: None)
+        self.store.start()
         self.agent = agent.Agent(settings, self.store, self.command)
 
     def command(self, command):
