@@ -1998,6 +1998,7 @@ class Agent:
             self.state["own"]["seen"] = True
         if self.stored is None and "seen" in self.state["own"]:
             self.doubt_until = hold
+            self.store.look_again()  # a list may have been read at a bad moment, and nothing would correct it
             return "the node store has lost this node's record; going on with the last good list of nodes"
         lost = set(self.context.nodes) - self.roster.sound(records)
         if lost_too_many(lost, self.context.nodes) and self.doubt_until is None:
