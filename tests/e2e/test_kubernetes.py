@@ -175,7 +175,8 @@ def test_uninstall_takes_the_record_out_of_the_cluster(cluster):
     lab, api = cluster
     node_sh(lab, "node2", f"kill $(cat {labs.AGENT_PID})")
     labs.wait_until(lambda: not labs.agent_pid(lab.inside("node2", "/")), 10, "end of the agent")
-    said = node_sh(lab, "node2", "/opt/mncni/agent.py uninstall --force --kubeconfig /opt/mncni/kubeconfig --cluster-cidr 10.244.0.0/16 2>&1")
+    options = "--force --kubeconfig /opt/mncni/kubeconfig --cluster-cidr 10.244.0.0/16"
+    said = node_sh(lab, "node2", f"/opt/mncni/agent.py uninstall {options} 2>&1")
     assert "record stays" not in said
     assert RECORD not in api.call("node", "node2")["metadata"].get("annotations", {})
     labs.wait_until(lambda: not peers(lab), HEAL_S, "end of the peer")
