@@ -69,6 +69,8 @@ POLL_S = 0.5  # how often the directory store is looked at
 EVENT_S = 0.25  # the least time between passes that events ask for: a pass notices its own changes, and pods come in storms
 GLANCE_S = 1.5  # how often the tunnel's peers and firewall are looked at: no monitor tells of them
 AUDIT_S = 10  # a full look at the kernel, whether or not anything seems to have happened
+PASS_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)  # of the histogram of passes
+STUCK_S = 120  # a loop that has not come round for so long hangs: commands have 30 s each
 HOLD_S = 60  # how long a mass disappearance of nodes is doubted
 UNDERLAY_OVERHEAD = {4: 60, 6: 80}  # IP header, UDP header, WireGuard's 32 bytes
 
@@ -97,6 +99,7 @@ class Settings:
     bin_dir: str
     state_dir: str
     run_dir: str
+    listen: tuple = ("127.0.0.1", 28386)
 
     @property
     def netns(self):
@@ -141,6 +144,15 @@ def port_pair(text):
     return ports
 
 
+def listen_address(text):
+    """(host, port) of ADDRESS:PORT."""
+    host, _, port = text.rpartition(":")
+    host = host[1:-1] if host[:1] == "[" and host[-1:] == "]" else host
+    if not mncni.is_address(host, ipaddress.ip_address) or not port.isdigit() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: give an address and a port, like 127.0.0.1:28386 or [::]:28386")
+    return host, int(port)
+
+
 def link_name(text):
     if not mncni.is_ifname(text):
         raise argparse.ArgumentTypeError(f"{text!r} cannot name a network link")
@@ -170,6 +182,13 @@ FLAGS = (
     ("--bin-dir", str, mncni.DEFAULT_BIN_DIR, False, "where the CNI plugin goes"),
     ("--state-dir", str, "/var/lib/mncni", False, "state that outlives a boot: the key, the last good list of nodes"),
     ("--run-dir", str, mncni.DEFAULT_RUN_DIR, False, "state that does not"),
+    (
+        "--listen",
+        listen_address,
+        "127.0.0.1:28386",
+        False,
+        "where /healthz, /readyz, /metrics are; other hosts get metrics only",
+    ),
 )
 
 
@@ -227,6 +246,7 @@ def parse_settings(parser, options, environ):
         endpoints=lists["endpoint"],
         ports=options.port,
         run_dir=options.run_dir,
+        listen=options.listen,
         **{name: getattr(options, name) for name in names},
     )
 
@@ -409,6 +429,17 @@ def read_kubeconfig(path, run):
     return access
 
 
+class Counts:
+    """Figures that only grow, for /metrics: {(name, ((label, value), ...)): figure}. For any number of threads."""
+
+    def __init__(self):
+        self.lock, self.figures = threading.Lock(), collections.Counter()
+
+    def add(self, name, amount=1, **labels):
+        with self.lock:
+            self.figures[name, tuple(sorted(labels.items()))] += amount
+
+
 class Api:
     """A client of one API server, which may have several addresses. For any number of threads.
 
@@ -422,6 +453,7 @@ class Api:
     IDLE_S = 15  # how long a connection is kept for the next request; the server keeps it longer
 
     def __init__(self, access):
+        self.counts = Counts()
         self.access = access
         self.servers = access["server"].split(",")
         self.idle = []  # [(when it was used, connection)]
@@ -432,6 +464,7 @@ class Api:
         connection, response = self._exchange(method, path, body, params, content_type, accept, self.READ_S)
         with self._told(method, path):
             data = response.read()
+            self.counts.add("mncni_api_received_bytes_total", len(data))
             if response.will_close:
                 connection.close()
             else:
@@ -473,6 +506,7 @@ class Api:
             while True:
                 with self._told("watch", path):
                     data = response.read1(1 << 16)
+                    self.counts.add("mncni_api_received_bytes_total", len(data))
                     *lines, rest = (rest + data).split(b"\n")
                     events = [json.loads(line) for line in lines if line.strip()]
                     if not data and rest:
@@ -520,10 +554,12 @@ class Api:
                     connection.request(method, target, None if body is None else json.dumps(body), headers)
                     response = connection.getresponse()
                     data = response.read() if response.status >= 300 else b""
+                self.counts.add("mncni_api_requests_total", verb=method, code=response.status)
                 if response.status < 300:
                     return connection, response
                 error = refusal(method, path, response, data)
             except ApiError as failure:
+                self.counts.add("mncni_api_requests_total", verb=method, code="none")
                 error = failure
             connection.close()
             renewed = error.status == 401 and self._token() != token
@@ -1896,10 +1932,12 @@ class Agent:
         self.doubt_until = None  # on self.clock; while it is set, nodes that vanish are kept
         self.store_trouble = ""
         self.reason = "starting"
+        self.counts, self.beat = Counts(), clock()  # beat: when the loop last came round
         self.next_pass = self.next_glance = 0
 
     def tick(self, event=False):
         """One look at the store and, if something happened or an audit is due, one pass. Returns whether the node's network stands."""
+        begin = self.beat = self.clock()
         news = self.store.changed()
         look = event or bool(self.reason) or self.clock() >= self.next_pass or (not news and self.is_tunnel_changed())
         if not (news or look or (self.doubt_until is not None and self.clock() >= self.doubt_until)):
@@ -1916,7 +1954,17 @@ class Agent:
                 log.exception("a defect of the agent, please report it")
             self.say(reason)
         self.write_status()
+        self.count_pass(self.clock() - begin)
         return not self.reason
+
+    def count_pass(self, took_s):
+        """For /metrics: a histogram of passes, and how many failed."""
+        name = "mncni_reconcile_duration_seconds"
+        for bound in (*PASS_BUCKETS_S, "+Inf"):
+            self.counts.add(f"{name}_bucket", bound == "+Inf" or took_s <= bound, le=bound)
+        self.counts.add(f"{name}_sum", took_s)
+        self.counts.add(f"{name}_count")
+        self.counts.add("mncni_reconcile_errors_total", bool(self.reason))
 
     def is_tunnel_changed(self):
         """Whether WireGuard or the namespace's firewall are otherwise than we left them: no monitor says so. Asked every GLANCE_S."""
@@ -2135,6 +2183,7 @@ def run_agent(settings, environ):
         log.error("%s", error)
         return FAILED
     agent, monitors, event = Agent(settings, store, run), Monitors(settings.netns), False
+    threading.Thread(target=serve_http, args=(settings.listen, agent_pages(agent)), daemon=True).start()
     while not stopping:
         agent.tick(event)
         for daemon in agent.context.daemons:
@@ -2232,6 +2281,143 @@ def format_status(status, now):
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines += [f"{name}: quarantined: {reason}" for name, reason in sorted(status.get("quarantine", {}).items())]
     return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HTTP: health, and metrics                            https://prometheus.io/docs/instrumenting/exposition_formats/, 0.0.4
+# ---------------------------------------------------------------------------------------------------------------------
+
+METRICS = {  # name: (type, help)
+    "mncni_build_info": ("gauge", "The version of the agent, as a label."),
+    "mncni_network_up": ("gauge", "Whether this node's pod network stands."),
+    "mncni_admission_guard": ("gauge", "Whether the cluster refuses that one node writes another's record."),
+    "mncni_store_trouble": ("gauge", "Whether something is wrong with the node store; the last good list of nodes is in use then."),
+    "mncni_peers": ("gauge", "Other nodes whose record is believed."),
+    "mncni_quarantined_nodes": ("gauge", "Nodes whose record is not believed."),
+    "mncni_node_quarantined": ("gauge", "1 for each node whose record is not believed, with the reason."),
+    "mncni_peer_last_handshake_seconds": (
+        "gauge",
+        "When the last handshake was, in Unix time; 0: never. An idle peer has an old one.",
+    ),
+    "mncni_peer_receive_bytes_total": ("counter", "Bytes received from a node."),
+    "mncni_peer_transmit_bytes_total": ("counter", "Bytes sent to a node."),
+    "mncni_leaked_packets_total": ("counter", "Packets for the cluster that were on their way out in clear, and were dropped."),
+    "mncni_leases": ("gauge", "Pods attached to the network."),
+    "mncni_reconcile_duration_seconds": ("histogram", "How long passes took."),
+    "mncni_reconcile_errors_total": ("counter", "Passes that could not make the network stand."),
+    "mncni_api_requests_total": ("counter", "Requests to the API server, by verb and HTTP status; none: no answer."),
+    "mncni_api_received_bytes_total": ("counter", "Bytes of answers from the API server."),
+}
+
+
+def agent_pages(agent):
+    """{path: function that returns (HTTP status, text)} of a running agent."""
+
+    def healthz():
+        silent_s = agent.clock() - agent.beat
+        return (200, "ok\n") if silent_s < STUCK_S else (503, f"the agent's loop has not come round for {silent_s:.0f} s\n")
+
+    def readyz():
+        return (503, agent.reason + "\n") if agent.reason else (200, "ok\n")
+
+    def metrics():
+        status = look_status(agent.settings, agent.context.run)
+        with contextlib.suppress(CNIError):
+            status["leaked"] = look_firewall(agent.context.run, "")[1][0]
+        status["up"] = not agent.reason
+        status["leases"] = len(mncni.Leases(mncni.DEFAULT_DATA_DIR, NETWORK).attachments())
+        figures = dict(agent.counts.figures)
+        if agent.settings.nodes_dir == "":
+            figures.update(agent.store.api.counts.figures)
+        return 200, format_metrics({**plan_metrics(status), **figures})
+
+    return {"/healthz": healthz, "/readyz": readyz, "/metrics": metrics}
+
+
+def plan_metrics(status):
+    """{(name, ((label, value), ...)): figure} of what look_status says."""
+    figures = {("mncni_build_info", (("version", mncni.PROGRAM_VERSION),)): 1}
+    plain = {
+        "mncni_network_up": status["up"],
+        "mncni_store_trouble": bool(status.get("store")),
+        "mncni_peers": len(status["peers"]),
+        "mncni_quarantined_nodes": len(status["quarantine"]),
+        "mncni_leases": status["leases"],
+        "mncni_leaked_packets_total": status.get("leaked"),
+        "mncni_admission_guard": status.get("admission_guard"),
+    }
+    figures.update({(name, ()): figure for name, figure in plain.items() if figure is not None})
+    for name, reason in status["quarantine"].items():
+        figures["mncni_node_quarantined", (("node", name), ("reason", reason))] = 1
+    for peer in status["peers"]:
+        for name, key in (("last_handshake_seconds", "handshake"), ("receive_bytes_total", "rx"), ("transmit_bytes_total", "tx")):
+            figures[f"mncni_peer_{name}", (("node", peer["name"]),)] = peer[key]
+    return figures
+
+
+def format_metrics(figures):
+    """The figures as Prometheus reads them, those of one name together."""
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    lines = []
+    for family, (kind, text) in METRICS.items():
+        suffixes = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
+        own = [(name, labels, figure) for (name, labels), figure in figures.items() if name in [family + suffix for suffix in suffixes]]
+        lines += [f"# HELP {family} {text}", f"# TYPE {family} {kind}"] if own else []
+        for name, labels, figure in own:
+            words = ",".join(f'{label}="{str(value).translate(escapes)}"' for label, value in labels)
+            lines.append(f"{name}{{{words}}} {float(figure):.15g}" if words else f"{name} {float(figure):.15g}")
+    return "\n".join(lines) + "\n"
+
+
+def http_page(pages, target, client):
+    """(HTTP status, text) for a request target from an address. Others than this host get figures alone."""
+    path, address = target.partition("?")[0], ipaddress.ip_address(client.partition("%")[0])
+    address = getattr(address, "ipv4_mapped", None) or address
+    if path in pages and (address.is_loopback or path == "/metrics"):
+        return pages[path]()
+    return 404, f"there are: {', '.join(pages)}\n"
+
+
+def serve_http(listen, pages):
+    """Serve GET of the pages until the process ends. A port that is taken is tried again: the network is more than its figures."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer  # +30 ms, and only now
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 10  # for a client that says nothing
+
+        def do_GET(self):
+            try:
+                self.answer(*http_page(pages, self.path, self.client_address[0]))
+            except OSError as error:  # whoever asked is gone
+                log.debug("HTTP: %s", error)
+            except Exception as error:
+                log.exception("a defect of the agent, please report it")
+                self.answer(500, f"{type(error).__name__}: {error}\n")
+
+        def answer(self, code, text):
+            data = text.encode()
+            self.send_response(code)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *words):
+            """Nothing: a probe every few seconds is no news."""
+
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in listen[0] else socket.AF_INET
+        daemon_threads = True
+
+    said = False
+    while True:
+        try:
+            return Server(listen, Handler).serve_forever()
+        except OSError as error:
+            if not said:
+                log.error("cannot serve --listen %s port %d: %s; trying on", *listen, error.strerror)
+            said = True
+            time.sleep(5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

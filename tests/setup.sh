@@ -61,6 +61,8 @@ need_lab_tools() {
 
 need_reference_plugins() {
     [[ -x /opt/cni/bin/host-local || -x /usr/lib/cni/host-local ]] || note_missing "reference CNI plugins" containernetworking-plugins
+    # Reads the agent's metrics as Prometheus does. Of the distribution's python3, like PyYAML below.
+    /usr/bin/python3 -c 'import prometheus_client' 2>/dev/null || note_missing "a parser of metrics" python3-prometheus-client
 }
 
 need_matrix_tools() {

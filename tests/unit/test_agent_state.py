@@ -106,6 +106,7 @@ def test_every_flag_of_run_has_its_variable_and_the_flag_wins():
         "MNCNI_BIN_DIR": "/b",
         "MNCNI_STATE_DIR": "/s",
         "MNCNI_RUN_DIR": "/r",
+        "MNCNI_LISTEN": "[::1]:7",
     }
     assert {"MNCNI_" + flag[2:].upper().replace("-", "_") for flag, *_ in agent.FLAGS} == set(environ)
     settings = parse(environ=environ)
@@ -126,6 +127,7 @@ def test_every_flag_of_run_has_its_variable_and_the_flag_wins():
         "bin_dir": "/b",
         "state_dir": "/s",
         "run_dir": "/r",
+        "listen": ["::1", "7"],
     }
     assert (settings.netns, settings.families) == ("/run/netns/ns7", [4, 6])
     other = parse("--cluster-cidr", "10.9.0.0/16", "--pod-cidr", "10.9.1.0/24", "--mtu", "1300", environ=environ)

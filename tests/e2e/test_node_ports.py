@@ -1,4 +1,4 @@
-"""Host ports on a node that the agent keeps: through the conflist that it wrote, and back again after damage."""
+"""What a node of the agent's answers to: host ports, through the conflist that it wrote and back again after damage, and its own pages."""
 
 import os
 import subprocess
@@ -61,3 +61,32 @@ def test_nothing_is_left_when_the_pod_is_gone(lab):
     assert "18080" in node_sh(lab, "node2", "nft list ruleset")
     labs.del_pod(lab, "node2", "web")
     assert "portmap" not in node_sh(lab, "node2", "nft list ruleset; ls /run/mncni/portmap | grep -v lock || true")
+
+
+def page(argv, address, path):
+    """(HTTP status, text) of the agent's page; (0, "") if nobody answers."""
+    code, stdout, _ = labs.run([*argv, labs.PYTHON, "-c", GET, address, path])
+    status, _, text = stdout.partition(" ") if code == 0 else ("0", "", "")
+    return int(status), text
+
+
+GET = """
+import http.client, sys
+connection = http.client.HTTPConnection(sys.argv[1], 28386, timeout=5)
+connection.request("GET", sys.argv[2])
+response = connection.getresponse()
+print(response.status, response.read().decode())
+"""
+
+
+def test_the_agent_serves_health_and_figures_to_its_node_and_nothing_to_pods(lab):
+    node, pod = labs.node_argv(lab, "node1"), labs.pod_argv(lab, "node1", "pod1")
+    labs.wait_until(lambda: page(node, "127.0.0.1", "/readyz")[0] == 200, 20, "agent that is ready")
+    assert page(node, "127.0.0.1", "/healthz")[0] == 200
+    status, text = page(node, "127.0.0.1", "/metrics")
+    assert status == 200
+    for line in ("mncni_network_up 1", "mncni_peers 1", "mncni_leases 2"):
+        assert line in text.splitlines()
+    assert 'mncni_peer_receive_bytes_total{node="node2"}' in text
+    for address in (NODE1, "10.244.1.1"):
+        assert page(pod, address, "/metrics") == (0, "")
