@@ -1582,7 +1582,7 @@ def ensure_firewall(context, where, text_of):
 def look_firewall(run, netns):
     command = Command(in_netns(netns, ["nft", "-j", "list", "table", "inet", "mncni"]))
     reply = run(command)
-    if reply.exit_code != 0 and not mncni.is_gone_nft(reply):
+    if reply.exit_code != 0 and not mncni.is_gone(reply):
         raise mncni.command_failed(command, reply)
     return parse_nft(reply.stdout)
 

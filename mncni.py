@@ -57,13 +57,8 @@ INCOMPATIBLE_VERSION, UNSUPPORTED_FIELD, BAD_ENVIRONMENT, IO_FAILURE, DECODE_FAI
 BAD_NETNS, TRY_AGAIN, NOT_AVAILABLE, LIMITED_CONNECTIVITY, COMMAND_FAILED, INTERNAL = 8, 11, 50, 51, 100, 999
 
 PACKAGES = {
-    "ip": "iproute2",
-    "tc": "iproute2",
-    "nft": "nftables",
-    "wg": "wireguard-tools",
-    "nsenter": "util-linux",
-    "setpriv": "util-linux",
-    "tee": "coreutils",
+    "ip": "iproute2", "tc": "iproute2", "nft": "nftables", "wg": "wireguard-tools",
+    "nsenter": "util-linux", "setpriv": "util-linux", "tee": "coreutils",
 }
 
 
@@ -117,7 +112,7 @@ def is_identifier(text):
 
 def is_ifname(text):
     """Whether text may name an interface: the kernel's rule (dev_valid_name), less what `ip -batch` gives a meaning to."""
-    if not text or text in (".", "..") or len(text.encode("utf-8", "surrogateescape")) > 15:
+    if not text or text in (".", "..") or len(text.encode("utf-8", "replace")) > 15:
         return False
     return not any(char in "/:\"'\\#" or char.isspace() or not char.isprintable() for char in text)
 
@@ -195,17 +190,19 @@ def any_case(mapping, key):
     """mapping[key] whatever the case of its letters, or None. containerd sends the keys below runtimeConfig capitalised."""
     if not isinstance(mapping, dict):
         return None
-    if key in mapping:
-        return mapping[key]
-    for name, value in mapping.items():
-        if name.lower() == key.lower():
-            return value
-    return None
+    lowered = {name.lower(): value for name, value in mapping.items()}
+    return mapping.get(key, lowered.get(key.lower()))
 
 
-def runtime_config(request, key):
-    """What the runtime supplies for a declared capability, or None. CONVENTIONS, dynamic plugin specific fields."""
-    return any_case(any_case(request.conf, "runtimeConfig"), key)
+def runtime_config(request, key, kind, default):
+    """What the runtime supplies for a declared capability, as `typed` has it. CONVENTIONS, dynamic plugin specific fields."""
+    return typed({key: any_case(any_case(request.conf, "runtimeConfig"), key)}, key, kind, default)
+
+
+def requested(request, key, name):
+    """What is asked for, in the order of the conventions: runtimeConfig's key, else that of args.cni, else CNI_ARGS' name, else None."""
+    args = any_case(any_case(request.conf, "args"), "cni")
+    return any_case(any_case(request.conf, "runtimeConfig"), key) or any_case(args, key) or request.args.get(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,6 +290,8 @@ def answer(environ, stdin_text, run, plugins=None, called_as="mncni"):
         where = f": {error.filename}" if error.filename else ""
         return 1, error_reply(CNIError(IO_FAILURE, f"input/output failure: {error.strerror or error}{where}"), version)
     except Exception as error:
+        if isinstance(error, UnicodeEncodeError) or "embedded null" in str(error):
+            return 1, error_reply(config_error(f"a string of the configuration holds a character that no name can have: {error}"), version)
         import traceback  # only when it is too late to be fast
 
         traceback.print_exc()
@@ -415,20 +414,17 @@ def check_netns(request, environ):
     it may be gone, or /proc/PID may be another process by now."""
     if not request.netns or request.command in ("GC", "STATUS"):
         return
+    problem = ""
     try:
-        there, own = os.stat(request.netns), os.stat("/proc/self/ns/net")
+        override = environ.get("CNI_NETNS_OVERRIDE", "").lower() in ("1", "true")
+        if os.path.samefile(request.netns, "/proc/self/ns/net") and not override:
+            problem = "the plugin itself runs in it"
     except (OSError, ValueError) as error:  # ValueError: a NUL byte
-        if request.command == "DEL":
-            request.netns = ""
-            return
-        reason = getattr(error, "strerror", None) or error
-        raise CNIError(BAD_NETNS, f"cannot open the network namespace {request.netns!r}: {reason}") from None
-    override = environ.get("CNI_NETNS_OVERRIDE", "").lower() in ("1", "true")
-    if (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino) and not override:
-        if request.command == "DEL":
-            request.netns = ""
-            return
-        raise CNIError(BAD_NETNS, f"CNI_NETNS {request.netns!r} is the network namespace that the plugin itself runs in")
+        problem = getattr(error, "strerror", None) or error
+    if problem and request.command != "DEL":
+        raise CNIError(BAD_NETNS, f"cannot use the network namespace {request.netns!r}: {problem}")
+    if problem:
+        request.netns = ""
 
 
 def error_reply(error, version):
@@ -482,16 +478,9 @@ def make_run(environ, trace=None, timeout_s=30):
             forget_flows(command.argv[2:])
             return Reply(0, "", "")
         try:
-            done = subprocess.run(
-                command.argv,
-                input=command.stdin,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=timeout_s,
-                close_fds=False,  # a command holds the lock of its attachment until it ends, even if we are killed before
-                env={**child_environ, **command.environ},
-            )
+            # close_fds: a command holds the lock of its attachment until it ends, even if we are killed before.
+            options = {"capture_output": True, "text": True, "errors": "replace", "timeout": timeout_s, "close_fds": False}
+            done = subprocess.run(command.argv, input=command.stdin, env={**child_environ, **command.environ}, **options)
         except FileNotFoundError:
             raise missing_tool(command.argv[0]) from None
         except subprocess.TimeoutExpired:
@@ -545,16 +534,22 @@ def in_netns(netns, argv):
     return ["nsenter", f"--net={netns}", *argv] if netns else argv
 
 
-def guarded(line):
-    """line, if a batch may hold it. Every value was validated before; this is the one place that makes sure."""
-    if any(char in "\n\r\"'\\#" for char in line) or not line.isprintable():
-        raise CNIError(BAD_ENVIRONMENT, f"refused to pass a value with a special character on to ip: {line!r}")
-    return line
+def guarded(lines):
+    """The text of a batch. Every value in it was validated before; this is the one place that makes sure."""
+    for line in lines:
+        if any(char in "\"'\\#" for char in line) or not line.isprintable():
+            raise CNIError(BAD_ENVIRONMENT, f"refused to pass a value with a special character on to ip: {line!r}")
+    return "".join(line + "\n" for line in lines)
 
 
 def ip_batch(lines, netns=""):
     """One `ip` for several changes. It is no transaction: it stops at the first line that fails."""
-    return Command(in_netns(netns, ["ip", "-batch", "-"]), "".join(guarded(line) + "\n" for line in lines))
+    return Command(in_netns(netns, ["ip", "-batch", "-"]), guarded(lines))
+
+
+def tc_batch(lines):
+    """The same for `tc`."""
+    return Command(["tc", "-batch", "-"], guarded(lines))
 
 
 def write_sysctls(keys, value, netns=""):
@@ -589,29 +584,47 @@ def command_failed(command, reply):
     return CNIError(COMMAND_FAILED, f"{command.argv[0]} failed: {first}", f"{what}\n{said}")
 
 
-# Words of ip and tc that say: what was asked for is not there. is_gone_nft is the same for nft.
+# Words of ip and tc that say: what was asked for is not there. nft says so in one line of several.
 GONE = ("does not exist", "Cannot find device", "No such device", "No such file or directory", "No such process", "Command failed -:")
+GONE_NFT = "Error: No such file or directory"
 
 
 def is_gone(reply):
     """Whether a command failed for no other reason than that its object is not there."""
     lines = reply.stderr.splitlines()
-    return reply.exit_code != 0 and bool(lines) and all(any(words in line for words in GONE) for line in lines)
+    gone = bool(lines) and all(any(words in line for words in GONE) for line in lines)
+    return reply.exit_code != 0 and (gone or GONE_NFT in reply.stderr)
+
+
+def ask(command, run, may_be_gone=True):
+    """The reply to a command whose object may be gone. CNIError 100 if it fails for another reason, 8 if there is no such namespace."""
+    for _ in range(5):
+        reply = run(command)
+        if "Dump was interrupted" not in reply.stderr:  # ip says so when links come and go while it lists them
+            break
+    if reply.stderr.startswith("nsenter:"):
+        raise CNIError(BAD_NETNS, "cannot enter the network namespace", reply.stderr.strip())
+    if reply.exit_code != 0 and not (may_be_gone and is_gone(reply)):
+        raise command_failed(command, reply)
+    return reply
 
 
 def look_ip(arguments, run, netns="", family=""):
     """What `ip -json` prints for the given command lines, as one list of objects. What is not there is left out."""
-    options = ["-json", "-details", *([family] if family else []), "-force", "-batch", "-"]
-    command = Command(in_netns(netns, ["ip", *options]), "".join(guarded(line) + "\n" for line in arguments))
-    for _ in range(5):
-        reply = run(command)
-        if "Dump was interrupted" not in reply.stderr:  # it says so when links come and go while it lists them
-            break
-    if reply.stderr.startswith("nsenter:"):
-        raise CNIError(BAD_NETNS, f"cannot enter the network namespace {netns!r}", reply.stderr.strip())
-    if reply.exit_code != 0 and not is_gone(reply):
-        raise command_failed(command, reply)
+    argv = ["ip", "-json", "-details", *([family] if family else []), "-force", "-batch", "-"]
+    reply = ask(Command(in_netns(netns, argv), guarded(arguments)), run)
     return [item for line in reply.stdout.splitlines() if line for item in json.loads(line)]
+
+
+def look_nft(what, run):
+    """The objects of a table or chain of nft: look_nft(["table", "inet", "t"], run); [] if it is gone."""
+    return json.loads(ask(Command(["nft", "-j", "list", *what]), run).stdout or "{}").get("nftables", [])
+
+
+def look_qdiscs(device, run, netns=""):
+    """The queueing disciplines of a device, [] if it or its namespace is gone."""
+    reply = run(Command(in_netns(netns, ["tc", "-json", "qdisc", "show", "dev", device])))
+    return json.loads(reply.stdout or "[]") if reply.exit_code == 0 else []
 
 
 def look_link(name, links):
@@ -850,7 +863,7 @@ def parse_ipam(request):
     kind = typed(ipam, "type", str, "")
     if kind not in ("", "mncni", "mncni.py"):
         return {"type": kind}
-    sets = [parse_range_set(ranges) for ranges in requested_ranges(request) + configured_ranges(ipam)]
+    sets = [parse_range_set(ranges) for ranges in range_sets_of(request, ipam)]
     by_runtime = request.command == "STATUS" and any_case(request.conf.get("capabilities"), "ipRanges") is True
     if not sets and not by_runtime:  # STATUS gets no runtimeConfig
         raise config_error('"ipam" has no "ranges"', 'for example "ranges": [[{"subnet": "10.88.0.0/24"}]]')
@@ -873,18 +886,10 @@ def ipam_leases(request):
     return Leases(data_dir or DEFAULT_DATA_DIR, request.network)
 
 
-def configured_ranges(ipam):
-    """The range sets as written: "ranges", before them the single range of the older keys "subnet", "rangeStart", ..."""
+def range_sets_of(request, ipam):
+    """The range sets as written: the runtime's, the single one of the older keys "subnet", "rangeStart", ..., then "ranges"."""
     older = {key: ipam[key] for key in ("subnet", "rangeStart", "rangeEnd", "gateway") if key in ipam}
-    return ([[older]] if "subnet" in older else []) + typed(ipam, "ranges", list, [])
-
-
-def requested_ranges(request):
-    """The capability ipRanges: it comes before the configured ranges. CONVENTIONS."""
-    ranges = runtime_config(request, "ipRanges")
-    if ranges is not None and not isinstance(ranges, list):
-        raise config_error(f'"ipRanges" must be an array, not {kind_of(ranges)}')
-    return ranges or []
+    return runtime_config(request, "ipRanges", list, []) + ([[older]] if "subnet" in older else []) + typed(ipam, "ranges", list, [])
 
 
 def parse_range_set(ranges):
@@ -960,11 +965,11 @@ def parse_resolv_conf(path):
 
 
 def requested_ips(request):
-    """The addresses asked for, in the order of the conventions: runtimeConfig.ips, else args.cni.ips, else CNI_ARGS IP. CNIError 7."""
-    args = any_case(any_case(request.conf, "args"), "cni")
-    asked = runtime_config(request, "ips") or any_case(args, "ips") or [ip for ip in request.args.get("IP", "").split(",") if ip]
-    if not isinstance(asked, list):
-        raise config_error(f'the requested "ips" must be an array, not {kind_of(asked)}')
+    """The addresses asked for: an array, or from CNI_ARGS a list with commas. CNIError 7."""
+    asked = requested(request, "ips", "IP") or []
+    if isinstance(asked, str):
+        asked = [ip for ip in asked.split(",") if ip]
+    asked = typed({"ips": asked}, "ips", list, [])
     return [parse_address(ip, ipaddress.ip_interface, "a requested address").ip for ip in asked]
 
 
@@ -1163,9 +1168,8 @@ def parse_naivewg(request):
 
 
 def requested_mac(request):
-    """The MAC asked for, "" if none: runtimeConfig.mac, else args.cni.mac, else CNI_ARGS MAC. CNIError 7."""
-    args = any_case(any_case(request.conf, "args"), "cni")
-    mac = runtime_config(request, "mac") or any_case(args, "mac") or request.args.get("MAC")
+    """The MAC asked for, "" if none. CNIError 7."""
+    mac = requested(request, "mac", "MAC")
     return parse_mac(mac, 'the requested "mac"') if mac else ""
 
 
@@ -1395,17 +1399,10 @@ def plan_masq(network, conf, ips):
 def check_masq(network, ips, run):
     """What is wrong with the masquerade rules, as a list of messages."""
     chain, *sets = masq_names(network)
-    reply = run(Command(["nft", "-j", "list", "chain", "inet", "mncni_masq", chain]))
-    if reply.exit_code != 0 and not is_gone_nft(reply):
-        raise command_failed(Command(["nft", "-j", "list", "chain", "inet", "mncni_masq", chain]), reply)
-    rules = [item["rule"] for item in json.loads(reply.stdout or "{}").get("nftables", []) if "rule" in item]
-    complete = {name for name in sets for rule in rules if f"@{name}" in json.dumps(rule) and "masquerade" in json.dumps(rule)}
+    rules = [json.dumps(item) for item in look_nft(["chain", "inet", "mncni_masq", chain], run) if "rule" in item]
+    complete = {name for name in sets for rule in rules if f"@{name}" in rule and "masquerade" in rule}
     wanted = {sets[1] if ":" in ip["address"] else sets[0] for ip in ips}
     return [f"no masquerade rule for {name} in nft table inet mncni_masq, chain {chain}" for name in sorted(wanted - complete)]
-
-
-def is_gone_nft(reply):
-    return reply.exit_code != 0 and "No such file or directory" in reply.stderr
 
 
 def naivewg_result(request, conf, ipam, bridge_mac, mac):
@@ -1486,10 +1483,7 @@ def detach(request, run):
 
 def delete_link(name, run):
     """Delete a link of the host. Gone already is fine."""
-    command = Command(["ip", "link", "delete", "dev", name])
-    reply = run(command)
-    if reply.exit_code != 0 and not is_gone(reply):
-        raise command_failed(command, reply)
+    ask(Command(["ip", "link", "delete", "dev", name]), run)
 
 
 def naivewg_check(request, run):
@@ -1636,9 +1630,9 @@ PROTOCOLS = {"6": "tcp", "17": "udp", "132": "sctp"}  # nft shows the number whe
 
 def parse_portmap(request):
     """[(protocol, host address or None, host port, container port)] that the runtime asks for. CNIError 7."""
-    mappings = runtime_config(request, "portMappings") or []
-    if not isinstance(mappings, list) or not all(isinstance(mapping, dict) for mapping in mappings):
-        raise config_error('"portMappings" must be an array of objects like {"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}')
+    mappings = runtime_config(request, "portMappings", list, [])
+    if not all(isinstance(mapping, dict) for mapping in mappings):
+        raise config_error('"portMappings" must hold objects like {"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}')
     keys = ("protocol", "hostIP", "hostPort", "containerPort")
     return [parse_mapping({key: any_case(mapping, key) for key in keys}) for mapping in mappings]
 
@@ -1840,11 +1834,7 @@ def portmap_check(request, run):
 
 def look_portmap(run):
     """({"MAP KEY": VALUE}, number of rules) of the table as it stands; ({}, 0) if there is none."""
-    command = Command(["nft", "-j", "list", "table", "inet", "mncni_portmap"])
-    reply = run(command)
-    if reply.exit_code != 0 and not is_gone_nft(reply):
-        raise command_failed(command, reply)
-    items, elements = json.loads(reply.stdout or "{}").get("nftables", []), {}
+    items, elements = look_nft(["table", "inet", "mncni_portmap"], run), {}
     for table_map in (item["map"] for item in items if "map" in item):
         for key, value in table_map.get("elem", []):
             words = [[PROTOCOLS.get(str(word), str(word)) for word in side["concat"]] for side in (key["elem"]["val"], value)]
@@ -1903,9 +1893,7 @@ def parse_bandwidth(request):
     """{"ingress": (rate, burst) or None, "egress": ...}, rate in bit/s, burst in bits, None for one that is not given. Ingress is
     towards the pod. Keys of the configuration win over the runtime's, as a whole. CNIError 7."""
     keys = ("ingressRate", "ingressBurst", "egressRate", "egressBurst")
-    values = request.conf if any(key in request.conf for key in keys) else runtime_config(request, "bandwidth")
-    if values is not None and not isinstance(values, dict):
-        raise config_error(f'"bandwidth" must be an object, not {kind_of(values)}')
+    values = request.conf if any(key in request.conf for key in keys) else runtime_config(request, "bandwidth", dict, {})
     parsed = {}
     for direction in ("ingress", "egress"):
         rate, burst = (typed({key: any_case(values, key)}, key, int, 0) for key in (f"{direction}Rate", f"{direction}Burst"))
@@ -1939,19 +1927,6 @@ def look_peer(request, run):
         if pod and host["ifindex"] == pod.get("link_index"):
             return host
     raise config_error(f"none of the interfaces {', '.join(names) or '(none)'} of prevResult is the host's end of {request.ifname}")
-
-
-def look_qdiscs(device, run):
-    """The queueing disciplines of a host's device, [] if it is gone."""
-    command = Command(["tc", "-json", "qdisc", "show", "dev", device])
-    reply = run(command)
-    if reply.exit_code != 0 and not is_gone(reply):
-        raise command_failed(command, reply)
-    return json.loads(reply.stdout or "[]")
-
-
-def tc_batch(lines):
-    return Command(["tc", "-batch", "-"], "".join(guarded(line) + "\n" for line in lines))
 
 
 def plan_bandwidth(request, limits, peer, qdiscs):
@@ -2044,15 +2019,7 @@ NETEM_TABLES = ("uniform", "normal", "pareto", "paretonormal")
 
 def parse_lat(request):
     """The words of a netem expression for this pod, from its annotation "lat"; [] if it has none. CNIError 7 naming the bad word."""
-    annotations = runtime_config(request, "io.kubernetes.cri.pod-annotations")
-    if annotations is not None and not isinstance(annotations, dict):
-        raise config_error(f"the pod's annotations must be an object, not {kind_of(annotations)}")
-    text = (annotations or {}).get("lat")
-    if text is None:
-        return []
-    if not isinstance(text, str):
-        raise config_error(f'the annotation "lat" must be a string, not {kind_of(text)}')
-    words = text.split()
+    words = typed(runtime_config(request, "io.kubernetes.cri.pod-annotations", dict, {}), "lat", str, "").split()
     return parse_netem(["delay", *words] if words and is_netem_value("time", words[0]) else words)
 
 
@@ -2113,8 +2080,7 @@ def lat_add(request, run):
 
 def look_netem(request, run):
     """Whether the pod's interface has netem. False where there is no interface or no namespace any more."""
-    reply = run(Command(in_netns(request.netns, ["tc", "-json", "qdisc", "show", "dev", request.ifname])))
-    return reply.exit_code == 0 and any(qdisc["kind"] == "netem" for qdisc in json.loads(reply.stdout or "[]"))
+    return any(qdisc["kind"] == "netem" for qdisc in look_qdiscs(request.ifname, run, request.netns))
 
 
 def lat_del(request, run):
@@ -2147,10 +2113,8 @@ def look_routes(request, run):
     """
     routes = []
     for family in ("-4", "-6"):
-        command = ["ip", family, "-oneline", "route", "show", "table", "all", "type", "unicast", "dev", request.ifname]
-        reply = run(Command(in_netns(request.netns, command)))
-        if reply.exit_code != 0:
-            raise command_failed(Command(command), reply)
+        argv = ["ip", family, "-oneline", "route", "show", "table", "all", "type", "unicast", "dev", request.ifname]
+        reply = ask(Command(in_netns(request.netns, argv)), run, may_be_gone=False)
         routes += [[*parse_route_words(line), "dev", request.ifname] for line in reply.stdout.splitlines() if line.strip()]
     return routes
 
