@@ -112,7 +112,7 @@ def is_identifier(text):
 
 def is_ifname(text):
     """Whether text may name an interface: the kernel's rule (dev_valid_name), less what `ip -batch` gives a meaning to."""
-    if not text or text in (".", "..") or len(text.encode("utf-8", "replace")) > 15:
+    if not isinstance(text, str) or text in ("", ".", "..") or len(text.encode("utf-8", "replace")) > 15:
         return False
     return not any(char in "/:\"'\\#" or char.isspace() or not char.isprintable() for char in text)
 
@@ -203,6 +203,21 @@ def requested(request, key, name):
     """What is asked for, in the order of the conventions: runtimeConfig's key, else that of args.cni, else CNI_ARGS' name, else None."""
     args = any_case(any_case(request.conf, "args"), "cni")
     return any_case(any_case(request.conf, "runtimeConfig"), key) or any_case(args, key) or request.args.get(name)
+
+
+def valid_attachments(request):
+    """What GC has to keep, as a set of (container ID, interface). None: the runtime sent no list, so there is nothing to remove.
+    null or [] mean that nothing is valid. CNIError 7 for anything else. SPEC section 2, GC."""
+    key = next((key for key in ("cni.dev/valid-attachments", "cni.dev/attachments") if key in request.conf), None)
+    if key is None:
+        return None
+    keep = set()
+    for entry in typed(request.conf, key, list, []):
+        pair = (entry.get("containerID"), entry.get("ifname")) if isinstance(entry, dict) else (None, None)
+        if not all(isinstance(item, str) and item for item in pair):
+            raise config_error(f'"{key}" must list objects with "containerID" and "ifname", not {json.dumps(entry)[:80]}')
+        keep.add(pair)
+    return keep
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,6 +342,13 @@ def call_check(request, stages, run):
     if request.prev_result is None:
         raise config_error('CHECK needs "prevResult", the result of the ADD that it checks')
     return call_all(request, stages, run)
+
+
+def report(request, problems):
+    """CNIError 100 if CHECK found any; problems is a list of messages, all of which go into the details."""
+    if problems:
+        what = f"CHECK of {request.ifname} of container {request.container_id} failed: {problems[0]}"
+        raise CNIError(COMMAND_FAILED, what, "\n".join(problems))
 
 
 def call_all(request, stages, run):
@@ -630,6 +652,11 @@ def look_qdiscs(device, run, netns=""):
 def look_link(name, links):
     """The link of that name in what look_ip returned, or None."""
     return next((link for link in links if link.get("ifname") == name), None)
+
+
+def addresses_of(link, scope=""):
+    """The addresses of a link in what `ip address` returned, like "10.244.1.1/24"; of a scope, or all."""
+    return {f"{info['local']}/{info['prefixlen']}" for info in link.get("addr_info", []) if scope in ("", info.get("scope"))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1059,10 +1086,10 @@ def ipam_check(request, ipam, run):
     return [f"no lease of {address} in {ipam['leases'].dir}" for address in own if address not in held]
 
 
-def ipam_gc(request, keep, run):
-    """Release what is not in keep, a set of (container ID, interface)."""
-    leases = ipam_leases(request)
-    if os.path.isdir(leases.index_dir):
+def ipam_gc(request, run):
+    """Release what is held by none of the attachments that GC has to keep."""
+    keep, leases = valid_attachments(request), ipam_leases(request)
+    if keep is not None and os.path.isdir(leases.index_dir):
         with leases.lock:
             leases.release_all_but(keep)
     delegate_call(request, run, "GC")
@@ -1125,11 +1152,21 @@ def delegate_add(request, kind, run):
     return {"ips": ips, "routes": routes, "dns": result.get("dns") or {}}
 
 
+def own_links(request):
+    """{index in prevResult's interfaces: CNI_IFNAME in the container}."""
+    links = enumerate(request.prev_result.get("interfaces") or [])
+    return {index: link for index, link in links if link.get("name") == request.ifname and link.get("sandbox")}
+
+
 def own_ips(request):
     """The addresses that prevResult gives to CNI_IFNAME in the container."""
+    return [ip for ip in request.prev_result["ips"] if ip.get("interface") in own_links(request)]
+
+
+def host_links(request):
+    """The names of prevResult's interfaces on the host, in its order."""
     links = request.prev_result.get("interfaces") or []
-    own = [index for index, link in enumerate(links) if link.get("name") == request.ifname and link.get("sandbox")]
-    return [ip for ip in request.prev_result["ips"] if ip.get("interface") in own]
+    return [link["name"] for link in links if not link.get("sandbox") and is_ifname(link.get("name"))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1255,7 +1292,7 @@ def plan_bridge(conf, bridge, gateways):
         lines.append(f"link set dev {name} mtu {mtu}")
     if "UP" not in bridge.get("flags", []):
         lines.append(f"link set dev {name} up")
-    present = {f"{info['local']}/{info['prefixlen']}" for info in bridge.get("addr_info", []) if info.get("scope") == "global"}
+    present = addresses_of(bridge, "global")
     for gateway in gateways:
         lines += plan_gateway_address(conf, gateway, present - set(gateways) - configured_gateways(conf))
         if gateway not in present:
@@ -1488,59 +1525,41 @@ def delete_link(name, run):
 
 def naivewg_check(request, run):
     """CHECK: everything that ADD made is as prevResult has it. CNIError 100 whose details list all that is not."""
-    conf = parse_naivewg(request)
-    ips = own_ips(request)
-    routes = [route for route in request.prev_result.get("routes") or [] if is_address(route.get("dst"), ipaddress.ip_network)]
+    conf, ips = parse_naivewg(request), own_ips(request)
     bridge, veth = look_host(request, conf["bridge"], run)
-    pod = look_link(request.ifname, look_ip([f"address show dev {request.ifname}"], run, request.netns))
-    families = sorted({family_of(route["dst"]) for route in routes})
-    present = [route for family in families for route in look_ip(["route show table all"], run, request.netns, family)]
     gateways = plan_gateways(conf, with_gateways(conf, {"ips": ips})["ips"])
-    problems = diff_bridge(conf, bridge, gateways)
-    problems += (
-        [f"the host does not forward {family}" for family in sorted(families_of(gateways) - look_forwarding(run))] if gateways else []
-    )
-    problems += diff_veth(conf, veth, own_veth(request), bridge)
-    problems += diff_pod(request, pod, ips)
-    problems += [f"no route to {route['dst']} in the pod" for route in routes if not any(is_route(route, other) for other in present)]
+    problems = diff_link(f"bridge {conf['bridge']}", bridge, gateways)
+    if gateways:
+        problems += [f"the host does not forward {family}" for family in sorted(families_of(gateways) - look_forwarding(run))]
+    problems += diff_link(f"link {own_veth(request)} on the host", veth)
+    if veth and veth.get("master") != conf["bridge"]:
+        problems.append(f"link {own_veth(request)} is no port of bridge {conf['bridge']}")
+    problems += check_pod(request, ips, run)
     problems += ipam_check(request, conf["ipam"], run)
     problems += check_masq(request.network, ips, run) if conf["ipMasq"] and ips else []
-    if problems:
-        what = f"CHECK of {request.ifname} of container {request.container_id} failed: {problems[0]}"
-        raise CNIError(COMMAND_FAILED, what, "\n".join(problems))
+    report(request, problems)
 
 
-def diff_bridge(conf, bridge, gateways):
-    """What is wrong with the bridge, as a list of messages."""
-    if bridge is None:
-        return [f"bridge {conf['bridge']} is gone"]
-    if bridge.get("linkinfo", {}).get("info_kind") != "bridge":
-        return [f"{conf['bridge']} is not a bridge"]
-    present = {f"{info['local']}/{info['prefixlen']}" for info in bridge["addr_info"]}
-    problems = [f"bridge {conf['bridge']} lacks the gateway address {gateway}" for gateway in gateways if gateway not in present]
-    return problems + ([] if "UP" in bridge["flags"] else [f"bridge {conf['bridge']} is down"])
+def diff_link(what, link, addresses=()):
+    """What is wrong with a link that has to be up and to have these addresses, as a list of messages."""
+    if link is None:
+        return [f"{what} is gone"]
+    problems = [] if "UP" in link["flags"] else [f"{what} is down"]
+    return problems + [f"{what} lacks the address {address}" for address in addresses if address not in addresses_of(link)]
 
 
-def diff_veth(conf, veth, name, bridge):
-    """What is wrong with the host's end of the veth pair, as a list of messages."""
-    if veth is None:
-        return [f"link {name} on the host is gone"]
-    problems = [] if veth.get("master") == conf["bridge"] else [f"link {name} is no port of bridge {conf['bridge']}"]
-    return problems + ([] if "UP" in veth["flags"] else [f"link {name} on the host is down"])
-
-
-def diff_pod(request, pod, ips):
-    """What is wrong with the pod's end, as a list of messages. prevResult is the measure: a later plugin may have changed the MAC."""
-    if pod is None:
-        return [f"interface {request.ifname} is gone from the pod"]
-    problems = [] if "UP" in pod["flags"] else [f"interface {request.ifname} in the pod is down"]
-    links = request.prev_result.get("interfaces") or []
-    macs = [link["mac"].lower() for link in links if link.get("name") == request.ifname and link.get("sandbox") and link.get("mac")]
-    if macs and pod.get("address") not in macs:
-        problems.append(f"interface {request.ifname} in the pod has the MAC {pod.get('address')}, not {macs[0]}")
-    present = {f"{info['local']}/{info['prefixlen']}" for info in pod["addr_info"]}
-    wanted = [str(ipaddress.ip_interface(ip["address"])) for ip in ips]
-    return problems + [f"address {address} is gone from the pod" for address in wanted if address not in present]
+def check_pod(request, ips, run):
+    """What is wrong in the pod, as a list of messages. prevResult is the measure: a later plugin may have changed the MAC."""
+    what, links = f"{request.ifname} in the pod", look_ip([f"address show dev {request.ifname}"], run, request.netns)
+    pod = look_link(request.ifname, links)
+    problems = diff_link(what, pod, [str(ipaddress.ip_interface(ip["address"])) for ip in ips])
+    macs = [link["mac"].lower() for link in own_links(request).values() if link.get("mac")]
+    if pod and macs and pod.get("address") not in macs:
+        problems.append(f"{what} has the MAC {pod.get('address')}, not {macs[0]}")
+    routes = [route for route in request.prev_result.get("routes") or [] if is_address(route.get("dst"), ipaddress.ip_network)]
+    families = sorted({family_of(route["dst"]) for route in routes})
+    present = [route for family in families for route in look_ip(["route show table all"], run, request.netns, family)]
+    return problems + [f"no route to {route['dst']} in the pod" for route in routes if not any(is_route(route, other) for other in present)]
 
 
 def is_route(route, present):
@@ -1556,33 +1575,17 @@ def is_route(route, present):
     return same and ("table" not in route or str(table) == str(route["table"] or 254))
 
 
-def valid_attachments(request):
-    """What GC has to keep, as a set of (container ID, interface). None: the runtime sent no list, so there is nothing to remove.
-    null or [] mean that nothing is valid. CNIError 7 for anything else. SPEC section 2, GC."""
-    key = next((key for key in ("cni.dev/valid-attachments", "cni.dev/attachments") if key in request.conf), None)
-    if key is None:
-        return None
-    keep = set()
-    for entry in typed(request.conf, key, list, []):
-        pair = (entry.get("containerID"), entry.get("ifname")) if isinstance(entry, dict) else (None, None)
-        if not all(isinstance(item, str) and item for item in pair):
-            raise config_error(f'"{key}" must list objects with "containerID" and "ifname", not {json.dumps(entry)[:80]}')
-        keep.add(pair)
-    return keep
-
-
 def naivewg_gc(request, run):
     """GC: remove the veths and leases of this network that are not in the runtime's list."""
-    keep = valid_attachments(request)
+    all_of([(delete_stale_links, (request, "veth", "mn", run)), (ipam_gc, (request, run))])
+
+
+def delete_stale_links(request, kind, prefix, run):
+    """Delete the links of a kind that are of this network, by their alias, and belong to no attachment that GC has to keep."""
+    keep, own = valid_attachments(request), [OWNER_ALIAS, request.network]
     if keep is None:
-        return delegate_call(request, run, "GC")
-    all_of([(delete_stale_links, (request, "veth", "mn", keep, run)), (ipam_gc, (request, keep, run))])
-
-
-def delete_stale_links(request, kind, prefix, keep, run):
-    """Delete the links of a kind that are of this network, by their alias, and belong to no attachment in keep."""
+        return
     names = {host_ifname(prefix, request.network, *pair) for pair in keep}
-    own = [OWNER_ALIAS, request.network]
     links = [link for link in look_ip([f"link show type {kind}"], run) if link.get("ifalias", "").split(":")[:2] == own]
     all_of([(delete_link, (link["ifname"], run)) for link in links if link["ifname"] not in names])
 
@@ -1803,11 +1806,10 @@ def portmap_add(request, run):
     require_prev_result(request, "portmap")
     if not mappings:
         return request.prev_result
-    hosts = [link.get("name", "") for link in request.prev_result.get("interfaces") or [] if not link.get("sandbox")]
     state = {
         "owner": [request.network, request.container_id, request.ifname],
         "since": time.monotonic_ns(),
-        "device": hosts[0] if hosts and is_ifname(hosts[0]) else "",  # what pods' packets come in through, in the convention's order
+        "device": (host_links(request) or [""])[0],  # what pods' packets come in through, in the convention's order
         "ports": plan_ports(mappings, own_ips(request)),
     }
     try:
@@ -1827,9 +1829,7 @@ def portmap_del(request, run):
 def portmap_check(request, run):
     """CHECK: the host ports lead to the pod. CNIError 100 whose details list those that do not."""
     wanted = {key: value for key, (value, _) in plan_ports(parse_portmap(request), own_ips(request)).items()}
-    problems = diff_portmap(look_ports(request.run_dir), wanted, *look_portmap(run)) if wanted else []
-    if problems:
-        raise CNIError(COMMAND_FAILED, f"CHECK of portmap failed: {problems[0]}", "\n".join(problems))
+    report(request, diff_portmap(look_ports(request.run_dir), wanted, *look_portmap(run)) if wanted else [])
 
 
 def look_portmap(run):
@@ -1920,10 +1920,9 @@ def own_ifb(request):
 
 def look_peer(request, run):
     """The host's end of CNI_IFNAME among the interfaces of prevResult. CNIError 7 if none is."""
-    names = [link.get("name", "") for link in request.prev_result.get("interfaces") or [] if not link.get("sandbox")]
+    names = host_links(request)
     pod = look_link(request.ifname, look_ip([f"link show dev {request.ifname}"], run, request.netns))
-    hosts = look_ip([f"link show dev {name}" for name in names if is_ifname(name)], run) if names else []
-    for host in hosts:
+    for host in look_ip([f"link show dev {name}" for name in names], run) if names else []:
         if pod and host["ifindex"] == pod.get("link_index"):
             return host
     raise config_error(f"none of the interfaces {', '.join(names) or '(none)'} of prevResult is the host's end of {request.ifname}")
@@ -1967,25 +1966,21 @@ def bandwidth_del(request, run):
 
 def bandwidth_check(request, run):
     """CHECK: the limits stand as they were asked for. CNIError 100 naming what does not."""
-    limits = parse_bandwidth(request)
-    if not any(limits.values()):
+    limits = {direction: limit for direction, limit in parse_bandwidth(request).items() if limit}
+    if not limits:
         return
-    peer = look_peer(request, run)["ifname"]
-    places = {"ingress": peer, "egress": own_ifb(request)}
-    for direction, limit in limits.items():
-        rates = [qdisc["options"]["rate"] for qdisc in look_qdiscs(places[direction], run) if qdisc["kind"] == "tbf"] if limit else []
-        if limit and limit[0] // 8 not in rates:
-            raise CNIError(COMMAND_FAILED, f"{direction} is not limited to {limit[0]} bit/s: {places[direction]} has no such token bucket")
-    if limits["egress"]:
-        reply = run(Command(["tc", "-json", "filter", "show", "dev", peer, "ingress"]))
-        if own_ifb(request) not in reply.stdout:
-            raise CNIError(COMMAND_FAILED, f"egress is not limited: what {peer} receives is not redirected to {own_ifb(request)}")
+    peer, ifb, problems = look_peer(request, run)["ifname"], own_ifb(request), []
+    for direction, (rate, _) in limits.items():
+        device = peer if direction == "ingress" else ifb
+        if rate // 8 not in [qdisc["options"]["rate"] for qdisc in look_qdiscs(device, run) if qdisc["kind"] == "tbf"]:
+            problems.append(f"{direction} is not limited to {rate} bit/s: {device} has no such token bucket")
+    if "egress" in limits and ifb not in run(Command(["tc", "-json", "filter", "show", "dev", peer, "ingress"])).stdout:
+        problems.append(f"egress is not limited: what {peer} receives is not redirected to {ifb}")
+    report(request, problems)
 
 
 def bandwidth_gc(request, run):
-    keep = valid_attachments(request)
-    if keep is not None:
-        delete_stale_links(request, "ifb", "mi", keep, run)
+    delete_stale_links(request, "ifb", "mi", run)
 
 
 def bandwidth_status(request, run):
@@ -2092,7 +2087,7 @@ def lat_del(request, run):
 def lat_check(request, run):
     """CHECK: netem is there if the annotation asks for it. CNIError 100."""
     if parse_lat(request) and not look_netem(request, run):
-        raise CNIError(COMMAND_FAILED, f'{request.ifname} in the pod has no netem, which the annotation "lat" asks for')
+        report(request, [f'{request.ifname} in the pod has no netem, which the annotation "lat" asks for'])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2164,9 +2159,8 @@ def quickack_add(request, run):
 
 def quickack_check(request, run):
     """CHECK: the routes that ADD chose still have it. CNIError 100 naming the one that has not."""
-    slow = [words[0] for words in chosen_routes(parse_quickack(request), look_routes(request, run)) if not is_quick(words)]
-    if slow:
-        raise CNIError(COMMAND_FAILED, f"the route to {slow[0]} in the pod has no quickack", "\n".join(slow))
+    routes = chosen_routes(parse_quickack(request), look_routes(request, run))
+    report(request, [f"the route to {words[0]} in the pod has no quickack" for words in routes if not is_quick(words)])
 
 
 def quickack_status(request, run):
@@ -2190,7 +2184,7 @@ def loopback_add(request, run):
     if request.prev_result:
         return request.prev_result
     lo = look_lo(request, run)
-    ips = [{"address": f"{info['local']}/{info['prefixlen']}", "interface": 0} for info in lo["addr_info"]]
+    ips = [{"address": address, "interface": 0} for address in sorted(addresses_of(lo))]
     return {"cniVersion": NEWEST, "interfaces": [{"name": "lo", "mac": lo["address"], "sandbox": request.netns}], "ips": ips}
 
 
@@ -2199,8 +2193,7 @@ def loopback_del(request, run):
 
 
 def loopback_check(request, run):
-    if "UP" not in look_lo(request, run)["flags"]:
-        raise CNIError(COMMAND_FAILED, f"lo is down in {request.netns}")
+    report(request, diff_link(f"lo in {request.netns}", look_lo(request, run)))
 
 
 def look_lo(request, run):

@@ -24,6 +24,7 @@ class Host:
         self.pods = []
         self.sh(f"ip netns add {self.netns}", inside=False)
         self.ip("link set lo up")
+        self.sh("echo 1 >/proc/sys/net/ipv6/conf/default/addr_gen_mode")  # the kernel's own fe80:: addresses come and go in their own time
 
     def close(self):
         for name in [*self.pods, self.netns]:
