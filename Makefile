@@ -11,11 +11,11 @@ NEED_ROOT = test "$$(id -u)" = 0 || { echo "needs root: sudo make $@" >&2; exit 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo lab lab-down test test-matrix lint golden record clean
+.PHONY: help demo lab lab-down test test-runtimes test-matrix lint golden record clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo 'More words for the command behind demo, lab, test, test-matrix: ARGS="...", for example  make test ARGS="-k lease -x"'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'More words for the command behind demo, lab, test, test-runtimes, test-matrix: ARGS="...", for example  make test ARGS="-k lease -x"'
 
 demo: ## two nodes and four pods on this machine: pings over WireGuard, and proof that nothing goes in clear (root)
 	@$(NEED_ROOT)
@@ -41,6 +41,11 @@ lab-down: ## remove the lab (root)
 test: ## all tests; as an ordinary user those that need no root
 	@tests/setup.sh test
 	@.venv/bin/python -m pytest $(ARGS)
+
+test-runtimes: ## tests under real container runtimes: containerd by ctr and by CRI, podman (root; installs them)
+	@$(NEED_ROOT)
+	@tests/setup.sh runtimes
+	@.venv/bin/python -m pytest tests/runtimes $(ARGS)
 
 test-matrix: ## make test on Debian 11, 12 and 13: Python 3.9, 3.11, 3.13 with their ip, nft, wg; ARGS="bookworm" for one (root)
 	@$(NEED_ROOT)

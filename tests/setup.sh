@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Set-up for the Makefile: checks what a target needs and, as root with apt-get, installs what is missing.
 #
-#   tests/setup.sh demo    system tools of the demo and the lab
-#   tests/setup.sh test    the same, the reference CNI plugins to compare with, and .venv with pytest
-#   tests/setup.sh lint    shellcheck, and .venv with ruff
-#   tests/setup.sh venv    .venv alone
-#   tests/setup.sh matrix  debootstrap and what else tests/matrix.sh needs
-#   tests/setup.sh ci      all of it, and make
+#   tests/setup.sh demo      system tools of the demo and the lab
+#   tests/setup.sh test      the same, the reference CNI plugins to compare with, and .venv with pytest
+#   tests/setup.sh runtimes  the same, containerd, podman, and what tests need to drive them
+#   tests/setup.sh lint      shellcheck, and .venv with ruff
+#   tests/setup.sh venv      .venv alone
+#   tests/setup.sh matrix    debootstrap and what else tests/matrix.sh needs
+#   tests/setup.sh ci        all of it, and make
 #
 # When all is there it prints nothing and takes milliseconds, so every target can call it every time.
 # Without root it prints the command to run instead; then `demo` stops, the others go on with what can run.
@@ -25,13 +26,16 @@ main() {
         test) need_lab_tools; need_reference_plugins; need_venv_module; provide || go_on
               need_wireguard; provide || go_on
               make_venv ;;
+        runtimes) need_lab_tools; need_reference_plugins; need_runtimes; need_venv_module; provide || go_on
+              need_wireguard; provide || go_on
+              make_venv ;;
         lint) need shellcheck shellcheck; need_venv_module; provide || go_on
               make_venv ;;
         venv) need_venv_module; provide || go_on
               make_venv ;;
         matrix) need_matrix_tools; provide || exit 1
               need_wireguard; provide || exit 1 ;;
-        ci)   need make make; need shellcheck shellcheck; need_matrix_tools
+        ci)   need make make; need shellcheck shellcheck; need_matrix_tools; need_runtimes
               main test ;;
         *)    sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
@@ -63,6 +67,17 @@ need_reference_plugins() {
     [[ -x /opt/cni/bin/host-local || -x /usr/lib/cni/host-local ]] || note_missing "reference CNI plugins" containernetworking-plugins
     # Reads the agent's metrics as Prometheus does. Of the distribution's python3, like PyYAML below.
     /usr/bin/python3 -c 'import prometheus_client' 2>/dev/null || note_missing "a parser of metrics" python3-prometheus-client
+}
+
+# Where podman has its CNI backend: before 5. The last two are for a CRI client.
+need_runtimes() {
+    need containerd containerd
+    need runc runc
+    need podman podman
+    need busybox busybox-static
+    need protoc protobuf-compiler
+    /usr/bin/python3 -c 'import google.protobuf, grpc' 2>/dev/null || note_missing "gRPC for Python" python3-grpcio
+    /usr/bin/python3 -c 'import google.protobuf' 2>/dev/null || note_missing "protobuf for Python" python3-protobuf
 }
 
 need_matrix_tools() {
@@ -115,15 +130,32 @@ provide() {
 apt_install() {
     local apt=(apt-get -qq -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300) output attempt
     export DEBIAN_FRONTEND=noninteractive
+    forbid_services
     for attempt in 1 2 3; do
         # The lists of a fresh machine are absent or old; where they are good, an update would take longest.
         ((attempt == 1)) || output=$("${apt[@]}" update 2>&1 </dev/null) || continue
-        output=$("${apt[@]}" install -y --no-install-recommends "$@" 2>&1 </dev/null) && return
+        output=$("${apt[@]}" install -y --no-install-recommends "$@" 2>&1 </dev/null) && { allow_services; return; }
     done
+    allow_services
     printf '%s\n' "$output" | tail -n 20 >&2
     say "apt-get could not install: $*"
     return 1
 }
+
+# What is installed for tests starts no service, neither now nor at the next boot: containerd and podman bring some.
+forbid_services() {
+    units=$(list_enabled_units)
+    if [[ ! -e /usr/sbin/policy-rc.d ]]; then  # invoke-rc.d(8) and deb-systemd-invoke ask it
+        trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+        printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
+        chmod +x /usr/sbin/policy-rc.d
+    fi
+}
+allow_services() {
+    comm -13 <(echo "$units") <(list_enabled_units) | xargs --no-run-if-empty rm --
+    if [[ $(trap -p EXIT) ]]; then rm -f /usr/sbin/policy-rc.d; trap - EXIT; fi
+}
+list_enabled_units() { find /etc/systemd/system -type l -path '*.wants/*' 2>/dev/null | sort; }
 
 # In CI nobody reads why tests were left out, so there root must have everything.
 go_on() {
