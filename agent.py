@@ -785,7 +785,7 @@ class KubernetesStore(Store):
                     if kind != "BOOKMARK":
                         self._change(what, kind, *self._extract(what, item))
             except Exception as error:
-                version = None if getattr(error, "status", 0) in (400, 410) or failures > 5 else version
+                version = None if getattr(error, "status", 0) in (400, 410) or failures > 5 or (what == "own" and not self.own) else version
                 wish = getattr(error, "retry_after_s", None) or 0
                 if not isinstance(error, ApiError):
                     log.exception("a defect of the agent, please report it")
@@ -834,10 +834,11 @@ class KubernetesStore(Store):
                 seen = {} if gone else seen
                 changed = self.own is None or {**seen, "version": ""} != {**self.own, "version": ""}
                 self.own = seen
-        if what == "own" and changed:
-            self._tell("name", "" if seen else f"the cluster has no node {self.node_name}: is --node-name right?")
-            self.work.set()
         self._announce(changed)
+        if what == "own":
+            self.work.set()
+            if gone:
+                raise ApiError(0, "NotFound", f"the cluster has no node {self.node_name}: is --node-name right?")
 
     def _announce(self, changed):
         if changed:
