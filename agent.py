@@ -14,9 +14,9 @@ the bridge mncni0, routes of protocol 201, the nft table "inet mncni" (one in th
 It needs root (CAP_NET_ADMIN in both namespaces, CAP_SYS_ADMIN to make one), python3, iproute2, nftables, wireguard-tools, and WireGuard in
 the kernel or as wireguard-go.
 
-Reading order: settings, node store, records (what others say about themselves, trusted in nothing), then the stages. Every pass
-runs all stages: each looks at the kernel, compares with what should be (pure), and applies the difference. Where nothing differs,
-nothing is written.
+Reading order: settings, node stores (a directory, or Kubernetes with a client of its API), records (what others say about themselves,
+trusted in nothing), then the stages. Every pass looks at the kernel stage by stage, compares with what should be (pure), and applies the
+difference. Where nothing differs, nothing is written.
 """
 
 import argparse
@@ -163,16 +163,10 @@ FLAGS = (
     # flag, type, default, repeatable, help
     ("--node-name", str, socket.gethostname(), False, "this node's name"),
     ("--nodes-dir", str, "", False, "directory of node records, <node>.json each: the node store that needs no cluster"),
-    ("--kubeconfig", str, "", False, "the cluster whose API server is the node store; neither this nor --nodes-dir: the pod's own cluster"),
+    ("--kubeconfig", str, "", False, "the Kubernetes cluster that is the node store; in a pod: its own, without this flag"),
     ("--cluster-cidr", network, None, True, "addresses of all pods; repeatable"),
     ("--pod-cidr", network, None, True, "addresses of this node's pods, inside --cluster-cidr; repeatable"),
-    (
-        "--endpoint",
-        address,
-        None,
-        True,
-        "address at which other nodes reach this one; repeatable (default: the default route's source)",
-    ),
+    ("--endpoint", address, None, True, "address at which other nodes reach this one; repeatable (default: the default route's source)"),
     ("--port", port_pair, "28384,28385", False, "UDP ports of the two key slots"),
     ("--bridge", link_name, "mncni0", False, "the pods' bridge"),
     ("--namespace", link_name, "mncni-wg", False, "the namespace of the tunnel"),

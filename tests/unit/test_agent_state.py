@@ -53,6 +53,8 @@ GOOD = ("--cluster-cidr", "10.244.0.0/16", "--pod-cidr", "10.244.1.0/24")
         (["--node-name", "a/b"], "--node-name 'a/b'"),
         (["--node-name", ".."], "--node-name '..'"),
         (["--nonsense"], "--nonsense"),
+        ([*GOOD, "--nodes-dir", "/n", "--kubeconfig", "/k"], "--nodes-dir and --kubeconfig are two node stores"),
+        ([*GOOD, "--kubeconfig", "/k"], "--pod-cidr is for --nodes-dir: a cluster tells its nodes"),
     ],
 )
 def test_a_wrong_flag_exits_2_naming_flag_and_value(argv, said, capsys):
@@ -71,6 +73,7 @@ def test_a_wrong_flag_exits_2_naming_flag_and_value(argv, said, capsys):
         ({"MNCNI_ENDPOINT": "node1"}, "MNCNI_ENDPOINT: 'node1'"),
         ({"MNCNI_PORT": "7"}, "--port.*'7'"),
         ({"MNCNI_MASQUERADE": "1"}, "--masquerade.*'1'"),
+        ({"MNCNI_CLUSTER_CIDR": "10.0.0.0/8", "KUBERNETES_SERVICE_HOST": "10.96.0.1"}, "_SERVICE_HOST 10.96.0.1 is inside --cluster"),
     ],
 )
 def test_a_wrong_variable_exits_2_too(environ, said, capsys):
