@@ -6,6 +6,10 @@ import signal
 import pytest
 
 from deploy import lab as labs
+from tests.apiserver import ApiProcess
+
+SERVER = "192.0.2.250"  # where cluster_up has its API server
+RECORD = "mncni.dev/node"  # the annotation
 
 
 @contextlib.contextmanager
@@ -29,3 +33,30 @@ def lab_up(name, nodes=2, pods=1, families=("ipv4", "ipv6"), underlay="ipv4", co
 def node_sh(lab, node, command):
     """What a shell command prints in a node; it has to work."""
     return labs.must([*labs.node_argv(lab, node), "sh", "-c", command])
+
+
+def wg_peers(lab, node):
+    """{key: (endpoint, allowed IPs)} of a node's device."""
+    lines = node_sh(lab, node, "nsenter --net=/run/netns/mncni-wg wg show mncni-wg0 dump").splitlines()[1:]
+    rows = [line.split("\t") for line in lines]
+    return {row[0]: (row[2], frozenset(row[3].split(","))) for row in rows}
+
+
+@contextlib.contextmanager
+def cluster_up(name, directory, **options):
+    """A lab whose nodes follow an API server at SERVER on the underlay, and that server: (lab, api). options: see lab_up."""
+    served = []
+
+    @contextlib.contextmanager
+    def control(lab):
+        labs.must(["ip", "-n", lab.underlay, "address", "add", f"{SERVER}/24", "dev", labs.BRIDGE])
+        with ApiProcess(directory, netns=lab.underlay, listen=f"{SERVER}:6443", sans=[SERVER]) as api:
+            for node in lab.nodes():
+                cidrs = [row["pod_cidr"] for row in labs.pod_cidrs(lab, node)]
+                api.call("create_node", node, pod_cidrs=cidrs, addresses=[labs.endpoint(lab, node)[0]])
+                api.call("kubeconfig", str(directory / node), "system:serviceaccount:kube-system:mncni-agent", node=node)
+            served.append(api)
+            yield
+
+    with lab_up(name, control=control, kubeconfig=str(directory / "{node}"), **options) as lab:
+        yield lab, served[0]

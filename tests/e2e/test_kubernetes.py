@@ -1,9 +1,8 @@
 """The agent on a Kubernetes API server: two nodes with real WireGuard, whose only word of each other is their Node objects.
 
-The server runs on the underlay, at 192.0.2.250. Whatever happens to it, a stream between pods notices nothing.
+The server runs on the underlay. Whatever happens to it, a stream between pods notices nothing.
 """
 
-import contextlib
 import json
 import os
 import time
@@ -11,14 +10,11 @@ import time
 import pytest
 
 from deploy import lab as labs
-from tests.apiserver import ApiProcess
-from tests.e2e.conftest import lab_up, node_sh
+from tests.e2e.conftest import RECORD, SERVER, cluster_up, node_sh, wg_peers
 from tests.e2e.flow import Flow
 
 pytestmark = pytest.mark.root
 
-SERVER = "192.0.2.250"
-RECORD = "mncni.dev/node"
 HOLD_S = 60  # how long an agent doubts that many nodes have vanished at once
 HEAL_S = 20  # far more than it takes: the machine may be busy
 
@@ -26,22 +22,8 @@ HEAL_S = 20  # far more than it takes: the machine may be busy
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """A lab whose nodes are Nodes, and its API server: lab, api."""
-    directory = tmp_path_factory.mktemp("api")
-    api = None
-
-    @contextlib.contextmanager
-    def control(lab):
-        nonlocal api
-        labs.must(["ip", "-n", lab.underlay, "address", "add", f"{SERVER}/24", "dev", labs.BRIDGE])
-        with ApiProcess(directory, netns=lab.underlay, listen=f"{SERVER}:6443", sans=[SERVER]) as api:
-            for node in lab.nodes():
-                cidrs = [row["pod_cidr"] for row in labs.pod_cidrs(lab, node)]
-                api.call("create_node", node, pod_cidrs=cidrs, addresses=[labs.endpoint(lab, node)[0]])
-                api.call("kubeconfig", str(directory / node), "system:serviceaccount:kube-system:mncni-agent", node=node)
-            yield
-
-    with lab_up(f"mncni-kube-{os.getpid()}", control=control, kubeconfig=str(directory / "{node}")) as lab:
-        yield lab, api
+    with cluster_up(f"mncni-kube-{os.getpid()}", tmp_path_factory.mktemp("api")) as made:
+        yield made
 
 
 def is_well(lab):
@@ -51,13 +33,6 @@ def is_well(lab):
 def status(lab):
     argv = [*labs.node_argv(lab, "node1"), labs.PYTHON, "/opt/mncni/agent.py", "status", "--json"]
     return json.loads(labs.run(argv)[1])
-
-
-def peers(lab):
-    """{key: (endpoint, allowed IPs)} of node1's device."""
-    lines = node_sh(lab, "node1", "nsenter --net=/run/netns/mncni-wg wg show mncni-wg0 dump").splitlines()[1:]
-    rows = [line.split("\t") for line in lines]
-    return {row[0]: (row[2], frozenset(row[3].split(","))) for row in rows}
 
 
 def ghost(api, number, key="A"):
@@ -97,11 +72,11 @@ def test_a_node_joins_in_less_than_a_second_from_its_record(cluster, figure):
     for number in range(100, 103):
         begin = time.monotonic()
         key = ghost(api, number)
-        labs.wait_until(lambda: key in peers(lab), HEAL_S, "peer")  # noqa: B023
+        labs.wait_until(lambda: key in wg_peers(lab, "node1"), HEAL_S, "peer")  # noqa: B023
         took.append(time.monotonic() - begin)
     for number in range(100, 103):
         api.call("delete_node", f"ghost{number}")
-    labs.wait_until(lambda: len(peers(lab)) == 1, HEAL_S, "peers that are gone")
+    labs.wait_until(lambda: len(wg_peers(lab, "node1")) == 1, HEAL_S, "peers that are gone")
     figure(f"agent: from a record in the API server to a WireGuard peer {min(took):.2f} to {max(took):.2f} s (limit 1)")
     assert min(took) < 1
 
@@ -194,4 +169,4 @@ def test_uninstall_takes_the_record_out_of_the_cluster(cluster):
     said = node_sh(lab, "node2", f"/opt/mncni/agent.py uninstall {options} 2>&1")
     assert "record stays" not in said
     assert RECORD not in api.call("node", "node2")["metadata"].get("annotations", {})
-    labs.wait_until(lambda: not peers(lab), HEAL_S, "end of the peer")
+    labs.wait_until(lambda: not wg_peers(lab, "node1"), HEAL_S, "end of the peer")
