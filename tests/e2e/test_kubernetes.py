@@ -167,6 +167,6 @@ def test_uninstall_takes_the_record_out_of_the_cluster(cluster):
     labs.wait_until(lambda: not labs.agent_pid(lab.inside("node2", "/")), 10, "end of the agent")
     options = "--force --kubeconfig /opt/mncni/kubeconfig --cluster-cidr 10.244.0.0/16"
     said = node_sh(lab, "node2", f"/opt/mncni/agent.py uninstall {options} 2>&1")
-    assert "record stays" not in said
+    assert "record stays" not in said, said
     assert RECORD not in api.call("node", "node2")["metadata"].get("annotations", {})
     labs.wait_until(lambda: not wg_peers(lab, "node1"), HEAL_S, "end of the peer")
