@@ -726,7 +726,7 @@ class KubernetesStore(Store):
 
     def identity(self):
         own = self.own or {}
-        return {"uid": own["uid"], "podCIDRs": own["podCIDRs"], "addresses": own["addresses"]} if own.get("podCIDRs") else {}
+        return {key: own[key] for key in ("uid", "podCIDRs", "addresses")} if own.get("podCIDRs") else {}
 
     def look_again(self):
         asked, self.looking = self.looking, None if self.looking is False else True
@@ -779,14 +779,20 @@ class KubernetesStore(Store):
                     if kind != "BOOKMARK":
                         self._change(what, kind, *self._extract(what, item))
             except Exception as error:
-                version = None if getattr(error, "status", 0) in (400, 410) or failures > 5 or (what == "own" and not self.own) else version
-                wish = getattr(error, "retry_after_s", None) or 0
-                if not isinstance(error, ApiError):
-                    log.exception("a defect of the agent, please report it")
-                if failures >= (4 if opened else 1):  # the first is everyday: servers restart, versions expire
-                    self._tell(what, f"the API server: {error}")
+                status = getattr(error, "status", 0)
+                if status in (400, 410) or (status and failures > 5) or (what == "own" and not self.own):
+                    version = None
+                wish = self._failed(what, error, failures >= (4 if opened else 1))  # the first is everyday: servers restart
             failures += 1
             time.sleep(pause_s(failures, wish))
+
+    def _failed(self, what, error, tell):
+        """Tell what went wrong. Returns how many seconds the server wishes us to wait."""
+        if not isinstance(error, ApiError):
+            log.exception("a defect of the agent, please report it")
+        if tell:
+            self._tell(what, f"the API server: {error}")
+        return getattr(error, "retry_after_s", None) or 0
 
     def _extract(self, what, item):
         """(name, what we keep) of a Node or of its metadata. Whatever may be absent in a Node may be null, too."""
@@ -861,19 +867,19 @@ class KubernetesStore(Store):
             self.work.wait(1 if self.notes else None)
             self.work.clear()
             try:
-                self._write_own()
                 if self.looking:
                     self._list("nodes", {}, not self.guard)
                     self.looking = False
+                self._write_own()
                 if self.notes and time.monotonic() >= next_note:
                     next_note = time.monotonic() + self.EVENT_PAUSE_S
                     self._send_event(*self.notes.popleft())
                 failures = 0
                 self._tell("write", "")
-            except ApiError as error:
+            except Exception as error:
                 failures += 1
-                self._tell("write", f"the API server: {error}")
-                time.sleep(pause_s(failures, error.retry_after_s or 0))
+                missing = min(failures, 60) if getattr(error, "status", 0) == 403 else 0  # a right is given by a person, some time
+                time.sleep(pause_s(failures, max(missing, self._failed("write", error, True))))
                 self.work.set()
 
     def _write_own(self):
@@ -902,11 +908,9 @@ class KubernetesStore(Store):
         body = {
             "metadata": {"name": f"{name}.{mncni.short_hash(reason, str(now // 600))}", "namespace": "default"},
             "involvedObject": {"apiVersion": "v1", "kind": "Node", "name": name, "uid": name},
-            "type": "Warning" if reason else "Normal",
-            "reason": what,
-            "message": f"MNCNI does not connect this node: {reason}" if reason else "MNCNI connects this node again",
             "source": {"component": "mncni-agent", "host": self.node_name},
-            **{"firstTimestamp": stamp, "lastTimestamp": stamp, "count": 1},
+            **{"firstTimestamp": stamp, "lastTimestamp": stamp, "count": 1, "reason": what, "type": "Warning" if reason else "Normal"},
+            "message": f"MNCNI does not connect this node: {reason}" if reason else "MNCNI connects this node again",
         }
         try:
             self.api.request("POST", "/api/v1/namespaces/default/events", body)
