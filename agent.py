@@ -404,7 +404,10 @@ def read_kubeconfig(path, run):
             if shutil.which("kubectl", path=mncni.search_path(os.environ)) is None:
                 what = f"kubeconfig {path} is no JSON, and there is no kubectl to read YAML"
                 raise CNIError(mncni.BAD_CONFIG, f"{what}; where there is one, do: {' '.join(command.argv)} > FILE, and give that file")
-            text = run(command).stdout
+            reply = run(command)
+            if reply.exit_code != 0:
+                raise mncni.command_failed(command, reply)
+            text = reply.stdout
         config = json.loads(text)
         parts = {kind: {entry["name"]: entry[kind] for entry in config.get(f"{kind}s") or []} for kind in ("context", "cluster", "user")}
         context = parts["context"][config["current-context"]]
@@ -738,10 +741,14 @@ class KubernetesStore(Store):
         self.work.set()
 
     def withdraw(self, name):
-        try:
-            self.api.request("PATCH", f"{NODES}/{name}", {"metadata": {"annotations": {RECORD: None}}}, content_type=MERGE_PATCH)
-        except ApiError as error:
-            raise StoreError(str(error)) from None
+        for failures in (1, 2, 3):  # it is now or never
+            try:
+                self.api.request("PATCH", f"{NODES}/{name}", {"metadata": {"annotations": {RECORD: None}}}, content_type=MERGE_PATCH)
+                return
+            except ApiError as error:
+                trouble = error
+                time.sleep(pause_s(failures, error.retry_after_s or 0))
+        raise StoreError(str(trouble))
 
     def say(self, reason):
         up = ("False", "MncniIsUp", "MNCNI connects this node's pods with those of other nodes")
