@@ -2003,7 +2003,7 @@ class Agent:
         if context.sent is None:  # after a restart: what the agent before us sent
             self.judge()
             context.sent = endpoints_of(context.peers)
-        troubles = [self.read_store()]
+        troubles = [self.read_store(), self.store.trouble]
         self.judge()
         ensure_peers(context)
         self.note([*troubles, self.publish(), self.save_state()])
@@ -2063,11 +2063,11 @@ class Agent:
             self.records = {**records, **{name: self.records[name] for name in lost}}
             return f"good records of {len(lost)} nodes have vanished; keeping these nodes for up to {HOLD_S} s"
         self.doubt_until, self.records = None, records
-        return self.store.trouble
+        return ""
 
     def note(self, troubles):
         """Tell log and status what is wrong with the store; "" among the troubles is none."""
-        trouble = "; ".join(filter(None, troubles))
+        trouble = "; ".join(filter(None, dict.fromkeys(troubles)))
         if trouble and trouble != self.store_trouble:
             log.warning("%s", trouble)
         self.store_trouble = trouble
