@@ -34,6 +34,7 @@ import itertools
 import json
 import logging
 import os
+import queue
 import select
 import shutil
 import signal
@@ -186,10 +187,19 @@ FLAGS = (
 )
 
 
+NODEIPAM_FLAGS = (
+    ("--kubeconfig", str, "", False, "the cluster; without it, the pod's own"),
+    ("--cluster-cidr", network, None, True, "addresses of all pods, cut into ranges for nodes; repeatable: for both families, for more"),
+    ("--node-mask-v4", int, "24", False, "prefix length of a node's IPv4 range"),
+    ("--node-mask-v6", int, "64", False, "prefix length of a node's IPv6 range"),
+    ("--lease", str, "kube-system/mncni-nodeipam", False, "namespace/name of the Lease by which one of several replicas leads"),
+)
+
 VERBS = (
-    ("run", "build the node's network and keep it"),
-    ("status", "what is up, and why not"),
-    ("uninstall", "remove all of it from this node"),
+    ("run", "build the node's network and keep it", FLAGS),
+    ("status", "what is up, and why not", FLAGS),
+    ("nodeipam", "give nodes their pod CIDRs, where the cluster's control plane gives none", NODEIPAM_FLAGS),
+    ("uninstall", "remove all of it from this node", FLAGS),
 )
 
 
@@ -197,9 +207,9 @@ def build_parser(environ):
     """The command line. Every flag of `run` has its MNCNI_* variable; a repeatable one takes a comma-separated list there."""
     parser = argparse.ArgumentParser(prog="agent.py", description="MNCNI's node agent: an encrypted pod network between nodes.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, about in VERBS:
+    for name, about, flags in VERBS:
         command = commands.add_parser(name, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        for flag, kind, default, repeatable, text in FLAGS:
+        for flag, kind, default, repeatable, text in flags:
             if repeatable:  # argparse would add to a default what the command line says: parse_settings looks at the variable
                 command.add_argument(flag, type=kind, action="append", help=text)
             else:
@@ -210,15 +220,19 @@ def build_parser(environ):
     return parser
 
 
+def parse_list(parser, options, environ, key, kind):
+    """The values of a repeatable flag, or else of its variable. Exit status 2 for a wrong one."""
+    given = environ.get(f"MNCNI_{key.upper()}")
+    try:
+        return tuple(getattr(options, key) or (map(kind, given.split(",")) if given else ()))
+    except argparse.ArgumentTypeError as error:
+        return parser.error(f"MNCNI_{key.upper()}: {error}")
+
+
 def parse_settings(parser, options, environ):
     """Settings from parsed options. Leaves with exit status 2 and a message that names the flag."""
-    lists = {}
-    for key, kind in (("cluster_cidr", network), ("pod_cidr", network), ("endpoint", address)):
-        given = environ.get(f"MNCNI_{key.upper()}")
-        try:
-            lists[key] = tuple(getattr(options, key) or (map(kind, given.split(",")) if given else ()))
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"MNCNI_{key.upper()}: {error}")
+    kinds = (("cluster_cidr", network), ("pod_cidr", network), ("endpoint", address))
+    lists = {key: parse_list(parser, options, environ, key, kind) for key, kind in kinds}
     trouble = pod_cidr_trouble("--pod-cidr", lists["pod_cidr"], lists["cluster_cidr"])
     if trouble:
         parser.error(trouble)
@@ -2231,6 +2245,389 @@ def take_lock(path, timeout_s=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Node IPAM: pod CIDRs for the nodes of a cluster whose control plane gives none
+# ---------------------------------------------------------------------------------------------------------------------
+#
+# One of several replicas leads, by a Lease. It follows all nodes and gives each without pod CIDRs the lowest free range of every family,
+# in one write. A node keeps what it has for its life: the API lets no pod CIDR be changed.
+# No two nodes may ever get one range, whoever is paused or cut off at what moment:
+# - Each write names the resourceVersion of the node that the plan was made from, and the clock is read right before it.
+# - A request may still be on its way when its sender has been replaced. So before a range is given, the Lease says how far up ranges may
+#   be in use (USED); a new leader gives nothing at or below that for REUSE_S. By then the late write has lost its resourceVersion.
+# - That also covers what a new leader cannot know: the ranges that were given back shortly before, for which packets may be on their way.
+
+MANAGER = "mncni-nodeipam"  # in managedFields and Events
+USED = "mncni.dev/used"  # annotation of the Lease: for each cluster CIDR the highest address that may be in use
+REUSE_S = 600  # how long a range that was given back rests
+EVENTS = 20  # Kubernetes Events in a pass
+LEASE_S, RENEW_S, RETRY_S = 15, 10, 2  # how long others wait for a leader; how long it writes after a renewal; time between tries
+
+# A Node, for the allocator; sorts by age. version: resourceVersion, "" once it has CIDRs. cidrs: networks. fault: who else set them, or "".
+Claim = collections.namedtuple("Claim", "created uid name version cidrs fault")
+
+
+def parse_claim(item):
+    """The Claim of a Node object."""
+    meta, spec = item["metadata"], item.get("spec") or {}
+    texts = spec.get("podCIDRs") or ([spec["podCIDR"]] if spec.get("podCIDR") else [])
+    entries = [(entry.get("manager"), (entry.get("fieldsV1") or {}).get("f:spec") or {}) for entry in meta.get("managedFields") or []]
+    others = [manager for manager, fields in entries if manager != MANAGER and {"f:podCIDR", "f:podCIDRs"} & set(fields)]
+    fault = f"its pod CIDR was set by {shown(others[0])}, not by {MANAGER}" if texts and others else ""
+    try:
+        cidrs = tuple(ipaddress.ip_network(text, strict=False) for text in texts)
+    except ValueError as error:
+        cidrs, fault = (), f"its pod CIDR is no network: {error}"
+    version = "" if texts else meta["resourceVersion"]
+    return Claim(meta.get("creationTimestamp") or "", meta["uid"], meta["name"], version, cidrs, fault)
+
+
+def plan_allocations(claims, pools, given, freed, now):
+    """What to give to whom: ({claim: CIDRs}, {claim: why not}, [span in use then]). Pure.
+
+    pools: {family: (prefix length, cluster CIDRs)}. given: {uid: CIDRs} that nodes have, or were to get by a write of unknown outcome.
+    freed: {span: when it may be used again}. If any node's CIDR is not of our making, nobody gets anything.
+    """
+    refused, held = find_foreign(claims, pools)
+    taken = [span_of(cidr) for cidrs in given.values() for cidr in cidrs] + [span for span, until in freed.items() if until > now]
+    sources = [free_ranges(cidrs, mask, sorted(taken)) for mask, cidrs in pools.values()]
+    writes, waiting = {}, [] if refused else sorted(claim for claim in claims if not claim.cidrs)
+    for claim in waiting:
+        cidrs = given.get(claim.uid, ())
+        if not cidrs or any(find_overlap(held, span_of(cidr)) for cidr in cidrs):
+            cidrs = tuple(next(source, None) for source in sources)
+        if None in cidrs:
+            mask, outer = list(pools.values())[cidrs.index(None)]
+            what = f"no range /{mask} is free in --cluster-cidr {', '.join(map(str, outer))}"
+            refused[claim] = f"{what}; one that a node gives back is free after {REUSE_S // 60} minutes; for more, add a --cluster-cidr"
+            continue
+        writes[claim] = cidrs
+        taken += map(span_of, cidrs)
+    return writes, refused, taken
+
+
+def find_foreign(claims, pools):
+    """({claim: reason} of the nodes whose CIDRs another allocator must have set, [(*span, name)] of the others)."""
+    foreign, held = {}, []
+    for claim in sorted(claims):
+        fault = claim.fault
+        for cidr in claim.cidrs:
+            owner = find_overlap(held, span_of(cidr))
+            if not any(cidr.subnet_of(outer) for outer in pools.get(cidr.version, (0, ()))[1]):
+                fault = f"its pod CIDR {cidr} is outside --cluster-cidr"
+            elif owner:
+                fault = f"its pod CIDR {cidr} overlaps that of node {owner}"
+            else:
+                bisect.insort(held, (*span_of(cidr), claim.name))
+        if fault:
+            foreign[claim] = fault
+    return foreign, held
+
+
+def free_ranges(cidrs, mask, taken):
+    """The networks of a prefix length in cidrs that overlap nothing in taken, which is sorted: in the order of cidrs, then lowest first."""
+    for cidr in cidrs:
+        size, (version, first, end) = 1 << (cidr.max_prefixlen - mask), span_of(cidr)
+        for _, low, high in [*(span for span in taken if span[0] == version), (version, end + 1, end + 1)]:
+            while first + size <= min(low, end + 1):
+                yield type(cidr)((first, mask))
+                first += size
+            first = max(first, -(-(high + 1) // size) * size)
+
+
+def format_used(pools, taken):
+    """Text for USED: the highest address in use of each cluster CIDR that has one, comma-separated."""
+    highest = []
+    for cidr in (cidr for _, cidrs in pools.values() for cidr in cidrs):
+        version, first, end = span_of(cidr)
+        lasts = [min(last, end) for family, low, last in taken if family == version and low <= end and last >= first]
+        highest += [str(cidr[max(lasts) - first])] if lasts else []
+    return ",".join(highest)
+
+
+def parse_used(text, pools, until):
+    """{span: until} from format_used's text: what may be in use, as far as anybody but the last leader can know."""
+    addresses = [ipaddress.ip_address(part) for part in text.split(",") if mncni.is_address(part, ipaddress.ip_address)]
+    cidrs = [cidr for _, cidrs in pools.values() for cidr in cidrs]
+    return {(cidr.version, int(cidr[0]), int(address)): until for address in addresses for cidr in cidrs if address in cidr}
+
+
+class Election:
+    """Who leads, by a Lease: the one that renews it; another takes it when nobody has for LEASE_S, on the clock of the one who waits.
+
+    clock: seconds that only go forward. note: the text of USED, published with each renewal. term: changes when another leads, or has led.
+    """
+
+    def __init__(self, api, lease, identity, clock):
+        namespace, self.name = lease.split("/")
+        self.path = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
+        self.api, self.identity, self.clock = api, identity, clock
+        self.lease, self.known = {}, False  # the Lease as last seen, {} if there is none; whether a write may build on that
+        self.ours = False  # whether this term is ours: nobody else has led since we did
+        self.seen = self.renewed = float("-inf")  # when we saw the Lease change; when our last renewal was sent
+        self.next_try, self.term, self.note, self.trouble = 0, 0, "", ""
+
+    def leads(self, term):
+        """Whether we may write now, with what we know since that term began. It ends well before another may take over."""
+        return self.term == term and self.clock() < self.renewed + RENEW_S
+
+    def tick(self):
+        """Renew or try to take the Lease, when it is time for it."""
+        if self.clock() < self.next_try:
+            return
+        self.next_try, trouble = self.clock() + RETRY_S, ""
+        try:
+            if not (self.known and self.leads(self.term)):
+                self.look()
+            spec = self.lease.get("spec") or {}
+            vacant = self.lease and spec.get("holderIdentity") in (None, "", self.identity)
+            if vacant or self.leads(self.term) or self.clock() >= self.seen + (spec.get("leaseDurationSeconds") or LEASE_S):
+                self.write(self.identity, LEASE_S)
+        except ApiError as error:
+            self.known = False
+            if error.status != 409:  # another was faster
+                trouble = f"cannot get or keep the lease {self.name}, without which nothing is written: {error}"
+        if trouble and trouble != self.trouble:
+            log.warning("%s", trouble)
+        self.trouble = trouble
+
+    def look(self):
+        """Read the Lease. ApiError."""
+        before = self.lease
+        try:
+            self.lease = self.api.request("GET", f"{self.path}/{self.name}")
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            self.lease = {}
+        self.known = True
+        version, former = (lease.get("metadata", {}).get("resourceVersion") for lease in (self.lease, before))
+        self.seen = self.seen if version == former else self.clock()
+        holder, former = ((lease.get("spec") or {}).get("holderIdentity") for lease in (self.lease, before))
+        if self.lease and holder != self.identity:
+            if self.ours or holder != former:
+                log.info("%s leads", shown(holder) if holder else "nobody")
+            self.term += self.ours
+            self.ours, self.renewed = False, float("-inf")
+
+    def write(self, holder, duration_s):
+        """Take, renew or (holder "") give back the Lease. ApiError."""
+        meta, old = {"name": self.name, **self.lease.get("metadata", {})}, self.lease.get("spec") or {}
+        notes, now = meta.get("annotations") or {}, datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        spec = {**old, "holderIdentity": holder, "leaseDurationSeconds": duration_s, "renewTime": now}
+        if not self.ours:
+            self.note = notes.get(USED, "")
+            spec.update(acquireTime=now, leaseTransitions=(old.get("leaseTransitions") or 0) + 1)
+        lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "spec": spec}
+        lease["metadata"] = {**meta, "annotations": {**notes, USED: self.note}}
+        method, path = ("PUT", f"{self.path}/{self.name}") if self.lease else ("POST", self.path)
+        sent, self.known = self.clock(), False
+        self.lease = self.api.request(method, path, lease)
+        self.known, self.renewed = True, sent if holder else float("-inf")
+        if not self.ours:
+            self.ours, self.term = True, self.term + 1
+            log.info("leading, by the lease %s", self.name)
+
+    def publish(self, note):
+        """Renew the Lease now, with this note. Returns whether that was done, unless another leads."""
+        self.note, self.next_try = note, 0
+        self.tick()
+        return self.known
+
+    def release(self):
+        """Let another take over at once."""
+        try:
+            if self.leads(self.term):
+                self.write("", 1)
+        except ApiError as error:
+            log.warning("the lease %s runs out by itself: %s", self.name, error)
+
+
+class NodeIpam:
+    """The allocator. follow(put, stopping): has put(kind, [Claim]) called, first with kind LIST, until the event `stopping` is set."""
+
+    def __init__(self, api, pools, election, clock, follow):
+        self.api, self.pools, self.election, self.clock, self.follow = api, pools, election, clock, follow
+        self.counters = dict.fromkeys(("allocated", "conflicts", "failures", "nodes", "waiting", "foreign", "terms"), 0)
+        self.stopping = threading.Event()
+        self.begin()
+
+    def begin(self):
+        """Forget everything: another leads, or has led. As leader, read all nodes anew."""
+        self.stopping.set()
+        self.events, self.stopping, self.term = queue.SimpleQueue(), threading.Event(), self.election.term
+        self.claims, self.given, self.freed, self.told = None, {}, {}, {}  # {uid: Claim}; see plan_allocations; {uid: why it was refused}
+        self.next_pass = self.not_before = 0
+        if self.election.ours:
+            self.counters["terms"] += 1
+            events = self.events
+            self.follow(lambda *event: events.put(event), self.stopping)
+
+    def tick(self, timeout_s):
+        """Renew the Lease, wait for news, and as leader give out what is to be given."""
+        self.election.tick()
+        if self.election.term != self.term:
+            self.begin()
+        with contextlib.suppress(queue.Empty):
+            self.observe(*self.events.get(timeout=timeout_s))
+            while True:
+                self.observe(*self.events.get_nowait())
+        if self.claims is not None and self.clock() >= max(self.next_pass, self.not_before) and self.election.leads(self.term):
+            self.allocate()
+
+    def observe(self, kind, claims):
+        """Take in what the API said of one node, or (LIST) of all."""
+        if self.claims is None:
+            self.claims, self.freed = {}, parse_used(self.election.note, self.pools, self.clock() + REUSE_S)
+        there = {} if kind == "DELETED" else {claim.uid: claim for claim in claims}
+        for uid in set(self.claims) | set(self.given) if kind == "LIST" else {claim.uid for claim in claims}:
+            if uid not in there:
+                self.claims.pop(uid, None)
+                self.release(uid)
+                self.next_pass = 0
+        for uid, claim in there.items():
+            known = self.claims.get(uid)
+            if claim == known or (known and known.cidrs and not claim.cidrs):  # the latter is old: the API lets no CIDR be taken away
+                continue
+            self.claims[uid], self.next_pass = claim, 0
+            if claim.cidrs and claim.cidrs != self.given.get(uid):
+                self.release(uid)
+                self.given[uid] = claim.cidrs
+
+    def release(self, uid):
+        self.freed.update({span_of(cidr): self.clock() + REUSE_S for cidr in self.given.pop(uid, ())})
+
+    def allocate(self):
+        """One pass: plan from all nodes, say in the Lease how far up it goes, write."""
+        now = self.clock()
+        self.freed = {span: until for span, until in self.freed.items() if until > now}
+        writes, refused, taken = plan_allocations(self.claims.values(), self.pools, self.given, self.freed, now)
+        foreign = sum(bool(claim.cidrs or claim.fault) for claim in refused)
+        self.counters.update(nodes=len(self.claims), foreign=foreign, waiting=len(refused) - foreign)
+        self.next_pass = now + RETRY_S if writes or refused else float("inf")
+        self.say(refused)
+        self.election.note = format_used(self.pools, taken)
+        if writes and not self.election.publish(self.election.note):
+            return
+        for claim, cidrs in writes.items():
+            self.election.tick()
+            if self.clock() < self.not_before or not self.election.leads(self.term):
+                return
+            self.write(claim, cidrs)
+
+    def write(self, claim, cidrs):
+        """Give a node its CIDRs, unless it has changed since. They stay reserved for it whatever the answer: a failed write may be done."""
+        texts, self.given[claim.uid] = [str(cidr) for cidr in cidrs], cidrs
+        body = {"metadata": {"resourceVersion": claim.version}, "spec": {"podCIDR": texts[0], "podCIDRs": texts}}
+        try:
+            node = self.api.request("PATCH", f"{NODES}/{claim.name}", body, {"fieldManager": MANAGER}, MERGE_PATCH)
+        except ApiError as error:
+            changed = error.status in (404, 409)  # the watch will tell
+            self.counters["conflicts" if changed else "failures"] += 1
+            log.log(logging.INFO if changed else logging.WARNING, "node %s has no pod CIDR yet: %s", claim.name, error)
+            if error.status in (0, 401, 403, 429) or error.status >= 500:  # not this node's fault: the others wait, too
+                self.not_before = self.clock() + max(RETRY_S, error.retry_after_s or 0)
+            return
+        self.counters["allocated"] += 1
+        self.observe("MODIFIED", [parse_claim(node)])  # as it was stored: the next pass compares it with all others
+        log.info("node %s has pod CIDRs %s", claim.name, ", ".join(texts))
+
+    def say(self, refused):
+        """Tell log and Events of each node that gets nothing, or should not have what it has: once per reason, some nodes at a time."""
+        self.told = {claim.uid: reason for claim, reason in refused.items() if self.told.get(claim.uid) == reason}
+        for claim in [claim for claim in refused if claim.uid not in self.told][:EVENTS]:
+            foreign = claim.cidrs or claim.fault
+            self.told[claim.uid] = refused[claim]
+            message = refused[claim] + ("; while this is so, no node gets a pod CIDR" if foreign else "")
+            log.error("node %s: %s", claim.name, message)
+            self.election.tick()
+            if self.election.leads(self.term):
+                self.send_event(claim, "ForeignPodCIDR" if foreign else "CIDRNotAvailable", message)
+
+    def send_event(self, claim, reason, message):
+        """A Kubernetes Event about a node, best effort: the log says the same."""
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        body = {
+            "metadata": {"name": f"{claim.name}.{mncni.short_hash(claim.uid, stamp)}", "namespace": "default"},
+            "involvedObject": {"apiVersion": "v1", "kind": "Node", "name": claim.name, "uid": claim.uid},
+            **{"type": "Warning", "reason": reason, "message": message, "source": {"component": MANAGER}},
+            **{"firstTimestamp": stamp, "lastTimestamp": stamp, "count": 1},
+        }
+        try:
+            self.api.request("POST", "/api/v1/namespaces/default/events", body)
+        except ApiError as error:
+            log.warning("no Event about node %s: %s", claim.name, error)
+
+
+def follow_nodes(api, put, stopping):
+    """put("LIST", [Claim]), which no cache answers, then put(type, [Claim]) for each change, until the event `stopping` is set."""
+    version, failures = None, 0
+    while not stopping.is_set():
+        wish = 0
+        try:
+            if version is None:
+                claims, version = api.list(NODES, take=parse_claim)
+                put("LIST", claims)
+            for kind, item in api.watch(NODES, version):
+                if stopping.is_set():
+                    return
+                version, failures = item["metadata"]["resourceVersion"], 0
+                if kind != "BOOKMARK":
+                    put(kind, [parse_claim(item)])
+        except Exception as error:  # whatever it is, a list shows how things stand
+            version = None if getattr(error, "status", 410) in (400, 410) or failures > 5 else version
+            wish = getattr(error, "retry_after_s", None) or 0
+            if failures == 1:  # one failure is everyday: servers restart, versions expire
+                log.warning("cannot follow the nodes: %s", error)
+        failures += 1
+        stopping.wait(pause_s(failures, wish))
+
+
+def parse_pools(parser, options, environ):
+    """{family: (prefix length of a node's range, cluster CIDRs)}; the first CIDR's family comes first. Exit status 2 if they cannot be."""
+    cidrs, pools = parse_list(parser, options, environ, "cluster_cidr", network), {}
+    if not cidrs:
+        parser.error("--cluster-cidr is needed: see agent.py nodeipam --help")
+    twins = find_twins(cidrs)
+    if twins:
+        parser.error(f"--cluster-cidr {twins[0]} overlaps --cluster-cidr {twins[1]}")
+    for cidr in cidrs:
+        flag, mask = f"--node-mask-v{cidr.version}", getattr(options, f"node_mask_v{cidr.version}")
+        if not 1 <= mask <= cidr.max_prefixlen - 2:
+            parser.error(f"{flag} {mask} is out of range: 1 to {cidr.max_prefixlen - 2}")
+        if cidr.prefixlen > mask:
+            parser.error(f"--cluster-cidr {cidr} is smaller than one node's range: {flag} is {mask}")
+        pools[cidr.version] = (mask, (*pools.get(cidr.version, (mask, ()))[1], cidr))
+    if options.lease.count("/") != 1 or not all(map(mncni.is_identifier, options.lease.split("/"))):
+        parser.error(f"--lease {options.lease!r} must be namespace/name")
+    return pools
+
+
+def run_nodeipam(options, pools, environ):
+    """The exit code of `agent.py nodeipam`: it returns when it is told to stop."""
+    try:
+        patient = open_api(options.kubeconfig, environ, mncni.make_run(environ))
+    except CNIError as error:
+        log.error("%s", error)
+        return FAILED
+    quick, stopping = Api(patient.access), []
+    quick.READ_S = RENEW_S / 2  # a request that takes longer must not cost us the Lease
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stopping.append(number))
+
+    def follow(put, stopping):
+        threading.Thread(target=follow_nodes, args=(patient, put, stopping), daemon=True).start()
+
+    clock = functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)  # goes on while the machine sleeps
+    election = Election(quick, options.lease, f"{socket.gethostname()}_{uuid.uuid4()}", clock)
+    ipam = NodeIpam(quick, pools, election, clock, follow)
+    while not stopping:
+        ipam.tick(POLL_S)
+    election.release()
+    log.info("stopping; nodes keep the pod CIDRs that they have")
+    return OK
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Status
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2530,9 +2927,11 @@ def main(arguments, environ):
     """The exit code."""
     parser = build_parser(environ)
     options = parser.parse_args(arguments)
-    settings = parse_settings(parser, options, environ)
     level = logging.DEBUG if environ.get("MNCNI_DEBUG") == "1" else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    if options.command == "nodeipam":  # it touches no node, so it needs no root
+        return run_nodeipam(options, parse_pools(parser, options, environ), environ)
+    settings = parse_settings(parser, options, environ)
     cluster = settings.kubeconfig or environ.get("KUBERNETES_SERVICE_HOST")
     needed = {"--kubeconfig or --nodes-dir": settings.nodes_dir or cluster, "--cluster-cidr": settings.cluster_cidrs}
     needed.update({"--pod-cidr": settings.pod_cidrs} if settings.nodes_dir else {})
