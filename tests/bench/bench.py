@@ -1,0 +1,500 @@
+"""What a pod costs: MNCNI against the reference plugins, and against the floor, in one run, as ratios.
+
+    sudo make bench [ARGS="--rounds 20 --only calls,bursts,leases,pods,network"]
+
+A pod here has masquerade, a host port and bandwidth limits both ways. Compared are
+
+    ours        the launcher that `mncni.py install` writes, "plugin": ["naivewg", "portmap", "bandwidth"]
+    plain file  the same with mncni.py itself, which is compiled at each start
+    reference   Debian's containernetworking-plugins, chained as a runtime does: bridge with host-local, portmap, bandwidth
+    floor       the commands that change the kernel for ours, with nothing around them: no interpreter, no look, no lease
+
+in rounds that take turns, so that a busy machine is busy for all of them. Figures are medians. Prints tables, writes them and SVG
+charts to build/bench, and exits with 1 if a ratio is above its budget in budgets.json by more than 15 %. `--record` writes the budgets.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mncni
+from deploy import lab as labs
+
+HERE = Path(__file__).parent
+OUT = HERE.parents[1] / "build" / "bench"
+REFERENCE = next((path for path in ("/usr/lib/cni", "/opt/cni/bin") if os.path.exists(f"{path}/bridge")), "")
+TOLERANCE = 1.15
+ASKED = {
+    "portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}],
+    "bandwidth": {"ingressRate": 8000000, "ingressBurst": 800000, "egressRate": 8000000, "egressBurst": 800000},
+}
+
+
+class World:
+    """A host namespace, pods' namespaces, directories; gone at the end."""
+
+    def __init__(self, tmp):
+        self.tmp, self.name, self.made = tmp, f"mncni-bench-{os.getpid()}", 0
+        self.pods = []
+        sh(f"ip netns add {self.name} && ip -n {self.name} link set lo up")
+
+    def close(self):
+        for name in [*self.pods, self.name]:
+            subprocess.run(["ip", "netns", "delete", name], check=False)
+
+    def pod(self, number):
+        """The path of the number-th pod's namespace, made when it is asked for first."""
+        name = f"{self.name}-{number}"
+        if name not in self.pods:
+            sh(f"ip netns add {name}")
+            self.pods.append(name)
+        return f"/run/netns/{name}"
+
+    def call(self, command, program, conf, container_id, netns, **environ):
+        """(stdout, stderr) of one call of a plugin; it has to succeed."""
+        own = {"CNI_COMMAND": command, "CNI_CONTAINERID": container_id, "CNI_NETNS": netns, "CNI_IFNAME": "eth0", "CNI_PATH": REFERENCE}
+        done = subprocess.run(
+            ["nsenter", f"--net=/run/netns/{self.name}", program],
+            input=json.dumps(conf),
+            capture_output=True,
+            text=True,
+            env={**os.environ, **own, "MNCNI_RUN_DIR": f"{self.tmp}/run", **environ},
+        )
+        if done.returncode:
+            raise SystemExit(f"bench: {command} by {program} failed: {done.stdout}{done.stderr}")
+        return done.stdout, done.stderr
+
+
+def sh(command):
+    subprocess.run(command, shell=True, check=True)
+
+
+class Chain:
+    """Plugins that a runtime calls one after another: [(program, configuration)]."""
+
+    def __init__(self, world, plugins):
+        self.world, self.plugins = world, plugins
+
+    def add(self, number, **environ):
+        """The result of the last, and all that was said on stderr."""
+        result, said = None, ""
+        for program, conf in self.plugins:
+            conf = with_port({**conf, "prevResult": result} if result else conf, number)
+            stdout, stderr = self.world.call("ADD", program, conf, f"c{number}", self.world.pod(number), **environ)
+            result, said = json.loads(stdout), said + stderr
+        return result, said
+
+    def check(self, number, result):
+        for program, conf in self.plugins:
+            if program.endswith("/portmap"):
+                continue  # the reference's CHECK fails for a pod without IPv6
+            self.world.call("CHECK", program, with_port({**conf, "prevResult": result}, number), f"c{number}", self.world.pod(number))
+
+    def delete(self, number, result, **environ):
+        said = ""
+        for program, conf in reversed(self.plugins):
+            conf = with_port({**conf, "prevResult": result}, number)
+            said += self.world.call("DEL", program, conf, f"c{number}", self.world.pod(number), **environ)[1]
+        return said
+
+
+def with_port(conf, number):
+    """conf with a host port of the pod's own."""
+    if "runtimeConfig" not in conf:
+        return conf
+    ports = [{**conf["runtimeConfig"]["portMappings"][0], "hostPort": 10000 + number}]
+    return {**conf, "runtimeConfig": {**conf["runtimeConfig"], "portMappings": ports}}
+
+
+def our_conf(world, name="ours", **keys):
+    conf = {"cniVersion": "1.0.0", "name": name, "plugin": ["naivewg", "portmap", "bandwidth"], "bridge": f"{name}0", "ipMasq": True}
+    conf["ipam"] = {"dataDir": f"{world.tmp}/leases", "ranges": [[{"subnet": "10.88.0.0/16"}]]}
+    return {**conf, "runtimeConfig": ASKED, **keys}
+
+
+def reference_plugins(world):
+    ipam = {"type": "host-local", "dataDir": f"{world.tmp}/host-local", "ranges": [[{"subnet": "10.89.0.0/16"}]]}
+    bridge = {
+        "type": "bridge",
+        "bridge": "ref0",
+        "isGateway": True,
+        "isDefaultGateway": True,
+        "ipMasq": True,
+        "hairpinMode": True,
+        "ipam": ipam,
+    }
+    confs = [bridge, {"type": "portmap", "runtimeConfig": ASKED}, {"type": "bandwidth", "runtimeConfig": ASKED}]
+    return [(f"{REFERENCE}/{conf['type']}", {"cniVersion": "0.4.0", "name": "ref", **conf}) for conf in confs]
+
+
+class Floor:
+    """The kernel changes of one ADD and DEL of ours, as its own trace shows them, replayed by nothing but their commands."""
+
+    def __init__(self, world, ours):
+        self.world = world
+        result, added = ours.add(0, CNI_TRACE="1")
+        removed = ours.delete(0, result, CNI_TRACE="1")
+        self.scripts = {"ADD": commands_that_change(added), "DEL": commands_that_change(removed)}
+
+    def run(self, command):
+        for words, stdin in self.scripts[command]:
+            subprocess.run(["nsenter", f"--net=/run/netns/{self.world.name}", *words], input=stdin, text=True, capture_output=True)
+
+
+def commands_of(trace):
+    """[(argv, stdin)] of what CNI_TRACE=1 printed."""
+    import shlex
+
+    commands, lines = [], iter(trace.splitlines())
+    for line in lines:
+        if not line.startswith("+ "):
+            continue
+        words, stdin = line[2:], ""
+        if words.endswith("<<'E'"):
+            words = words[: -len("<<'E'")]
+            for inner in lines:
+                if inner == "E":
+                    break
+                stdin += inner + "\n"
+        commands.append((shlex.split(words), stdin))
+    return commands
+
+
+def commands_that_change(trace):
+    found = [(words, stdin) for words, stdin in commands_of(trace) if not {"-json", "-j", "show", "list"} & set(words)]
+    return [(words, stdin) for words, stdin in found if words[0] != "mncni.py"]
+
+
+# ---- measuring ----
+
+
+def timed(act, *arguments):
+    """(seconds, what act returned)."""
+    begin = time.perf_counter()
+    value = act(*arguments)
+    return time.perf_counter() - begin, value
+
+
+def cpu(act, *arguments):
+    """(CPU seconds of the processes that act started and waited for, what it returned)."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    value = act(*arguments)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, value
+
+
+def median_ms(times):
+    return statistics.median(times) * 1000
+
+
+def bench_calls(world, chains, rounds):
+    """{(who, command): [seconds]} of rounds in turns; the first two warm up. CPU seconds under (who, "ADD CPU"), (who, "DEL CPU")."""
+    times = {}
+    floor = Floor(world, chains["ours"])
+    for _ in range(rounds + 2):
+        for who, chain in chains.items():
+            cpu_add, (add_s, (result, _)) = cpu(timed, chain.add, 1)
+            check_s, _ = timed(chain.check, 1, result)
+            cpu_del, (del_s, _) = cpu(timed, chain.delete, 1, result)
+            for command, seconds in (("ADD", add_s), ("CHECK", check_s), ("DEL", del_s), ("ADD CPU", cpu_add), ("DEL CPU", cpu_del)):
+                times.setdefault((who, command), []).append(seconds)
+        for command in ("ADD", "DEL"):
+            times.setdefault(("floor", command), []).append(timed(floor.run, command)[0])
+        for command in ("STATUS", "VERSION"):
+            program, conf = chains["ours"].plugins[0]
+            times.setdefault(("ours", command), []).append(timed(world.call, command, program, {**conf, "cniVersion": "1.1.0"}, "c", "")[0])
+        program, conf = chains["reference"].plugins[0]
+        times.setdefault(("reference", "VERSION"), []).append(timed(world.call, "VERSION", program, conf, "c", "")[0])
+    return {key: values[2:] for key, values in times.items()}
+
+
+def bench_bursts(chains, sizes, rounds=3):
+    """{(who, size): (seconds until the last of size pods is up, until the last is gone)}, medians of rounds in turns."""
+    times = {}
+    for size in sizes:
+        for _ in range(rounds):
+            for who in ("ours", "reference"):
+                chain = chains[who]
+                [chain.world.pod(number) for number in range(size)]
+                with ThreadPoolExecutor(size) as pool:
+                    up_s, results = timed(lambda chain=chain, pool=pool, size=size: list(pool.map(chain.add, range(size))))
+                    work = [(number, result) for number, (result, _) in enumerate(results)]
+                    down_s, _ = timed(lambda chain=chain, pool=pool, work=work: list(pool.map(lambda one: chain.delete(*one), work)))
+                times.setdefault((who, size), []).append((up_s, down_s))
+    return {key: tuple(statistics.median(column) for column in zip(*values)) for key, values in times.items()}
+
+
+def bench_leases(world, counts, rounds):
+    """{count of leases held by others: [seconds of an ADD]}, in turns. The pool is a /16 of which that many are taken."""
+    confs = {}
+    for count in counts:
+        conf = our_conf(world, f"leases{count}", bridge="leases0", plugin="naivewg", ipMasq=False)
+        leases = mncni.Leases(f"{world.tmp}/leases", f"leases{count}")
+        subnet = mncni.ipaddress.ip_network("10.88.0.0/16")
+        os.makedirs(leases.index_dir)
+        for number in range(count):
+            leases.take([subnet[number + 2]], f"other{number}", "eth0")
+        if count:
+            leases.set_last(0, subnet[count + 1])
+        confs[count] = conf
+    times = {count: [] for count in counts}
+    program = f"{world.tmp}/bin/mncni"
+    for _ in range(rounds + 2):
+        for count, conf in confs.items():
+            seconds, _ = timed(world.call, "ADD", program, conf, "c1", world.pod(1))
+            world.call("DEL", program, conf, "c1", world.pod(1))
+            times[count].append(seconds)
+    return {count: values[2:] for count, values in times.items()}
+
+
+def bench_pods(chains, counts, rounds):
+    """{count of other pods that live: [seconds of an ADD and a DEL of ours]}."""
+    times, chain, living = {}, chains["ours"], []
+    for count in sorted(counts):
+        while len(living) < count:
+            living.append((1000 + len(living), chain.add(1000 + len(living))[0]))
+        for _ in range(rounds):
+            seconds, (result, _) = timed(chain.add, 1)
+            times.setdefault(count, []).append(seconds + timed(chain.delete, 1, result)[0])
+    for number, result in living:
+        chain.delete(number, result)
+    return times
+
+
+# ---- the network: pod to pod through ours, against a bare WireGuard device ----
+
+STREAM = """
+import socket, sys, time
+server = socket.create_server(("", 5001))
+print("up", flush=True)
+connection, _ = server.accept()
+begin, total = time.monotonic(), 0
+while time.monotonic() - begin < float(sys.argv[1]):
+    total += len(connection.recv(1 << 18))
+print(total * 8 / 1e6 / (time.monotonic() - begin))
+"""
+SEND = """
+import socket, sys, time
+connection = socket.create_connection((sys.argv[1], 5001), timeout=20)
+begin = time.monotonic()
+while time.monotonic() - begin < float(sys.argv[2]):
+    connection.send(bytes(1 << 17))
+"""
+
+
+def throughput(sender, receiver, address, seconds=3):
+    """Mbit/s of one TCP connection."""
+    with subprocess.Popen([*receiver, labs.PYTHON, "-c", STREAM, str(seconds)], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout.readline() == "up\n"
+        with subprocess.Popen([*sender, labs.PYTHON, "-c", SEND, address, str(seconds)], stderr=subprocess.DEVNULL) as client:
+            measured = float(server.stdout.readline())
+            client.kill()
+    return measured
+
+
+def latency_ms(sender, address):
+    text = subprocess.run(
+        [*sender, "ping", "-n", "-q", "-c", "50", "-i", "0.02", address], capture_output=True, text=True, check=True
+    ).stdout
+    return float(re.search(r"= [\d.]+/([\d.]+)/", text).group(1))
+
+
+def bench_network(rounds=3):
+    """{(who, "Mbit/s" or "ms"): [figures]} between two nodes of the lab: pods through MNCNI, and a bare WireGuard device in each node's
+    own namespace, of the same kind (wireguard-go, or the kernel's)."""
+    lab, figures = labs.Lab(f"mncni-bench-{os.getpid()}", verbose=False), {}
+    try:
+        with labs.built_or_undone(lab, 2, 1, labs.LAB_FILE.parents[1], {"families": ["ipv4"], "underlay": "ipv4"}):
+            labs.boot_all(lab)
+            labs.wait_first_pongs(lab, labs.plan_pairs(lab))
+            make_bare(lab)
+            pod = [labs.pod_argv(lab, node, "pod1") for node in ("node1", "node2")]
+            node = [labs.node_argv(lab, name) for name in ("node1", "node2")]
+            ways = {"pods": (*pod, labs.pod_record(lab, "node2", "pod1")["addresses"][0]), "bare": (*node, "192.168.77.2")}
+            for _ in range(rounds):
+                for who, (sender, receiver, address) in ways.items():
+                    figures.setdefault((who, "Mbit/s"), []).append(throughput(sender, receiver, address))
+                    figures.setdefault((who, "ms"), []).append(latency_ms(sender, address))
+    finally:
+        labs.down(lab)
+    return figures
+
+
+def make_bare(lab):
+    """A WireGuard device bare0 in each node, peers of one another."""
+    keys = {}
+    for number, node in enumerate(("node1", "node2"), 1):
+        argv = labs.node_argv(lab, node)
+        kernel = labs.run([*argv, "ip", "link", "add", "bare0", "type", "wireguard"])[0] == 0
+        if not kernel:
+            labs.must([*argv, "wireguard-go", "bare0"])
+        script = "umask 077; wg genkey >/run/bare.key; wg set bare0 private-key /run/bare.key listen-port 5555"
+        labs.must([*argv, "sh", "-ec", f"{script}; ip address add 192.168.77.{number}/24 dev bare0; ip link set bare0 mtu 1440 up"])
+        keys[node] = labs.must([*argv, "wg", "show", "bare0", "public-key"]).strip()
+    for number, (node, other) in enumerate((("node1", "node2"), ("node2", "node1")), 1):
+        peer = [keys[other], "endpoint", f"192.0.2.{3 - number}:5555", "allowed-ips", f"192.168.77.{3 - number}/32"]
+        labs.must([*labs.node_argv(lab, node), "wg", "set", "bare0", "peer", *peer])
+
+
+# ---- what comes of it ----
+
+
+def print_table(title, head, rows, out):
+    widths = [max(len(str(row[column])) for row in [head, *rows]) for column in range(len(head))]
+    lines = ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows]]
+    text = f"\n{title}\n\n" + "\n".join(lines) + "\n"
+    print(text, flush=True)
+    out.append(text)
+
+
+def write_chart(name, title, bars):
+    """An SVG with a bar for each (label, value)."""
+    top, row, left, width = 40, 26, 260, 420
+    highest = max(value for _, value in bars)
+    size = f'width="{left + width + 90}" height="{top + row * len(bars) + 10}"'
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13">']
+    parts.append(f'<text x="10" y="22" font-size="15" font-weight="bold">{title}</text>')
+    for number, (label, value) in enumerate(bars):
+        y, length = top + row * number, max(1, width * value / highest)
+        parts.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{label}</text>')
+        parts.append(
+            f'<rect x="{left}" y="{y + 3}" width="{length:.0f}" height="{row - 8}" fill="{"#2f6f9f" if "ours" in label else "#b0b7bd"}"/>'
+        )
+        parts.append(f'<text x="{left + length + 6:.0f}" y="{y + 15}">{value:.3g}</text>')
+    (OUT / f"{name}.svg").write_text("\n".join([*parts, "</svg>"]) + "\n")
+
+
+def report_calls(world, chains, rounds, ratios, out):
+    times = bench_calls(world, chains, rounds)
+    commands = ("ADD", "CHECK", "DEL", "STATUS", "VERSION", "ADD CPU", "DEL CPU")
+    rows = []
+    for who in ("ours", "plain file", "reference", "floor"):
+        rows.append([who, *(f"{median_ms(times[who, command]):.1f}" if (who, command) in times else "-" for command in commands)])
+    print_table(f"A pod with masquerade, a host port and bandwidth, ms (medians of {rounds} rounds in turns)", ["", *commands], rows, out)
+    both = {who: median_ms(times[who, "ADD"]) + median_ms(times[who, "DEL"]) for who in ("ours", "reference", "floor")}
+    ratios["ADD + DEL, ours / reference"] = both["ours"] / both["reference"]
+    ratios["ADD, ours / reference"] = median_ms(times["ours", "ADD"]) / median_ms(times["reference", "ADD"])
+    ratios["DEL, ours / reference"] = median_ms(times["ours", "DEL"]) / median_ms(times["reference", "DEL"])
+    ratios["ADD + DEL, ours / floor"] = both["ours"] / both["floor"]
+    ratios["CPU of ADD + DEL, ours / reference"] = sum(median_ms(times["ours", f"{verb} CPU"]) for verb in ("ADD", "DEL")) / sum(
+        median_ms(times["reference", f"{verb} CPU"]) for verb in ("ADD", "DEL")
+    )
+    result, added = chains["ours"].add(1, CNI_TRACE="1")
+    counts = (len(commands_of(added)), len(commands_of(chains["ours"].delete(1, result, CNI_TRACE="1"))))
+    out.append(f"\nProcesses that ours starts: ADD {counts[0]}, DEL {counts[1]}.\n")
+    print(out[-1])
+    write_chart(
+        "calls",
+        "ADD and DEL of a pod, ms",
+        [(f"{who} {verb}", median_ms(times[who, verb])) for verb in ("ADD", "DEL") for who in ("ours", "reference", "floor")],
+    )
+
+
+def report_bursts(chains, ratios, out):
+    sizes = (1, 10, 50, 110)
+    times = bench_bursts(chains, sizes)
+    rows = [[size, *(f"{times[who, size][way]:.2f}" for way in (0, 1) for who in ("ours", "reference"))] for size in sizes]
+    head = ["pods at once", "up, ours", "up, reference", "gone, ours", "gone, reference"]
+    print_table("Seconds until the last pod is up, until the last is gone (medians of 3)", head, rows, out)
+    ratios["50 pods at once, ours / reference"] = times["ours", 50][0] / times["reference", 50][0]
+    write_chart(
+        "bursts",
+        "Until the last pod is up, s",
+        [(f"{size} pods, {who}", times[who, size][0]) for size in sizes for who in ("ours", "reference")],
+    )
+
+
+def report_leases(world, rounds, ratios, out):
+    times = bench_leases(world, (0, 1000, 60000), rounds)
+    rows = [[count, f"{median_ms(values):.1f}"] for count, values in times.items()]
+    print_table("ADD of naivewg with so many leases held, ms", ["leases", "ADD"], rows, out)
+    ratios["ADD with 60,000 leases / with none"] = median_ms(times[60000]) / median_ms(times[0])
+
+
+def report_pods(chains, rounds, ratios, out):
+    times = bench_pods(chains, (10, 200), rounds)
+    rows = [[count, f"{median_ms(values):.1f}"] for count, values in times.items()]
+    print_table("ADD + DEL while so many such pods live, ms", ["pods", "ADD + DEL"], rows, out)
+    ratios["ADD + DEL with 200 pods / with 10"] = median_ms(times[200]) / median_ms(times[10])
+
+
+def report_network(ratios, out):
+    figures = {key: statistics.median(values) for key, values in bench_network().items()}
+    rows = [[who, f"{figures[who, 'Mbit/s']:.0f}", f"{figures[who, 'ms']:.2f}"] for who in ("pods", "bare")]
+    print_table("Between two nodes: pods through MNCNI, a bare WireGuard device", ["", "Mbit/s", "ping, ms"], rows, out)
+    ratios["throughput, bare WireGuard / pods"] = figures["bare", "Mbit/s"] / figures["pods", "Mbit/s"]
+    ratios["latency, pods / bare WireGuard"] = figures["pods", "ms"] / figures["bare", "ms"]
+
+
+def judge(ratios, out):
+    """1 if a ratio is above its budget by more than the tolerance."""
+    budgets = json.loads((HERE / "budgets.json").read_text())
+    status, rows = 0, []
+    for name, ratio in ratios.items():
+        budget = budgets["ratios"].get(name)
+        above = budget is not None and ratio > budget * TOLERANCE
+        status |= above
+        rows.append([name, f"{ratio:.2f}", "-" if budget is None else f"{budget:.2f}", "ABOVE" if above else ""])
+    print_table(f"Ratios, and budgets of {budgets['date']} ({budgets['machine']})", ["", "now", "budget", ""], rows, out)
+    return int(status)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--only", default="calls,bursts,leases,pods,network", help="comma-separated parts")
+    parser.add_argument("--record", action="store_true", help="write the ratios of this run as the budgets")
+    options = parser.parse_args()
+    if not REFERENCE:
+        raise SystemExit("bench: needs the reference plugins: apt-get install containernetworking-plugins")
+    OUT.mkdir(parents=True, exist_ok=True)
+    ratios, out, parts = {}, [], options.only.split(",")
+    with contextlib.ExitStack() as stack:
+        tmp = tempfile.mkdtemp(prefix="mncni-bench-")
+        stack.callback(shutil.rmtree, tmp)
+        world = World(tmp)
+        stack.callback(world.close)
+        mncni.install(f"{tmp}/bin")
+        chains = {
+            "ours": Chain(world, [(f"{tmp}/bin/mncni", our_conf(world))]),
+            "plain file": Chain(world, [(f"{tmp}/bin/mncni.py", our_conf(world))]),
+            "reference": Chain(world, reference_plugins(world)),
+        }
+        reports = {
+            "calls": (report_calls, world, chains, options.rounds),
+            "bursts": (report_bursts, chains),
+            "leases": (report_leases, world, options.rounds),
+            "pods": (report_pods, chains, options.rounds),
+            "network": (report_network,),
+        }
+        for part in parts:
+            report, *arguments = reports[part]
+            report(*arguments, ratios, out)
+    if options.record:
+        machine = f"{os.cpu_count()} cores, Linux {platform.release().split('-')[0]}, Python {platform.python_version()}"
+        budgets = {
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine,
+            "ratios": {name: round(ratio, 2) for name, ratio in ratios.items()},
+        }
+        (HERE / "budgets.json").write_text(json.dumps(budgets, indent=2) + "\n")
+    status = judge(ratios, out)
+    (OUT / "report.txt").write_text("".join(out))
+    print(f"\nThe tables and charts are in {OUT.relative_to(Path.cwd()) if OUT.is_relative_to(Path.cwd()) else OUT}.")
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
