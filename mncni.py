@@ -85,7 +85,8 @@ class Request:
 
     command, container_id, netns, ifname: the CNI_* variables ("" when absent). args: CNI_ARGS as a dict. path: directories of
     CNI_PATH. conf: the network configuration (dict). network: its name. version: its cniVersion. prev_result: a 1.1.0 result,
-    or None. run_dir: where state that dies with the boot lives.
+    or None. run_dir: where state that dies with the boot lives. at_once: commands that do not depend on one another may run at the
+    same time. new_peer: the host's end of the pod's interface, as look_peer has it, if an earlier stage of this very call made it.
     """
 
     def __init__(self, environ, conf):
@@ -100,6 +101,8 @@ class Request:
         self.network = conf["name"]
         self.version = conf["cniVersion"]
         self.prev_result = None
+        self.at_once = False
+        self.new_peer = None
 
 
 ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
@@ -281,8 +284,9 @@ def merge_results(prev_result, own):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def answer(environ, stdin_text, run, plugins=None, called_as="mncni"):
-    """(exit code, what goes to stdout) for one call. Never raises. `plugins` is a table like PLUGINS, `run` what starts commands."""
+def answer(environ, stdin_text, run, plugins=None, called_as="mncni", at_once=False):
+    """(exit code, what goes to stdout) for one call. Never raises. `plugins` is a table like PLUGINS, `run` what starts commands;
+    at_once: it may be called from several threads."""
     version = NEWEST  # what an error speaks as long as nobody has named a version we know
     try:
         check_environment(environ)
@@ -295,6 +299,7 @@ def answer(environ, stdin_text, run, plugins=None, called_as="mncni"):
         version = conf["cniVersion"]
         stages = choose_plugins(conf, called_as, plugins or PLUGINS)
         request = Request(environ, conf)
+        request.at_once = at_once
         check_netns(request, environ)
         run = logged(run, request)
         result = VERBS[request.command](request, stages, run)
@@ -352,20 +357,35 @@ def report(request, problems):
 
 
 def call_all(request, stages, run):
-    """Run every stage, whatever happens to those before it; then report the first error."""
-    all_of([(stage[request.command], (request, run)) for stage in stages])
+    """Run every stage, whatever happens to those before it; then report the first error. Those of a DEL do not depend on one another."""
+    all_of([(stage[request.command], (request, run)) for stage in stages], request.at_once and request.command == "DEL")
 
 
-def all_of(acts):
-    """Do every act, (function, arguments), whatever becomes of those before it; then raise the first error."""
-    errors = []
-    for act, arguments in acts:
+def all_of(acts, at_once=False):
+    """Do every act, (function, arguments), whatever becomes of the others; then raise the first error, or return what they returned."""
+    results, errors = [None] * len(acts), {}
+
+    def do(index):
+        act, arguments = acts[index]
         try:
-            act(*arguments)
+            results[index] = act(*arguments)
         except Exception as error:
-            errors.append(error)
-    for error in errors:
+            errors[index] = error
+
+    if at_once and len(acts) > 1:
+        import threading  # subprocess needs it anyway
+
+        threads = [threading.Thread(target=do, args=(index,)) for index in range(len(acts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    else:
+        for index in range(len(acts)):
+            do(index)
+    for _, error in sorted(errors.items()):
         raise error
+    return results
 
 
 VERBS = {"ADD": call_add, "DEL": call_del, "CHECK": call_check, "GC": call_all, "STATUS": call_all}
@@ -1260,12 +1280,17 @@ def refuse_foreign_bridge(conf, bridge):
         raise config_error(f'cannot use bridge "{name}": MNCNI did not make it; set "adoptBridge": true, or "bridge" to another name')
 
 
-def refuse_if_attached(request, veth, run):
+def look_pod(request, run):
+    """CNI_IFNAME in the pod, None if there is none."""
+    return look_link(request.ifname, look_ip([f"link show dev {request.ifname}"], run, request.netns))
+
+
+def refuse_if_attached(request, veth, taken):
     """CNIError 4 if this attachment stands already, or its interface's name is taken in the pod. Nothing has been changed yet."""
     if veth is not None:
         what = f"{request.ifname} is {veth['ifname']} on the host"
         raise CNIError(BAD_ENVIRONMENT, f"container {request.container_id} is attached already: {what}")
-    if look_link(request.ifname, look_ip([f"link show dev {request.ifname}"], run, request.netns)):
+    if taken is not None:
         raise CNIError(BAD_ENVIRONMENT, f'CNI_IFNAME "{request.ifname}" exists already in {request.netns}')
 
 
@@ -1410,9 +1435,19 @@ def masq_names(network):
     return f"net_{key}", f"pods4_{key}", f"pods6_{key}"
 
 
-def plan_masq(network, conf, ips):
-    """One nft transaction: traffic from the network's subnets to anything but them, the clusterCIDRs and multicast leaves with the
-    host's address. One static rule a family, whatever the pods: nothing to take back per pod, so nothing to leak."""
+def look_masq(request, conf, run):
+    """The stamp of the masquerade rules as they stand, "" if they are not whole. To look is cheaper than a transaction."""
+    if not conf["ipMasq"]:
+        return ""
+    rules = [item["rule"] for item in look_nft(["chain", "inet", "mncni_masq", masq_names(request.network)[0]], run) if "rule" in item]
+    stamps = {rule.get("comment", "").rpartition(" ")[2] for rule in rules}
+    return stamps.pop() if len(rules) == 2 and len(stamps) == 1 else ""
+
+
+def plan_masq(network, conf, ips, present=""):
+    """Commands, none if the rules with the stamp `present` are these: one nft transaction by which traffic from the network's subnets
+    to anything but them, the clusterCIDRs and multicast leaves with the host's address. One static rule a family, whatever the pods:
+    nothing to take back per pod, so nothing to leak."""
     chain, *sets = masq_names(network)
     subnets = [entry["subnet"] for ranges in (conf["ipam"] or {}).get("range_sets", []) for entry in ranges]
     subnets += [ipaddress.ip_interface(ip["address"]).network for ip in ips]
@@ -1429,8 +1464,9 @@ def plan_masq(network, conf, ips):
         lines.append(f"add set inet mncni_masq {name} {{ type {kind}; flags interval; auto-merge; }}")
         lines += [f"add element inet mncni_masq {name} {{ {subnet} }}" for subnet in own]
         match = f"{protocol} saddr @{name} {protocol} daddr != @{name} {protocol} daddr != {{ {', '.join(map(str, spared))} }}"
-        lines.append(f'add rule inet mncni_masq {chain} {match} masquerade comment "{network[:100]}"')
-    return Command(["nft", "-f", "-"], "\n".join(lines) + "\n")
+        lines.append(f'add rule inet mncni_masq {chain} {match} masquerade comment "{network[:80]} STAMP"')
+    stamp = short_hash(*lines)
+    return [] if stamp == present else [Command(["nft", "-f", "-"], "\n".join(lines).replace("STAMP", stamp) + "\n")]
 
 
 def check_masq(network, ips, run):
@@ -1474,19 +1510,21 @@ def naivewg_add(request, run):
 
 def attach(request, conf, run):
     """naivewg_add under the attachment's lock."""
-    bridge, veth = look_host(request, conf["bridge"], run)
+    looks = [(look_host, (request, conf["bridge"], run)), (look_pod, (request, run)), (look_masq, (request, conf, run))]
+    (bridge, veth), taken, masq_stamp = all_of(looks, request.at_once)
     if bridge and "ifalias" not in bridge:  # another ADD may be making it: the kernel takes the alias only after the link
         with bridge_lock(request):
             bridge, veth = look_host(request, conf["bridge"], run)
     refuse_foreign_bridge(conf, bridge)
-    refuse_if_attached(request, veth, run)
+    refuse_if_attached(request, veth, taken)
     try:
         ipam = with_gateways(conf, ipam_add(request, conf["ipam"], run))
         first = ipam["ips"][0]["address"].partition("/")[0] if ipam["ips"] else link_alias(request)
         mac = conf["mac"] or mac_of(first)
         bridge_mac = ensure_bridge(request, conf, bridge, plan_gateways(conf, ipam["ips"]), run)
-        masq = [plan_masq(request.network, conf, ipam["ips"])] if conf["ipMasq"] and ipam["ips"] else []
+        masq = plan_masq(request.network, conf, ipam["ips"], masq_stamp) if conf["ipMasq"] and ipam["ips"] else []
         apply(masq + plan_attach(request, conf, ipam, mac), run)
+        request.new_peer = {"ifname": own_veth(request), "mtu": conf["mtu"] or 1500}
         return merge_results(request.prev_result, naivewg_result(request, conf, ipam, bridge_mac, mac))
     except Exception:
         best_effort(detach, request, run)
@@ -1921,7 +1959,7 @@ def own_ifb(request):
 def look_peer(request, run):
     """The host's end of CNI_IFNAME among the interfaces of prevResult. CNIError 7 if none is."""
     names = host_links(request)
-    pod = look_link(request.ifname, look_ip([f"link show dev {request.ifname}"], run, request.netns))
+    pod = look_pod(request, run)
     for host in look_ip([f"link show dev {name}" for name in names], run) if names else []:
         if pod and host["ifindex"] == pod.get("link_index"):
             return host
@@ -1949,9 +1987,10 @@ def bandwidth_add(request, run):
     require_prev_result(request, "bandwidth")
     if not any(limits.values()):
         return request.prev_result
-    peer = look_peer(request, run)
+    peer = request.new_peer or look_peer(request, run)
     try:
-        apply(plan_bandwidth(request, limits, peer, look_qdiscs(peer["ifname"], run)), run)
+        qdiscs = [] if request.new_peer else look_qdiscs(peer["ifname"], run)
+        apply(plan_bandwidth(request, limits, peer, qdiscs), run)
     except Exception:
         best_effort(bandwidth_del, request, run)
         raise
@@ -2562,7 +2601,7 @@ def main(plugins=None):
             sys.stdout.write(error_reply(CNIError(IO_FAILURE, f"cannot read stdin: {error.strerror}"), NEWEST))
             sys.exit(1)
         stdin_text = ""
-    exit_code, text = answer(environ, stdin_text, run, plugins, os.path.basename(sys.argv[0]))
+    exit_code, text = answer(environ, stdin_text, run, plugins, os.path.basename(sys.argv[0]), at_once=True)
     sys.stdout.write(text)
     sys.stdout.flush()
     sys.exit(exit_code)
