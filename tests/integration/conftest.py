@@ -24,7 +24,6 @@ class Host:
         self.pods = []
         self.sh(f"ip netns add {self.netns}", inside=False)
         self.ip("link set lo up")
-        self.sh("echo 1 >/proc/sys/net/ipv6/conf/default/addr_gen_mode")  # the kernel's own fe80:: addresses come and go in their own time
 
     def close(self):
         for name in [*self.pods, self.netns]:
@@ -96,7 +95,8 @@ class Host:
         return result
 
     def snapshot(self):
-        """Everything of the host that an attachment may change, as text."""
+        """Everything of the host that an attachment may change, as text; but not what the kernel's own fe80:: addresses bring, which come
+        and go in their own time."""
         commands = ("ip -json link", "ip -json address", "ip -json route show table all", "ip -6 -json route show table all", "ip rule")
         volatile = ("ifindex", "stats64", "valid_life_time", "flags", "operstate", "promiscuity", "link_index")
         texts = []
@@ -104,6 +104,9 @@ class Host:
             text = self.sh(command)
             if "json" in command:
                 rows = [{key: value for key, value in row.items() if key not in volatile} for row in json.loads(text or "[]")]
+                rows = [row for row in rows if not str(row.get("dst", "")).startswith(("fe80:", "ff00:"))]
+                for row in rows:
+                    row["addr_info"] = [info for info in row.get("addr_info", []) if not info.get("local", "").startswith("fe80:")]
                 text = "\n".join(sorted(json.dumps(row, sort_keys=True) for row in rows))
             texts.append(text)
         return "\n".join([*texts, self.sh("nft list ruleset"), *self.files()])
