@@ -511,7 +511,9 @@ def agent_pid(root):
     """The agent's PID as the node counts, 0 when it does not run. `root` is / in the node, lab.inside(node, "/") on the host."""
     with contextlib.suppress(OSError, ValueError):
         pid = int((root / AGENT_PID[1:]).read_text())
-        if b"agent.py" in (root / f"proc/{pid}/cmdline").read_bytes():
+        command = (root / f"proc/{pid}/cmdline").read_bytes()
+        state = (root / f"proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
+        if b"agent.py" in command or (not command and state not in "ZX"):     # just started, a process has no command line yet
             return pid
     return 0
 

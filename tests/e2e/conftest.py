@@ -49,6 +49,8 @@ def cluster_up(name, directory, **options):
 
     @contextlib.contextmanager
     def control(lab):
+        # A MAC of its own: else the bridge takes another with each port, and nodes look for the server at the old one for a while.
+        labs.must(["ip", "-n", lab.underlay, "link", "set", labs.BRIDGE, "address", "02:00:00:00:02:50"])
         labs.must(["ip", "-n", lab.underlay, "address", "add", f"{SERVER}/24", "dev", labs.BRIDGE])
         with ApiProcess(directory, netns=lab.underlay, listen=f"{SERVER}:6443", sans=[SERVER]) as api:
             for node in lab.nodes():

@@ -532,3 +532,18 @@ def test_a_tool_that_is_missing_is_named_with_its_package():
 def test_a_command_that_does_not_end_is_ended():
     with pytest.raises(lab.LabError, match=r"no end after 0\.1 s: sleep 60"):
         lab.run(["sleep", "60"], timeout_s=0.1)
+
+
+@pytest.mark.parametrize(
+    "command, state, runs",
+    [("python3\0agent.py\0", "S", True), ("", "R", True), ("", "Z", False), ("sleep\0", "S", False)],
+    ids=["runs", "just started", "ended", "another program under its number"],
+)
+def test_the_agent_of_a_node_runs_from_its_very_start(tmp_path, command, state, runs):
+    (tmp_path / "proc" / "7").mkdir(parents=True)
+    (tmp_path / "proc" / "7" / "cmdline").write_text(command)
+    (tmp_path / "proc" / "7" / "stat").write_text(f"7 (a (b) c) {state} 1 7")
+    pid_file = tmp_path / lab.AGENT_PID[1:]
+    pid_file.parent.mkdir(parents=True, exist_ok=True)
+    pid_file.write_text("7")
+    assert lab.agent_pid(tmp_path) == (7 if runs else 0)
