@@ -57,8 +57,7 @@ def containerd(lab, images):
 
 @pytest.fixture(scope="session")
 def ctr(containerd):
-    with skipping("ctr run"):
-        return Ctr(containerd.node)
+    return Ctr(containerd.node)
 
 
 @pytest.fixture(scope="session")

@@ -251,7 +251,7 @@ def architecture():
 
 
 class Containerd:
-    """The daemon on a node, and our images in it: for Ctr and Cri. LabError with the end of its log if it does not come up."""
+    """The daemon on a node, and our images in it: for Ctr and Cri. LabError if it does not come up, or cannot run a container."""
 
     LOG, SOCKET = "/var/log/containerd.log", "/run/containerd/containerd.sock"
 
@@ -262,6 +262,7 @@ class Containerd:
         shutil.copy(images, node.path(IMAGES))
         for namespace in ("default", "k8s.io"):
             node.run(["ctr", "--namespace", namespace, "images", "import", "--snapshotter", "native", IMAGES])
+        node.run(["ctr", "run", *Ctr.OPTIONS, POD_IMAGE, "probe", "/bin/true"])
 
     def configure(self):
         directory = self.node.path("/etc/containerd")
@@ -295,7 +296,6 @@ class Ctr:
 
     def __init__(self, node):
         self.node, self.pods, self.running = node, [], {}
-        node.run(["ctr", "run", *self.OPTIONS, POD_IMAGE, "probe", "/bin/true"])
 
     def start(self, name):
         log = f"/var/log/ctr-{name}.log"
