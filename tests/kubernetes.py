@@ -7,25 +7,23 @@ kubelet, no controllers. What it stores, and whom it lets do what, is as in a cl
         cluster.kubectl("apply", "-k", ".")
 """
 import os
-import shutil
 import socket
 import subprocess
 import time
 from pathlib import Path
 
 import agent
+from tests import manifests
 
-ROOT = Path(agent.__file__).resolve().parent
-BINARIES = Path(os.environ.get("MNCNI_KUBERNETES") or ROOT / ".kubernetes")
 TOKEN = "the-administrator"
 
 
 def missing():
     """What is needed for it and not there, "" if all is."""
-    absent = [name for name in ("etcd", "kube-apiserver") if not os.access(BINARIES / name, os.X_OK)]
+    absent = [name for name in ("etcd", "kube-apiserver") if not os.access(manifests.BINARIES / name, os.X_OK)]
     if absent:
-        return f"{' and '.join(absent)}: make kubernetes builds and fetches them"
-    return "" if shutil.which("kubectl") else "kubectl: in Debian's kubernetes-client"
+        return f"needs {' and '.join(absent)}: make kubernetes builds and fetches them"
+    return manifests.kubectl_missing()
 
 
 def free_ports(count):
@@ -90,7 +88,7 @@ class Kubernetes:
 
     def _start(self, name, *words):
         with open(self.dir / f"{name}.log", "w") as log:
-            argv = [BINARIES / name, *map(str, words)]
+            argv = [manifests.BINARIES / name, *map(str, words)]
             self.processes.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
 
     def _wait_ready(self, timeout_s=120):
@@ -114,8 +112,8 @@ class Kubernetes:
 
     def kubectl(self, *words, check=True):
         """What kubectl says (stdout and stderr), run at the top of the repository."""
-        argv = ["kubectl", "--kubeconfig", "/dev/null", "--server", self.url, "--certificate-authority", self.ca_file, "--token", TOKEN]
-        done = subprocess.run([*argv, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        argv = [manifests.kubectl(), "--kubeconfig", "/dev/null", "--server", self.url, "--certificate-authority", self.ca_file, "--token", TOKEN]
+        done = subprocess.run([*argv, *map(str, words)], cwd=manifests.ROOT, capture_output=True, text=True, timeout=120)
         if check and done.returncode:
             raise AssertionError(f"kubectl {' '.join(map(str, words))}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout + done.stderr

@@ -1,6 +1,6 @@
 """The policies of deploy/naivewg and deploy/nodeipam once more, as hooks of the API double, and what they must allow and refuse.
 
-A real API server evaluates the expressions themselves, against the same CASES: tests/e2e/test_kubernetes.py.
+A real API server evaluates the expressions themselves, against the same CASES: tests/e2e/test_install.py.
 """
 import copy
 import json

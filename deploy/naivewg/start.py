@@ -44,7 +44,7 @@ def run(argv, timeout_s=30):
 # ---- the node -------------------------------------------------------------------------------------------------------------
 
 
-def look_node(root=HOST):
+def look_node(root, run):
     """(what the plugin cannot do without, what some pods will miss): lines that name the package, none where all is well."""
     needs, misses = [], []
     if run(["chroot", root, "/usr/bin/python3", "-IS", "-c", "pass"])[0]:
@@ -65,7 +65,7 @@ def on_node(root, tool):
 
 def check():
     """The exit code of `start.py check`."""
-    needs, misses = look_node()
+    needs, misses = look_node(HOST, run)
     for line in misses:
         say(f"this node: {line}")
     if not needs:
@@ -189,7 +189,7 @@ def main(arguments):
         report("MncniCannotStart", trouble)
         return 1
     if arguments[0] == "uninstall":
-        return uninstall(arguments[1:])
+        return uninstall([word for word in arguments[1:] if word])  # a variable of the manifest may be empty
     return os.execv(sys.executable, [sys.executable, "-I", f"{AGENT_DIR}/agent.py", *arguments])
 
 

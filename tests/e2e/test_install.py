@@ -1,13 +1,18 @@
 """The manifests on a real API server, see tests/kubernetes.py: everything is accepted, and the policies' expressions do what they should."""
 
+import json
+import re
+import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 
 import agent
-from tests import kubernetes, policies
+from tests import kubernetes, manifests, policies
 
-pytestmark = pytest.mark.skipif(bool(kubernetes.missing()), reason=f"needs {kubernetes.missing()}")
+pytestmark = pytest.mark.skipif(bool(kubernetes.missing()), reason=kubernetes.missing())
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +62,104 @@ def reset_nodes(api):
 def client(cluster, case):
     groups = {policies.KUBELET: ["system:nodes"], policies.ADMIN: ["system:masters"]}
     return cluster.api(case.user, groups.get(case.user, ()), case.token)
+
+
+# ---- what is applied ------------------------------------------------------------------------------------------------------
+
+
+def test_everything_is_accepted_and_applied_again_it_changes_nothing(cluster):
+    said = cluster.kubectl("apply", "-k", ".").splitlines()
+    assert len(said) > 20
+    assert [line for line in said if not line.endswith("unchanged")] == []
+
+
+@pytest.mark.parametrize("path", sorted(path.name for path in manifests.DEPLOY.glob("*.yaml")))
+def test_manifests_that_stand_alone_are_accepted(cluster, path):
+    assert "(server dry run)" in cluster.kubectl("apply", "--dry-run=server", "-f", f"deploy/{path}")
+
+
+def test_flannel_gets_the_network_that_nodeipam_gives_from(cluster, tmp_path):
+    """flannel's own manifest, which is on the network, has a stand-in with the ConfigMap that is patched."""
+    stand_in = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "kube-flannel-cfg", "namespace": "kube-flannel"}}
+    (tmp_path / "flannel.yaml").write_text(json.dumps({**stand_in, "data": {"cni-conf.json": "{}", "net-conf.json": "{}"}}))
+    text = (manifests.DEPLOY / "flannel/kustomization.yaml").read_text()
+    shutil.copytree(manifests.DEPLOY / "nodeipam", tmp_path / "nodeipam")
+    (tmp_path / "flannel").mkdir()
+    shutil.copy(manifests.DEPLOY / "flannel/network.yaml", tmp_path / "flannel")
+    shutil.move(tmp_path / "flannel.yaml", tmp_path / "flannel")
+    (tmp_path / "flannel/kustomization.yaml").write_text(re.sub(r"https://\S+", "flannel.yaml", text))
+    objects = manifests.render(str(tmp_path / "flannel"))
+    data = manifests.find(objects, "ConfigMap", "kube-flannel-cfg")["data"]
+    assert json.loads(data["net-conf.json"])["Network"] == manifests.settings()["MNCNI_CLUSTER_CIDR"].split(",")[0]
+    assert data["cni-conf.json"] == "{}"
+    assert manifests.find(objects, "Deployment", "mncni-nodeipam")
+
+
+# ---- the programs, with the rights that they get --------------------------------------------------------------------------
+
+
+def token_of(cluster, account, node):
+    """A token as a pod of this account on this node gets it."""
+    api, name = cluster.api(), f"{account}-{node}"
+    spec = {"serviceAccountName": account, "nodeName": node, "containers": [{"name": "one", "image": "python:3-slim"}]}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "kube-system"}, "spec": spec}
+    pod = api.request("POST", "/api/v1/namespaces/kube-system/pods", pod)
+    bound = {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": pod["metadata"]["uid"]}
+    body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"boundObjectRef": bound}}
+    path = f"/api/v1/namespaces/kube-system/serviceaccounts/{account}/token"
+    return api.request("POST", path, body)["status"]["token"]
+
+
+def test_an_agent_does_its_work_with_the_token_of_its_pod_and_cannot_touch_another_node(cluster):
+    reset_nodes(cluster.api())
+    api = agent.Api(cluster.access(token_of(cluster, "mncni-agent", "n1")))
+    store = agent.KubernetesStore(api, "n1")
+    store.start()
+    wait_until(lambda: store.identity() and store.guard is not None)
+    assert store.guard is True
+    text = policies.record(look_nodes(cluster.api())["n1"], gen=4)
+    store.publish("n1", text)
+    store.say("the cable is out")
+    store.note("n2", "its record is a lie")
+    wait_until(lambda: look_nodes(cluster.api())["n1"]["metadata"]["annotations"][agent.RECORD] == text)
+    wait_until(lambda: ("True", "MncniIsDown") in [(row["status"], row["reason"]) for row in conditions(cluster, "n1")])
+    wait_until(lambda: cluster.api().list("/api/v1/namespaces/default/events")[0])
+    assert store.trouble == ""
+    with pytest.raises(agent.ApiError, match="may not change another Node"):
+        api.request("PATCH", f"{agent.NODES}/n2", policies.says(None), None, agent.MERGE_PATCH)
+    store.withdraw("n1")
+    assert agent.RECORD not in look_nodes(cluster.api())["n1"]["metadata"]["annotations"]
+
+
+def conditions(cluster, node):
+    return look_nodes(cluster.api())[node]["status"]["conditions"]
+
+
+def test_nodeipam_does_its_work_with_the_token_of_its_pod(cluster, tmp_path):
+    for name in look_nodes(cluster.api()):
+        cluster.api().request("DELETE", f"{agent.NODES}/{name}")
+    for name in ("m1", "m2", "m3"):
+        cluster.api().request("POST", agent.NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}})
+    access = cluster.access(token_of(cluster, "mncni-nodeipam", "m1"))
+    user = {"name": "u", "user": {"token": access.pop("token")}}
+    config = {"current-context": "c", "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}]}
+    config.update(users=[user], clusters=[{"name": "c", "cluster": access}])
+    (tmp_path / "kubeconfig").write_text(json.dumps(config))
+    argv = [sys.executable, str(manifests.ROOT / "agent.py"), "nodeipam", "--kubeconfig", str(tmp_path / "kubeconfig")]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([*argv, "--cluster-cidr", "10.244.0.0/23"], stderr=log)
+        try:
+            wait_until(lambda: sum(bool(node["spec"].get("podCIDRs")) for node in look_nodes(cluster.api()).values()) == 2)
+            wait_until(lambda: "10.244.0.0/23" in str(cluster.api().list("/api/v1/namespaces/default/events")[0]))
+        finally:
+            process.terminate()
+            process.wait(20)
+    given = sorted(node["spec"].get("podCIDR", "none") for node in look_nodes(cluster.api()).values())
+    assert given == ["10.244.0.0/24", "10.244.1.0/24", "none"]
+    assert "forbidden" not in (tmp_path / "log").read_text()
+
+
+# ---- the policies ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", policies.CASES, ids=lambda case: f"{case.user.rpartition(':')[2]} {case.claim}".replace(" ", "-"))

@@ -1,0 +1,124 @@
+"""The DaemonSet and the Deployment as they stand, on two nodes of the lab: their commands, mounts, rights and settings, against the double
+of an API server that gives them the rights of the manifests and nothing more."""
+
+import contextlib
+import os
+import signal
+
+import pytest
+
+from deploy import lab as labs
+from tests import containers, manifests, policies
+from tests.apiserver import ApiProcess
+from tests.containers import Container
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(bool(manifests.yaml_missing()), reason=manifests.yaml_missing()),
+]
+
+SERVER = "192.0.2.250"
+AGENTS = manifests.DEPLOY / "naivewg/daemonset.yaml"
+NODEIPAM = manifests.DEPLOY / "nodeipam/deployment.yaml"
+START_S = 60  # far more than it takes: the machine may be busy
+
+
+def pod_of(path):
+    return manifests.load(str(path))[0]["spec"]["template"]["spec"]
+
+
+class Cluster:
+    """A lab, an API server on its underlay, and the containers that run on the nodes."""
+
+    def __init__(self, lab, api):
+        self.lab, self.api, self.containers = lab, api, []
+
+    def start(self, node, path, name):
+        user = policies.AGENT if path == AGENTS else policies.NODEIPAM
+        pod = pod_of(path)
+        self.api.call("service_account_dir", str(self.lab.dir / node / "var/lib/kubelet" / name), user, node=node)
+        environ = {"KUBERNETES_SERVICE_HOST": SERVER, "KUBERNETES_SERVICE_PORT": "6443"}
+        self.containers.append(Container(self.lab, node, pod, name, f"/var/lib/kubelet/{name}", environ))
+        return self.containers[-1]
+
+    def wait(self, is_so, what):
+        try:
+            labs.wait_until(is_so, START_S, what)
+        except labs.LabError as error:
+            said = "".join(f"--- {one.node} {one.log.name}\n{one.said()[-2000:]}" for one in self.containers)
+            raise AssertionError(f"{error}\n{said}") from None
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Nodes that have booted and registered, without pod CIDRs."""
+    lab = labs.Lab(f"mncni-daemonset-{os.getpid()}", verbose=False)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated"))  # by default nothing would be cleaned up
+    with contextlib.ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, before)
+        stack.callback(labs.down, lab)
+        kind = {"families": ["ipv4"], "underlay": "ipv4"}
+        stack.enter_context(labs.built_or_undone(lab, 2, 1, labs.LAB_FILE.parents[1], kind))
+        labs.must(["ip", "-n", lab.underlay, "address", "add", f"{SERVER}/24", "dev", labs.BRIDGE])
+        directory = tmp_path_factory.mktemp("api")
+        api = stack.enter_context(ApiProcess(directory, netns=lab.underlay, listen=f"{SERVER}:6443", sans=[SERVER]))
+        api.call("set", "rbac", manifests.rights("deploy/naivewg/account.yaml", "deploy/nodeipam/account.yaml"))
+        for node in lab.nodes():
+            labs.make_node_dir(lab, node)
+            labs.start_node(lab, node)
+            api.call("create_node", node, addresses=[labs.endpoint(lab, node)[0]])
+        cluster = Cluster(lab, api)
+        yield cluster
+        for container in cluster.containers:
+            if container.process.poll() is None:
+                container.kill()
+
+
+def test_the_node_is_checked_first_and_lacks_nothing(cluster):
+    assert cluster.start("node1", AGENTS, "check-node").wait() == 0
+
+
+def test_agents_wait_for_pod_cidrs_then_nodes_have_a_network(cluster):
+    agents = [cluster.start(node, AGENTS, "agent") for node in cluster.lab.nodes()]
+    cluster.wait(lambda: all("no pod CIDR yet" in one.said() for one in agents), "agents that wait")
+    cluster.start("node1", NODEIPAM, "nodeipam")
+    cluster.wait(lambda: all(containers.ready(cluster.lab, node) for node in cluster.lab.nodes()), "agents that are ready")
+    nodes = [cluster.api.call("node", node) for node in cluster.lab.nodes()]
+    assert sorted(node["spec"]["podCIDR"] for node in nodes) == ["10.244.0.0/24", "10.244.1.0/24"]
+    up = ("False", "MncniIsUp")
+    cluster.wait(
+        lambda: all(containers.conditions(cluster.api.call("node", node)).get("NetworkUnavailable") == up for node in cluster.lab.nodes()),
+        "condition of both nodes",
+    )
+
+
+def test_pods_of_both_nodes_reach_each_other(cluster):
+    for node, pod in cluster.lab.pods():
+        labs.add_pod(cluster.lab, node, pod)
+    labs.wait_first_pongs(cluster.lab, labs.plan_pairs(cluster.lab))
+    assert all(row["received"] for row in labs.ping_all(cluster.lab))
+
+
+def test_a_container_that_dies_leaves_the_network_and_the_next_one_takes_it_over(cluster):
+    """The WireGuard device stays, too, where the kernel has WireGuard; a wireguard-go ends with its container."""
+    lab = cluster.lab
+
+    def tunnel():
+        words = "stat -c %i /run/netns/mncni-wg; ip -json link show mncni-host; ip -json address show mncni0"
+        return labs.must([*labs.node_argv(lab, "node1"), "sh", "-c", words])
+
+    before = tunnel()
+    agent_of_node1 = next(one for one in cluster.containers if one.node == "node1" and one.log.name == "agent.log")
+    agent_of_node1.kill()
+    assert tunnel().splitlines()[0] == before.splitlines()[0]
+    lab.inside("node1", "/run/mncni/status.json").unlink()
+    cluster.start("node1", AGENTS, "agent")
+    cluster.wait(lambda: lab.inside("node1", "/run/mncni/status.json").exists() and containers.ready(lab, "node1"), "the next agent")
+    labs.wait_first_pongs(lab, labs.plan_pairs(lab))
+    assert tunnel().splitlines()[0] == before.splitlines()[0]
+
+
+def test_nothing_was_refused_for_want_of_rights(cluster):
+    """But the agents' own test whether a policy watches them: there is none here, so even that is allowed."""
+    refused = [row for row in cluster.api.call("value", "log") if row["code"] == 403]
+    assert refused == []

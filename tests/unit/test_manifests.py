@@ -1,0 +1,193 @@
+"""The manifests: they parse and render, fit the API's limits, and agree with each other and with the programs."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+import agent
+from tests import manifests, policies
+from tests.apiserver import ApiServer
+from tests.manifests import DEPLOY, ROOT, find, load
+
+pytestmark = pytest.mark.skipif(bool(manifests.yaml_missing()), reason=manifests.yaml_missing())
+rendering = pytest.mark.skipif(bool(manifests.kubectl_missing()), reason=manifests.kubectl_missing())
+
+YAML = sorted(str(path.relative_to(ROOT)) for path in [*DEPLOY.glob("*.yaml"), *DEPLOY.glob("*/*.yaml"), ROOT / "kustomization.yaml"])
+ANNOTATIONS_LIMIT = 262_144
+ROOM = 16_384  # for the programs to grow a little before somebody's `kubectl apply` fails
+AGENT_FILES = ("deploy/naivewg/account.yaml", "deploy/naivewg/policy.yaml", "deploy/naivewg/daemonset.yaml")
+NODEIPAM_FILES = ("deploy/nodeipam/account.yaml", "deploy/nodeipam/policy.yaml", "deploy/nodeipam/deployment.yaml")
+
+
+def pod_of(path, kind):
+    return find(load(path), kind)["spec"]["template"]["spec"]
+
+
+# ---- form -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", YAML)
+def test_it_parses_and_no_object_is_there_twice(path):
+    objects = load(path)
+    assert objects
+    if path.endswith("kustomization.yaml"):
+        assert objects[0]["kind"] == "Kustomization"
+        return
+    names = [(each["apiVersion"], each["kind"], each["metadata"].get("namespace"), each["metadata"]["name"]) for each in objects]
+    assert len(set(names)) == len(names)
+
+
+@rendering
+def test_the_kustomization_renders_and_every_configmap_that_it_mentions_is_in_it():
+    objects = manifests.render()
+    there = {each["metadata"]["name"] for each in objects if each["kind"] == "ConfigMap"}
+    text = str([each for each in objects if each["kind"] in ("DaemonSet", "Deployment")])
+    mentioned = {name for name in re.findall(r"mncni-[a-z]+-[a-z0-9]{10}", text)}
+    assert len(there) == 4
+    assert mentioned == there
+
+
+@rendering
+def test_what_is_applied_fits_into_the_annotation_that_keeps_it(figure):
+    sizes = {f"{each['kind']} {each['metadata']['name']}": manifests.applied_size(each) for each in manifests.render()}
+    largest = max(sizes, key=sizes.get)
+    figure(f"kubectl apply: the largest object is {largest}, {sizes[largest]:,} of {ANNOTATIONS_LIMIT:,} bytes")
+    assert sizes[largest] < ANNOTATIONS_LIMIT - ROOM
+
+
+@rendering
+@pytest.mark.parametrize("path", [path for path in YAML if path.count("/") == 1])
+def test_kubectl_understands_a_manifest_that_stands_alone(path):
+    argv = [manifests.kubectl(), "patch", "--local", "-f", str(ROOT / path), "--type", "merge", "-p", "{}", "-o", "name"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(load(path))
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "files, kind, user", [(AGENT_FILES, "DaemonSet", policies.AGENT), (NODEIPAM_FILES, "Deployment", policies.NODEIPAM)], ids=("agent", "nodeipam")
+)
+def test_account_rights_policy_and_workload_mean_the_same_account(files, kind, user):
+    account, policy, workload = (load(path) for path in files)
+    name = user.rpartition(":")[2]
+    assert find(account, "ServiceAccount", name, "kube-system")
+    assert find(workload, kind, name, "kube-system")["spec"]["template"]["spec"]["serviceAccountName"] == name
+    bindings = [each for each in account if each["kind"].endswith("Binding")]
+    assert all(each["subjects"] == [{"kind": "ServiceAccount", "name": name, "namespace": "kube-system"}] for each in bindings)
+    conditions = find(policy, "ValidatingAdmissionPolicy", name)["spec"]["matchConditions"]
+    assert [each["expression"] for each in conditions] == [f'request.userInfo.username == "{user}"']
+
+
+@pytest.mark.parametrize("path", [AGENT_FILES[1], NODEIPAM_FILES[1]])
+def test_every_policy_is_bound_denies_and_fails_closed(path):
+    for policy in (each for each in load(path) if each["kind"] == "ValidatingAdmissionPolicy"):
+        name = policy["metadata"]["name"]
+        assert find(load(path), "ValidatingAdmissionPolicyBinding", name)["spec"] == {"policyName": name, "validationActions": ["Deny"]}
+        assert policy["spec"]["failurePolicy"] == "Fail"
+        assert name in policies.HOOKS
+
+
+def test_the_policies_name_the_record_as_the_agent_does_and_know_how_it_begins():
+    text = (DEPLOY / "naivewg/policy.yaml").read_text()
+    assert set(re.findall(r"mncni\.dev/\w+", text)) == {agent.RECORD}
+    expression = find(load(AGENT_FILES[1]), "ValidatingAdmissionPolicy", "mncni-record")["spec"]["validations"][0]["expression"]
+    pieces = re.findall(r'"((?:[^"\\]|\\.)*)"', expression.partition("startsWith(")[2])
+    first, comma, middle, last = (piece.replace('\\"', '"') for piece in pieces)
+    node = policies.nodes()[0]
+    beginning = first + comma.join(node["spec"]["podCIDRs"]) + middle + node["metadata"]["uid"] + last
+    assert policies.record(node).startswith(beginning)
+    assert policies.record(node)[len(beginning)] == ","
+
+
+def test_the_lease_that_nodeipam_wants_is_the_one_that_it_has_rights_on():
+    lease = dict((row[0], row[2]) for row in agent.NODEIPAM_FLAGS)["--lease"]
+    role = find(load(NODEIPAM_FILES[0]), "Role", namespace="kube-system")
+    assert {f"kube-system/{name}" for rule in role["rules"] for name in rule.get("resourceNames", [])} == {lease}
+    assert find(load(NODEIPAM_FILES[2]), "Deployment")["metadata"]["name"] == agent.MANAGER
+
+
+def test_every_setting_is_a_flag_and_both_programs_accept_them_all():
+    flags = {"MNCNI_" + row[0][2:].upper().replace("-", "_") for row in (*agent.FLAGS, *agent.NODEIPAM_FLAGS)}
+    assert set(manifests.settings()) <= flags
+    parser = agent.build_parser(manifests.settings())
+    assert agent.parse_settings(parser, parser.parse_args(["run", "--node-name", "n1"]), manifests.settings()).cluster_cidrs
+    assert agent.parse_pools(parser, parser.parse_args(["nodeipam"]), manifests.settings())
+
+
+def test_the_probes_ask_where_the_agent_listens():
+    flags = {row[0]: row[2] for row in agent.FLAGS}
+    if "--listen" not in flags:
+        pytest.skip("agent.py has no --listen yet")
+    container = pod_of(AGENT_FILES[2], "DaemonSet")["containers"][0]
+    probes = [container[key]["httpGet"] for key in ("startupProbe", "livenessProbe", "readinessProbe")]
+    assert {f"{probe['host']}:{probe['port']}" for probe in probes} == {flags["--listen"]}
+    assert {probe["path"] for probe in probes} == {"/healthz", "/readyz"}
+
+
+# ---- rights ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def api():
+    """A double with the rights and the policies of the manifests."""
+    with ApiServer() as api:
+        api.rbac = manifests.rights(AGENT_FILES[0], NODEIPAM_FILES[0])
+        for name, hook in policies.HOOKS.items():
+            api.add_policy(hook, name, name)
+        for node in policies.nodes():
+            api.create_node(node)
+        yield api
+
+
+def wait_until(is_so, timeout_s=30):
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_agent_needs_no_other_rights_and_uses_all_that_it_has(api, tmp_path):
+    """But `get nodes`, which who may list them has anyway. Its node has a record of an earlier life."""
+    store = agent.KubernetesStore(agent.open_api(api.kubeconfig(tmp_path / "kubeconfig", policies.AGENT, node="n1"), {}, None), "n1")
+    store.start()
+    wait_until(lambda: store.identity())
+    text = policies.record(api.node("n1"), gen=9)
+    store.publish("n1", text)
+    store.say("it is down")
+    store.note("n2", "its record is a lie")
+    wait_until(lambda: api.node("n1")["metadata"]["annotations"][agent.RECORD] == text)
+    wait_until(lambda: api.count("create", "events") and api.count("patch", "nodes/status") and api.watches() == 2)
+    assert store.guard is True
+    store.withdraw("n1")
+    refused = [row for row in api.log if row["code"] in (403, 422) and not row["dry_run"]]
+    assert refused == []
+    used = {(policies.AGENT, row["verb"], row["resource"]) for row in api.log}
+    assert used == {row for row in api.rbac if row[0] == policies.AGENT and row[1] != "get"}
+
+
+def test_nodeipam_needs_no_other_rights_and_uses_all_that_it_has(api, tmp_path):
+    api.create_node("foreign")
+    config = api.kubeconfig(tmp_path / "kubeconfig", policies.NODEIPAM)
+    argv = [sys.executable, str(ROOT / "agent.py"), "nodeipam", "--kubeconfig", config, "--cluster-cidr", "10.200.0.0/23"]
+    with open(tmp_path / "log", "w+") as log:
+        for node in ("n1", "n2"):  # their CIDRs are another allocator's
+            api.delete_node(node)
+        process = subprocess.Popen(argv, stderr=log, env={"PATH": os.environ["PATH"]})
+        try:
+            wait_until(lambda: all(api.node(node)["spec"].get("podCIDRs") for node in ("n3", "foreign")))
+            api.create_node("late")  # there is no range left: an Event
+            wait_until(lambda: api.count("create", "events") and api.count("update", "leases", code=200))
+        finally:
+            process.terminate()
+            process.wait(20)
+        log.seek(0)
+        assert [row for row in api.log if row["code"] in (403, 422)] == [], log.read()
+    used = {(row["verb"], row["resource"]) for row in api.log}
+    assert used == {row[1:3] for row in api.rbac if row[0] == policies.NODEIPAM}
