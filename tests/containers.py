@@ -2,6 +2,7 @@
 capabilities and mounts with their propagation. Its image is the machine's /usr; it shares the node's network, as hostNetwork says."""
 
 import json
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -58,7 +59,8 @@ def environment(spec, node):
 def write_files(directory, pod):
     """ConfigMap volumes as kubelet lays them out: links into a directory that is exchanged as a whole."""
     for volume in pod["volumes"]:
-        names = [source["configMap"]["name"] for source in volume.get("projected", {}).get("sources", [])]
+        sources = volume.get("projected", {}).get("sources", []) + ([volume] if "configMap" in volume else [])
+        names = [source["configMap"]["name"] for source in sources]
         files = {name: text for each in names for name, text in manifests.config_files(each).items()}
         data = directory / volume["name"] / "..2025_01_01"
         data.mkdir(parents=True, exist_ok=True)
@@ -88,7 +90,12 @@ def plan_container(pod, spec, account, environ):
     if security.get("readOnlyRootFilesystem"):
         lines.append("mount -o remount,ro .")
     words = ["chroot", root, *plan_rights(security), "env", "-i", f"PATH={PATH}", *(f"{key}={value}" for key, value in environ.items())]
-    return "\n".join([*lines, "cd /", "exec " + shlex.join([*words, *spec["command"], *spec.get("args", [])])])
+    return "\n".join([*lines, "cd /", "exec " + shlex.join([*words, *expanded(spec["command"], environ)])])
+
+
+def expanded(words, environ):
+    """Words of a command with $(VARIABLE) replaced, as kubelet does."""
+    return [re.sub(r"\$\((\w+)\)", lambda found: environ[found.group(1)], word) for word in words]
 
 
 def plan_mount(path, target, mount):

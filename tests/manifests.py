@@ -4,6 +4,7 @@ import fnmatch
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -105,7 +106,10 @@ def rows_of(rule):
 # Volumes
 # ---------------------------------------------------------------------------------------------------------------------------
 def config_files(name):
-    """{file name: text} of a ConfigMap that a kustomization generates from files of the repository."""
+    """{file name: text} of a ConfigMap that a kustomization generates from files of the repository, or deploy/uninstall.yaml asks for."""
+    made = re.search(rf"kubectl create configmap -n kube-system {name}((?: --from-file=\S+)+)", (DEPLOY / "uninstall.yaml").read_text())
+    if made:
+        return {os.path.basename(path): (ROOT / path).read_text() for path in re.findall(r"=(\S+)", made.group(1))}
     for folder in (".", "deploy/naivewg"):
         for generator in load(f"{folder}/kustomization.yaml")[0].get("configMapGenerator", []):
             if generator["name"] == name:

@@ -18,13 +18,14 @@ pytestmark = [
 ]
 
 SERVER = "192.0.2.250"
-AGENTS = manifests.DEPLOY / "naivewg/daemonset.yaml"
-NODEIPAM = manifests.DEPLOY / "nodeipam/deployment.yaml"
+AGENTS = "deploy/naivewg/daemonset.yaml"
+NODEIPAM = "deploy/nodeipam/deployment.yaml"
+UNINSTALL = "deploy/uninstall.yaml"
 START_S = 60  # far more than it takes: the machine may be busy
 
 
 def pod_of(path):
-    return manifests.load(str(path))[0]["spec"]["template"]["spec"]
+    return manifests.load(path)[0]["spec"]["template"]["spec"]
 
 
 class Cluster:
@@ -34,7 +35,7 @@ class Cluster:
         self.lab, self.api, self.containers = lab, api, []
 
     def start(self, node, path, name):
-        user = policies.AGENT if path == AGENTS else policies.NODEIPAM
+        user = policies.NODEIPAM if path == NODEIPAM else policies.AGENT
         pod = pod_of(path)
         self.api.call("service_account_dir", str(self.lab.dir / node / "var/lib/kubelet" / name), user, node=node)
         environ = {"KUBERNETES_SERVICE_HOST": SERVER, "KUBERNETES_SERVICE_PORT": "6443"}
@@ -116,6 +117,24 @@ def test_a_container_that_dies_leaves_the_network_and_the_next_one_takes_it_over
     cluster.wait(lambda: lab.inside("node1", "/run/mncni/status.json").exists() and containers.ready(lab, "node1"), "the next agent")
     labs.wait_first_pongs(lab, labs.plan_pairs(lab))
     assert tunnel().splitlines()[0] == before.splitlines()[0]
+
+
+def test_uninstall_waits_for_pods_to_go_then_leaves_nothing_on_the_node(cluster):
+    lab = cluster.lab
+    for container in cluster.containers:
+        if container.node == "node1" and container.process.poll() is None:
+            container.kill()
+    uninstall = cluster.start("node1", UNINSTALL, "uninstall")
+    cluster.wait(lambda: "1 pods are attached" in uninstall.said(), "refusal")
+    labs.del_pod(lab, "node1", "pod1")
+    cluster.wait(lambda: "sysctls stay" in uninstall.said(), "end of uninstall")  # tries every 10 s
+    uninstall.kill()
+    left = labs.must([*labs.node_argv(lab, "node1"), "sh", "-c", "ip -brief link; ip route show table all; nft list ruleset; ls /run/netns"])
+    assert "mncni" not in left
+    assert [path for path in ("etc/cni/net.d/10-mncni.conflist", "var/lib/mncni", "var/lib/cni/mncni", "opt/cni/bin/mncni")
+            if (lab.dir / "node1" / path).exists()] == []
+    assert not lab.inside("node1", "/run/mncni").exists()
+    assert "mncni.dev/node" not in cluster.api.call("node", "node1")["metadata"]["annotations"]
 
 
 def test_nothing_was_refused_for_want_of_rights(cluster):
