@@ -93,6 +93,13 @@ def test_agents_wait_for_pod_cidrs_then_nodes_have_a_network(cluster):
     )
 
 
+@pytest.mark.parametrize("probe", ["startupProbe", "livenessProbe", "readinessProbe"])
+def test_the_probes_are_answered(cluster, probe):
+    get = pod_of(AGENTS)["containers"][0][probe]["httpGet"]
+    code = f"import urllib.request as r; print(r.urlopen('http://{get['host']}:{get['port']}{get['path']}', timeout=10).status)"
+    assert labs.must([*labs.node_argv(cluster.lab, "node1"), labs.PYTHON, "-c", code]) == "200\n"
+
+
 def test_pods_of_both_nodes_reach_each_other(cluster):
     for node, pod in cluster.lab.pods():
         labs.add_pod(cluster.lab, node, pod)
@@ -134,7 +141,7 @@ def test_uninstall_waits_for_pods_to_go_then_leaves_nothing_on_the_node(cluster)
     assert [path for path in ("etc/cni/net.d/10-mncni.conflist", "var/lib/mncni", "var/lib/cni/mncni", "opt/cni/bin/mncni")
             if (lab.dir / "node1" / path).exists()] == []
     assert not lab.inside("node1", "/run/mncni").exists()
-    assert "mncni.dev/node" not in cluster.api.call("node", "node1")["metadata"]["annotations"]
+    assert "mncni.dev/node" not in cluster.api.call("node", "node1")["metadata"].get("annotations", {})
 
 
 def test_nothing_was_refused_for_want_of_rights(cluster):

@@ -146,10 +146,10 @@ def api():
         yield api
 
 
-def wait_until(is_so, timeout_s=30):
+def wait_until(is_so, timeout_s=30, why=lambda: ""):
     deadline = time.monotonic() + timeout_s
     while not is_so():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, why()
         time.sleep(0.05)
 
 
@@ -183,7 +183,7 @@ def test_nodeipam_needs_no_other_rights_and_uses_all_that_it_has(api, tmp_path):
         try:
             wait_until(lambda: all(api.node(node)["spec"].get("podCIDRs") for node in ("n3", "foreign")))
             api.create_node("late")  # there is no range left: an Event
-            wait_until(lambda: api.count("create", "events") and api.count("update", "leases", code=200))
+            wait_until(lambda: api.count("create", "events") and api.count("update", "leases", code=200), why=(tmp_path / "log").read_text)
         finally:
             process.terminate()
             process.wait(20)
