@@ -25,7 +25,8 @@ class Container:
         self.log = lab.dir / node / f"var/log/{name}.log"
         script = plan_container(pod, spec, account, {**environment(spec, node), **environ})
         write_files(lab.dir / node / VOLUMES, pod)
-        argv = [*labs.node_argv(lab, node), "unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "unchanged", "sh", "-ec", script]
+        unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "unchanged"]
+        argv = [*labs.node_argv(lab, node), *unshare, "sh", "-ec", script]
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
@@ -75,8 +76,8 @@ def plan_container(pod, spec, account, environ):
     """A shell script that becomes the container's process."""
     root = "/tmp/container"
     lines = [f"mkdir -p {root}", f"mount -t tmpfs -o mode=0755 tmpfs {root}", f"cd {root}", "mkdir usr proc dev sys etc run tmp var"]
-    lines += ["mount --rbind /usr usr", "mount -t proc proc proc", "mount --rbind /dev dev", "mount --rbind /sys sys", "ln -s ../run var/run"]
-    lines += ["mount --bind /run/boot_id proc/sys/kernel/random/boot_id", "chmod 1777 tmp", "touch etc/resolv.conf"]
+    lines += ["mount --rbind /usr usr", "mount -t proc proc proc", "mount --rbind /dev dev", "mount --rbind /sys sys"]
+    lines += ["mount --bind /run/boot_id proc/sys/kernel/random/boot_id", "chmod 1777 tmp", "ln -s ../run var/run"]
     lines += [f"if [ -L /{name} ]; then cp -P /{name} .; fi" for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32")]
     lines += plan_mount(account, ACCOUNT_DIR, {"readOnly": True})
     volumes = {volume["name"]: volume for volume in pod["volumes"]}

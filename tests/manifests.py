@@ -31,7 +31,7 @@ def parse(text):
     return json.loads(done.stdout)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load(path):
     return parse((ROOT / path).read_text())
 
@@ -63,7 +63,7 @@ def kubectl_missing():
     return "" if minor >= KUBECTL_AT_LEAST else f"needs a newer kubectl than {version['gitVersion']}: make kubernetes builds one"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def render(folder="."):
     """The objects of a kustomization."""
     done = subprocess.run([kubectl(), "kustomize", str(ROOT / folder)], capture_output=True, text=True, check=False)

@@ -108,10 +108,10 @@ def says(text):
     return {"metadata": {"annotations": {agent.RECORD: text}}}
 
 
-def condition(kind="NetworkUnavailable", status="False"):
+def condition(kind="NetworkUnavailable", status="False", *others):
     when = "2025-01-01T00:00:00Z"
-    row = {"type": kind, "status": status, "reason": "Tried", "message": "tried", "lastHeartbeatTime": when, "lastTransitionTime": when}
-    return {"status": {"conditions": [row]}}
+    row = {"status": status, "reason": "Tried", "message": "tried", "lastHeartbeatTime": when, "lastTransitionTime": when}
+    return {"status": {"conditions": [{"type": each, **row} for each in (kind, *others)]}}
 
 
 # body: a merge patch (for "status" a strategic one), a function of {name: Node} -> patch, or None for DELETE; a whole Node for CREATE.
@@ -181,8 +181,7 @@ AGENT_CASES = [
     agent_case("gives itself pod CIDRs", given("10.9.9.0/24"), "agent", node="n3", token="n3"),
     agent_case("sets the condition Ready", condition("Ready", "False"), "agent", part="status"),
     agent_case("invents a condition", condition("Mncni", "True"), "agent", part="status"),
-    agent_case("sets two conditions", {"status": {"conditions": [condition(kind)["status"]["conditions"][0]
-                                                                 for kind in ("NetworkUnavailable", "MemoryPressure")]}}, "agent", part="status"),
+    agent_case("sets its condition and another", condition("NetworkUnavailable", "False", "MemoryPressure"), "agent", part="status"),
     agent_case("removes a condition", {"status": {"conditions": [{"type": "PIDPressure", "$patch": "delete"}]}}, "agent", part="status"),
     agent_case("changes an address", {"status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.66"}]}}, "agent", part="status"),
     agent_case("changes the capacity", {"status": {"capacity": {"example.com/gpu": "8"}}}, "agent", part="status"),

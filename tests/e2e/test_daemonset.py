@@ -1,14 +1,17 @@
-"""The DaemonSet and the Deployment as they stand, on two nodes of the lab: their commands, mounts, rights and settings, against the double
-of an API server that gives them the rights of the manifests and nothing more."""
+"""The DaemonSet and the Deployment as they stand, on two nodes of the lab: their commands, mounts, rights and settings. Against the double
+of an API server that gives them the rights of the manifests and nothing more; and, where there is one, against a real API server on which
+the whole kustomization was applied."""
 
 import contextlib
+import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from deploy import lab as labs
-from tests import containers, manifests, policies
+from tests import containers, kubernetes, manifests
 from tests.apiserver import ApiProcess
 from tests.containers import Container
 
@@ -28,6 +31,66 @@ def pod_of(path):
     return manifests.load(path)[0]["spec"]["template"]["spec"]
 
 
+class Double:
+    """The double, with the few things that these tests ask of an API server."""
+
+    def __init__(self, directory, netns):
+        self.process = ApiProcess(directory, netns=netns, listen=f"{SERVER}:6443", sans=[SERVER])
+
+    def __enter__(self):
+        self.process.__enter__()
+        self.call = self.process.call
+        self.call("set", "rbac", manifests.rights("deploy/naivewg/account.yaml", "deploy/nodeipam/account.yaml"))
+        return self
+
+    def __exit__(self, *exception):
+        self.process.__exit__(*exception)
+
+    def create_node(self, name, address):
+        self.call("create_node", name, addresses=[address])
+
+    def node(self, name):
+        return self.call("node", name)
+
+    def service_account_dir(self, path, account, node):
+        self.call("service_account_dir", str(path), f"system:serviceaccount:kube-system:{account}", node=node)
+
+    def refused(self):
+        """What was refused for want of rights."""
+        return [row for row in self.call("value", "log") if row["code"] == 403]
+
+
+class Real:
+    """The same of a real API server."""
+
+    def __init__(self, directory, netns):
+        self.cluster = kubernetes.Kubernetes(directory, SERVER, 6443, netns)
+
+    def __enter__(self):
+        self.cluster.__enter__()
+        self.cluster.kubectl("apply", "-k", ".")
+        return self
+
+    def __exit__(self, *exception):
+        self.cluster.__exit__(*exception)
+
+    def create_node(self, name, address):
+        self.cluster.kubectl("create", "-f", "-", stdin={"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}})
+        status = {"status": {"addresses": [{"type": "InternalIP", "address": address}]}}
+        self.cluster.kubectl("patch", "node", name, "--subresource=status", "-p", json.dumps(status))
+
+    def node(self, name):
+        return json.loads(self.cluster.kubectl("get", "node", name, "-o", "json"))
+
+    def service_account_dir(self, path, account, node):
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "token").write_text(self.cluster.token(account, node))
+        (path / "ca.crt").write_bytes(Path(self.cluster.ca_file).read_bytes())
+
+    def refused(self):
+        return []  # a real one does not tell; what is refused here does not get done
+
+
 class Cluster:
     """A lab, an API server on its underlay, and the containers that run on the nodes."""
 
@@ -35,11 +98,11 @@ class Cluster:
         self.lab, self.api, self.containers = lab, api, []
 
     def start(self, node, path, name):
-        user = policies.NODEIPAM if path == NODEIPAM else policies.AGENT
         pod = pod_of(path)
-        self.api.call("service_account_dir", str(self.lab.dir / node / "var/lib/kubelet" / name), user, node=node)
+        directory = f"/var/lib/kubelet/{name}"
+        self.api.service_account_dir(Path(f"{self.lab.dir}/{node}{directory}"), pod["serviceAccountName"], node)
         environ = {"KUBERNETES_SERVICE_HOST": SERVER, "KUBERNETES_SERVICE_PORT": "6443"}
-        self.containers.append(Container(self.lab, node, pod, name, f"/var/lib/kubelet/{name}", environ))
+        self.containers.append(Container(self.lab, node, pod, name, directory, environ))
         return self.containers[-1]
 
     def wait(self, is_so, what):
@@ -50,9 +113,11 @@ class Cluster:
             raise AssertionError(f"{error}\n{said}") from None
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+@pytest.fixture(scope="module", params=[Double, Real], ids=("double", "real"))
+def cluster(request, tmp_path_factory):
     """Nodes that have booted and registered, without pod CIDRs."""
+    if request.param is Real and kubernetes.missing():
+        pytest.skip(kubernetes.missing())
     lab = labs.Lab(f"mncni-daemonset-{os.getpid()}", verbose=False)
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated"))  # by default nothing would be cleaned up
     with contextlib.ExitStack() as stack:
@@ -61,13 +126,12 @@ def cluster(tmp_path_factory):
         kind = {"families": ["ipv4"], "underlay": "ipv4"}
         stack.enter_context(labs.built_or_undone(lab, 2, 1, labs.LAB_FILE.parents[1], kind))
         labs.must(["ip", "-n", lab.underlay, "address", "add", f"{SERVER}/24", "dev", labs.BRIDGE])
-        directory = tmp_path_factory.mktemp("api")
-        api = stack.enter_context(ApiProcess(directory, netns=lab.underlay, listen=f"{SERVER}:6443", sans=[SERVER]))
-        api.call("set", "rbac", manifests.rights("deploy/naivewg/account.yaml", "deploy/nodeipam/account.yaml"))
+        labs.must(["ip", "-n", lab.underlay, "link", "set", "lo", "up"])
+        api = stack.enter_context(request.param(tmp_path_factory.mktemp("api"), lab.underlay))
         for node in lab.nodes():
             labs.make_node_dir(lab, node)
             labs.start_node(lab, node)
-            api.call("create_node", node, addresses=[labs.endpoint(lab, node)[0]])
+            api.create_node(node, labs.endpoint(lab, node)[0])
         cluster = Cluster(lab, api)
         yield cluster
         for container in cluster.containers:
@@ -84,11 +148,11 @@ def test_agents_wait_for_pod_cidrs_then_nodes_have_a_network(cluster):
     cluster.wait(lambda: all("no pod CIDR yet" in one.said() for one in agents), "agents that wait")
     cluster.start("node1", NODEIPAM, "nodeipam")
     cluster.wait(lambda: all(containers.ready(cluster.lab, node) for node in cluster.lab.nodes()), "agents that are ready")
-    nodes = [cluster.api.call("node", node) for node in cluster.lab.nodes()]
+    nodes = [cluster.api.node(node) for node in cluster.lab.nodes()]
     assert sorted(node["spec"]["podCIDR"] for node in nodes) == ["10.244.0.0/24", "10.244.1.0/24"]
     up = ("False", "MncniIsUp")
     cluster.wait(
-        lambda: all(containers.conditions(cluster.api.call("node", node)).get("NetworkUnavailable") == up for node in cluster.lab.nodes()),
+        lambda: all(containers.conditions(cluster.api.node(node)).get("NetworkUnavailable") == up for node in cluster.lab.nodes()),
         "condition of both nodes",
     )
 
@@ -98,6 +162,14 @@ def test_the_probes_are_answered(cluster, probe):
     get = pod_of(AGENTS)["containers"][0][probe]["httpGet"]
     code = f"import urllib.request as r; print(r.urlopen('http://{get['host']}:{get['port']}{get['path']}', timeout=10).status)"
     assert labs.must([*labs.node_argv(cluster.lab, "node1"), labs.PYTHON, "-c", code]) == "200\n"
+
+
+def test_the_policies_hold_where_there_are_policies(cluster):
+    if not isinstance(cluster.api, Real):
+        pytest.skip("the double has none here")
+    argv = [labs.PYTHON, "/opt/mncni/agent.py", "status", "--json"]
+    for node in cluster.lab.nodes():
+        assert json.loads(labs.run([*labs.node_argv(cluster.lab, node), *argv])[1])["admission_guard"] is True
 
 
 def test_pods_of_both_nodes_reach_each_other(cluster):
@@ -136,15 +208,14 @@ def test_uninstall_waits_for_pods_to_go_then_leaves_nothing_on_the_node(cluster)
     labs.del_pod(lab, "node1", "pod1")
     cluster.wait(lambda: "sysctls stay" in uninstall.said(), "end of uninstall")  # tries every 10 s
     uninstall.kill()
-    left = labs.must([*labs.node_argv(lab, "node1"), "sh", "-c", "ip -brief link; ip route show table all; nft list ruleset; ls /run/netns"])
+    look = "ip -brief link; ip route show table all; nft list ruleset; ls /run/netns"
+    left = labs.must([*labs.node_argv(lab, "node1"), "sh", "-c", look])
     assert "mncni" not in left
     assert [path for path in ("etc/cni/net.d/10-mncni.conflist", "var/lib/mncni", "var/lib/cni/mncni", "opt/cni/bin/mncni")
             if (lab.dir / "node1" / path).exists()] == []
     assert not lab.inside("node1", "/run/mncni").exists()
-    assert "mncni.dev/node" not in cluster.api.call("node", "node1")["metadata"].get("annotations", {})
+    assert "mncni.dev/node" not in cluster.api.node("node1")["metadata"].get("annotations", {})
 
 
 def test_nothing_was_refused_for_want_of_rights(cluster):
-    """But the agents' own test whether a policy watches them: there is none here, so even that is allowed."""
-    refused = [row for row in cluster.api.call("value", "log") if row["code"] == 403]
-    assert refused == []
+    assert cluster.api.refused() == []

@@ -46,7 +46,7 @@ def test_the_kustomization_renders_and_every_configmap_that_it_mentions_is_in_it
     objects = manifests.render()
     there = {each["metadata"]["name"] for each in objects if each["kind"] == "ConfigMap"}
     text = str([each for each in objects if each["kind"] in ("DaemonSet", "Deployment")])
-    mentioned = {name for name in re.findall(r"mncni-[a-z]+-[a-z0-9]{10}", text)}
+    mentioned = set(re.findall(r"mncni-[a-z]+-[a-z0-9]{10}", text))
     assert len(there) == 4
     assert mentioned == there
 
@@ -72,7 +72,9 @@ def test_kubectl_understands_a_manifest_that_stands_alone(path):
 
 
 @pytest.mark.parametrize(
-    "files, kind, user", [(AGENT_FILES, "DaemonSet", policies.AGENT), (NODEIPAM_FILES, "Deployment", policies.NODEIPAM)], ids=("agent", "nodeipam")
+    "files, kind, user",
+    [(AGENT_FILES, "DaemonSet", policies.AGENT), (NODEIPAM_FILES, "Deployment", policies.NODEIPAM)],
+    ids=("agent", "nodeipam"),
 )
 def test_account_rights_policy_and_workload_mean_the_same_account(files, kind, user):
     account, policy, workload = (load(path) for path in files)
@@ -107,7 +109,7 @@ def test_the_policies_name_the_record_as_the_agent_does_and_know_how_it_begins()
 
 
 def test_the_lease_that_nodeipam_wants_is_the_one_that_it_has_rights_on():
-    lease = dict((row[0], row[2]) for row in agent.NODEIPAM_FLAGS)["--lease"]
+    lease = {row[0]: row[2] for row in agent.NODEIPAM_FLAGS}["--lease"]
     role = find(load(NODEIPAM_FILES[0]), "Role", namespace="kube-system")
     assert {f"kube-system/{name}" for rule in role["rules"] for name in rule.get("resourceNames", [])} == {lease}
     assert find(load(NODEIPAM_FILES[2]), "Deployment")["metadata"]["name"] == agent.MANAGER
