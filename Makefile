@@ -11,7 +11,7 @@ NEED_ROOT = test "$$(id -u)" = 0 || { echo "needs root: sudo make $@" >&2; exit 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo lab lab-down test test-runtimes test-matrix lint golden record clean
+.PHONY: help demo lab lab-down test kubernetes test-runtimes test-matrix lint golden record clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ lab-down: ## remove the lab (root)
 test: ## all tests; as an ordinary user those that need no root
 	@tests/setup.sh test
 	@.venv/bin/python -m pytest $(ARGS)
+
+kubernetes: ## a real kube-apiserver, etcd and kubectl for `make test`, which leaves out some tests without them (needs go; 10 minutes)
+	@tests/kubernetes.sh
 
 test-runtimes: ## tests under real container runtimes: containerd by ctr and by CRI, podman (root; installs them)
 	@$(NEED_ROOT)

@@ -2,7 +2,7 @@
 # Set-up for the Makefile: checks what a target needs and, as root with apt-get, installs what is missing.
 #
 #   tests/setup.sh demo      system tools of the demo and the lab
-#   tests/setup.sh test      the same, the reference CNI plugins to compare with, and .venv with pytest
+#   tests/setup.sh test      the same, the reference CNI plugins to compare with, PyYAML, and .venv with pytest
 #   tests/setup.sh runtimes  the same, containerd, podman, and what tests need to drive them
 #   tests/setup.sh lint      shellcheck, and .venv with ruff
 #   tests/setup.sh venv      .venv alone
@@ -23,7 +23,7 @@ main() {
     case ${1:-} in
         demo) need_lab_tools; provide || exit 1
               need_wireguard; provide || exit 1 ;;
-        test) need_lab_tools; need_reference_plugins; need_venv_module; provide || go_on
+        test) need_lab_tools; need_reference_plugins; need_yaml; need_venv_module; provide || go_on
               need_wireguard; provide || go_on
               make_venv ;;
         runtimes) need_lab_tools; need_reference_plugins; need_runtimes; need_venv_module; provide || go_on
@@ -86,9 +86,11 @@ need_matrix_tools() {
     need git git
     need unshare util-linux
     need mount mount
-    # To read what deploy/node-image/cloud-init.sh prints. Of the distribution's python3, whatever PYTHON is: no package from PyPI for it.
-    /usr/bin/python3 -c 'import yaml' 2>/dev/null || note_missing "PyYAML" python3-yaml
+    need_yaml
 }
+
+# To read manifests and what deploy/node-image/cloud-init.sh prints. Of the distribution's python3, whatever PYTHON is: no package from PyPI.
+need_yaml() { /usr/bin/python3 -c 'import yaml' 2>/dev/null || note_missing "PyYAML" python3-yaml; }
 
 # WireGuard is in nearly every kernel; wireguard-go is for the others.
 # An ordinary user is not bothered with it: they can make no device of either kind.

@@ -102,15 +102,16 @@ def provide():
         output = install(packages)
         if output:
             say(output)
-            return f"cannot install {', '.join(packages)} in the agent's container: {output.splitlines()[-1]}; see deploy/image"
+            return f"cannot install {', '.join(packages)} in the agent's container: {output.splitlines()[0]}; see deploy/image"
     return f"{', '.join(packages)} still missing after their installation" if (packages := look_missing()) else ""
 
 
 def install(packages):
-    """"" or what apt-get said last. It ends: kubelet tries again later, less and less often."""
+    """"" or what apt-get said. It ends: kubelet tries again later, less and less often."""
     if not shutil.which("apt-get"):
         return "this image has no apt-get"
-    apt = ["apt-get", "-qq", "-o", "Acquire::Retries=2", "-o", "Acquire::http::Timeout=20", "-o", "Acquire::https::Timeout=20"]
+    options = ("Acquire::Retries=2", "Acquire::http::Timeout=20", "Acquire::https::Timeout=20", "APT::Update::Error-Mode=any")
+    apt = ["apt-get", "-qq", *(word for option in options for word in ("-o", option))]
     os.environ["DEBIAN_FRONTEND"] = "noninteractive"
     for attempt in range(TRIES):
         status, output = run([*apt, "update"], TIMEOUT_S)
@@ -119,7 +120,7 @@ def install(packages):
         if status == 0:
             return ""
         time.sleep(2 * attempt)
-    return "\n".join(output.strip().splitlines()[-10:]) or f"apt-get: exit status {status}"
+    return "\n".join(output.strip().splitlines()[:10]) or f"apt-get: exit status {status}"
 
 
 # ---- telling the cluster --------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ class Apt:
     def run(self, argv, timeout_s=0):
         self.calls.append(argv)
         if len(self.calls) <= self.failures:
-            return 100, "E: Unable to locate package nftables\nE: no network\n"
+            return 100, "E: no network\nE: Some index files failed to download.\n"
         self.installed = self.installed or "install" in argv
         return 0, ""
 
