@@ -2042,55 +2042,76 @@ NETEM = {
     "distribution": ("table",),
     "slot": ("time", "|", "time"),
 }
-NETEM_UNITS = {
-    "time": ("us", "usec", "usecs", "ms", "msec", "msecs", "s", "sec", "secs"),
-    "percent": ("%",),
-    "rate": ("bit", "kbit", "mbit", "gbit", "bps", "kbps", "mbps", "gbps"),
-    "number": ("",),
+NETEM_UNITS = {  # kind of value -> its units, as multiples of the one that the bounds are in
+    "time": {"us": 1, "usec": 1, "usecs": 1, "ms": 1e3, "msec": 1e3, "msecs": 1e3, "s": 1e6, "sec": 1e6, "secs": 1e6},
+    "percent": {"%": 1},
+    "rate": {"bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "bps": 8, "kbps": 8e3, "mbps": 8e6, "gbps": 8e9},
+    "number": {"": 1},
 }
-NETEM_TABLES = ("uniform", "normal", "pareto", "paretonormal")
+# Kind of value -> the lowest, the highest, and what it is called. Beyond them tc says nothing, and sets a short time, or no rate.
+NETEM_BOUNDS = {
+    "time": (0, 274e6, "a time up to 274s"),
+    "percent": (0, 100, "a percentage up to 100%"),
+    "rate": (8, 1e19, "a rate from 8bit"),
+    "number": (0, 1e9, "a number"),
+    "table": (0, 0, "one of normal, pareto, paretonormal"),
+}
+NETEM_TABLES = ("normal", "pareto", "paretonormal")  # jitter is uniform without one
 
 
 def parse_lat(request):
     """The words of a netem expression for this pod, from its annotation "lat"; [] if it has none. CNIError 7 naming the bad word."""
     words = typed(runtime_config(request, "io.kubernetes.cri.pod-annotations", dict, {}), "lat", str, "").split()
-    return parse_netem(["delay", *words] if words and is_netem_value("time", words[0]) else words)
+    return parse_netem(["delay", *words] if words and words[0][0] in ".0123456789" else words)
 
 
 def parse_netem(words):
     """The words, if they are a netem expression. CNIError 7."""
-    place, seen = 0, []
+    place, seen = 0, {}
     while place < len(words):
         word, place = words[place], place + 1
         if word not in NETEM or word in seen:
             what = "stands twice" if word in seen else f"is none of: {', '.join(NETEM)}; nor a time like 50ms"
             raise config_error(f'annotation "lat": "{word[:40]}" {what}')
-        seen.append(word)
+        seen[word] = []
         required = True
         for kind in NETEM[word]:
-            value = words[place] if place < len(words) else ""
+            text = words[place] if place < len(words) else ""
+            value = None if kind == "|" else netem_value(kind, text)
             if kind == "|":
                 required = False
-            elif is_netem_value(kind, value):
+            elif value is not None:
+                seen[word].append(value)
                 place += 1
-            elif required or (value and value not in NETEM):
-                raise config_error(f'annotation "lat": "{word}" needs a {kind}, not "{value[:40]}"')
+            elif required or (text and text not in NETEM):
+                raise config_error(f'annotation "lat": "{word}" needs {NETEM_BOUNDS[kind][2]}, not "{text[:40]}"')
             else:
                 break
-    if "delay" not in seen and ("reorder" in seen or "distribution" in seen):
-        raise config_error('annotation "lat": "reorder" and "distribution" need a "delay"')
+    refuse_alone(seen)
     return words
 
 
-def is_netem_value(kind, text):
-    """Whether a word is a value of a kind: a number with a unit of that kind, 0 to 100 for a percentage, or the name of a table."""
+def refuse_alone(values):
+    """CNIError 7 for words, {word: its values}, that mean nothing without another one, or the wrong way round."""
+    delay, jitter = (values.get("delay", []) + [0, 0])[:2]
+    if "reorder" in values and not delay:
+        raise config_error('annotation "lat": "reorder" needs a "delay"')
+    if "distribution" in values and not (delay and jitter):
+        raise config_error('annotation "lat": "distribution" needs a "delay" with a jitter, as in: delay 100ms 10ms distribution normal')
+    if values.get("slot", []) != sorted(values.get("slot", [])):
+        raise config_error('annotation "lat": "slot" needs its shorter time first')
+
+
+def netem_value(kind, text):
+    """A word as a value of a kind: a number in the unit of its bounds; None if it is none, or out of bounds. 0 for the name of a table."""
     if kind == "table":
-        return text in NETEM_TABLES
+        return 0 if text in NETEM_TABLES else None
     number = text.rstrip("abcdefghijklmnopqrstuvwxyz%")
-    whole, _, fraction = number.partition(".")
-    if text[len(number) :] not in NETEM_UNITS[kind] or not (whole + fraction).isdigit() or not text.isascii() or len(number) > 9:
-        return False
-    return kind != "percent" or float(number) <= 100
+    unit = NETEM_UNITS[kind].get(text[len(number) :])
+    if unit is None or not number.replace(".", "", 1).isdigit() or not text.isascii() or len(number) > 9:
+        return None
+    lowest, highest, _ = NETEM_BOUNDS[kind]
+    return float(number) * unit if lowest <= float(number) * unit <= highest else None
 
 
 def plan_lat(request, words):

@@ -10,37 +10,53 @@ GOOD = [
     "delay 50ms",
     "delay 100ms 10ms",
     "delay 100ms 10ms 25%",
-    "delay 1.5s distribution pareto",
+    "delay 1.5s 0.5s distribution pareto",
+    "distribution paretonormal delay 100ms 10ms",
+    "delay 274s",
+    "rate 8bit",
     "loss 0% duplicate 100%",
     "loss 0.3% 25%",
     "corrupt 0.1% rate 1mbit limit 100",
     "delay 10ms reorder 25% 50%",
     "reorder 25% delay 10ms",
     "slot 800us 1ms",
+    "slot 1000us 1ms",
     "slot 20ms loss 1%",
 ]
 BAD = {
-    "50": '"50" is none of',
+    "50": '"delay" needs a time up to 274s, not "50"',
+    "4295s": '"delay" needs a time up to 274s, not "4295s"',
     "jitter 5ms": '"jitter" is none of',
     "delay": '"delay" needs a time',
-    "delay fast": 'needs a time, not "fast"',
-    "delay 10": 'needs a time, not "10"',
-    "delay -5ms": 'needs a time, not "-5ms"',
-    "delay 1e3ms": 'needs a time, not "1e3ms"',
+    "delay fast": 'needs a time up to 274s, not "fast"',
+    "delay 10": 'needs a time up to 274s, not "10"',
+    "delay -5ms": 'needs a time up to 274s, not "-5ms"',
+    "delay 1e3ms": 'needs a time up to 274s, not "1e3ms"',
+    "delay 1.2.3s": 'needs a time up to 274s, not "1.2.3s"',
+    "delay 275s": 'needs a time up to 274s, not "275s"',
+    "delay 274001ms": 'needs a time up to 274s, not "274001ms"',
     "delay ٥ms": "needs a time",
-    "delay 10ms 5ms 10% 3": 'is none of',
+    "delay 10ms 5ms 10% 3": "is none of",
+    "delay 10ms 5%": '"delay" needs a time up to 274s, not "5%"',
     "delay 10ms delay 20ms": '"delay" stands twice',
-    "loss 101%": 'needs a percent, not "101%"',
-    "loss 5": 'needs a percent, not "5"',
-    "loss": "needs a percent",
-    "rate 5": 'needs a rate, not "5"',
+    "loss 101%": 'needs a percentage up to 100%, not "101%"',
+    "loss 5": 'needs a percentage up to 100%, not "5"',
+    "loss": "needs a percentage",
+    "rate 5": 'needs a rate from 8bit, not "5"',
+    "rate 7bit": 'needs a rate from 8bit, not "7bit"',
+    "rate 0mbit": 'needs a rate from 8bit, not "0mbit"',
     "limit 5ms": "needs a number",
     "limit 9999999999": "needs a number",
-    "delay 1ms distribution flat": 'needs a table, not "flat"',
-    "reorder 5%": 'need a "delay"',
-    "distribution normal": 'need a "delay"',
-    "delay 1ms; reboot": 'needs a time, not "1ms;"',
-    "delay 1ms root": 'needs a time, not "root"',
+    "delay 1ms 1ms distribution uniform": 'needs one of normal, pareto, paretonormal, not "uniform"',
+    "distribution": "needs one of normal",
+    "reorder 5%": '"reorder" needs a "delay"',
+    "reorder 5% delay 0ms": '"reorder" needs a "delay"',
+    "distribution normal": '"distribution" needs a "delay" with a jitter',
+    "delay 1s distribution normal": '"distribution" needs a "delay" with a jitter',
+    "delay 0s 1s distribution normal": '"distribution" needs a "delay" with a jitter',
+    "slot 2ms 1999us": '"slot" needs its shorter time first',
+    "delay 1ms; reboot": 'needs a time up to 274s, not "1ms;"',
+    "delay 1ms root": 'needs a time up to 274s, not "root"',
     "DELAY 1ms": "is none of",
     "delay " + "9" * 500 + "ms": "needs a time",
 }
@@ -57,7 +73,7 @@ def test_an_expression_is_passed_on_word_for_word(text):
     assert parse(f"  {text}\n") == text.split()
 
 
-@pytest.mark.parametrize("text", ["50ms", "2s", "100us", "50ms 10ms", "50ms loss 1%"])
+@pytest.mark.parametrize("text", ["50ms", "2s", ".5s", "100us", "50ms 10ms", "50ms loss 1%"])
 def test_a_bare_time_is_a_delay(text):
     assert parse(text) == ["delay", *text.split()]
 
@@ -93,5 +109,5 @@ def test_whatever_is_accepted_holds_only_known_words_and_harmless_values():
             continue
         accepted += 1
         for word in result:
-            assert word in mncni.NETEM or any(mncni.is_netem_value(kind, word) for kind in (*mncni.NETEM_UNITS, "table")), text
+            assert word in mncni.NETEM or any(mncni.netem_value(kind, word) is not None for kind in mncni.NETEM_BOUNDS), text
     assert accepted > 100
