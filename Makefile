@@ -11,11 +11,11 @@ NEED_ROOT = test "$$(id -u)" = 0 || { echo "needs root: sudo make $@" >&2; exit 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo lab lab-down test kubernetes test-runtimes test-matrix lint golden record clean
+.PHONY: help demo lab lab-down test kubernetes test-runtimes test-matrix test-vm lint golden record clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo 'More words for the command behind demo, lab, test, test-runtimes, test-matrix: ARGS="...", for example  make test ARGS="-k lease -x"'
+	@echo 'More words for the command behind demo, lab, test, test-runtimes, test-matrix, test-vm: ARGS="...", for example  make test ARGS="-k lease -x"'
 
 demo: ## two nodes and four pods on this machine: pings over WireGuard, and proof that nothing goes in clear (root)
 	@$(NEED_ROOT)
@@ -54,6 +54,11 @@ test-matrix: ## make test on Debian 11, 12 and 13: Python 3.9, 3.11, 3.13 with t
 	@$(NEED_ROOT)
 	@tests/setup.sh matrix
 	@tests/matrix.sh $(ARGS)
+
+test-vm: ## in a virtual machine, with Debian's kernel: what a kernel may lack (netem), and the lab over the kernel's WireGuard (root)
+	@$(NEED_ROOT)
+	@tests/setup.sh vm
+	@tests/vm.sh $(ARGS)
 
 lint: ## ruff on the Python files, shellcheck on the shell scripts
 	@tests/setup.sh lint

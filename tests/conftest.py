@@ -1,16 +1,59 @@
-"""What every test may use. A test that needs root says so with the marker `root` and is skipped, aloud, without it."""
+"""What every test may use, and when a test is left out, which is never in silence:
 
+    @pytest.mark.root                 needs root and network namespaces
+    @pytest.mark.kernel("netem")      needs what some kernels lack, one or more names of FEATURES
+    @pytest.mark.vm                   is worth a run over the kernel's own WireGuard, too
+
+`make test-vm` runs those with one of the last two marks in a virtual machine whose kernel has everything; there a test that is left out
+has failed (--no-skips).
+"""
+
+import functools
 import os
+import subprocess
 
 import pytest
 
 IS_ROOT = os.geteuid() == 0
+
+# A feature of the kernel -> a command that works only where it is. It is run in a network namespace that is gone afterwards.
+FEATURES = {
+    "br_netfilter": "test -e /proc/sys/net/bridge/bridge-nf-call-iptables",
+    "netem": "tc qdisc add dev lo root netem",
+    "sctp": "/usr/bin/python3 -c 'import socket; socket.socket(socket.AF_INET, socket.SOCK_STREAM, 132)'",
+    "wireguard": "ip link add probe type wireguard",
+}
+
+
+@functools.cache
+def kernel_has(feature):
+    """Whether the kernel has one of FEATURES. Asking for it is what loads a module. As root."""
+    argv = ["unshare", "--net", "sh", "-c", FEATURES[feature]]
+    return subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60).returncode == 0
+
+
+def pytest_addoption(parser):
+    parser.addoption("--no-skips", action="store_true", help="a test that would be skipped fails: see tests/vm.sh")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("root") and not IS_ROOT:
             item.add_marker(pytest.mark.skip(reason="needs root and network namespaces: sudo make test"))
+
+
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers("kernel"):
+        for feature in mark.args:
+            if not kernel_has(feature):
+                pytest.skip(f"needs {feature} in the kernel: sudo make test-vm")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    report = (yield).get_result()
+    if report.skipped and item.config.getoption("no_skips"):
+        report.outcome, report.longrepr = "failed", f"skipped where nothing may be: {report.longrepr[2]}"
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -7,10 +7,11 @@
 #   tests/setup.sh lint      shellcheck, and .venv with ruff
 #   tests/setup.sh venv      .venv alone
 #   tests/setup.sh matrix    debootstrap and what else tests/matrix.sh needs
+#   tests/setup.sh vm        an emulator, Debian's kernel and what else tests/vm.sh needs, and .venv with virtme-ng, too
 #   tests/setup.sh ci        all of it, and make
 #
 # When all is there it prints nothing and takes milliseconds, so every target can call it every time.
-# Without root it prints the command to run instead; then `demo` stops, the others go on with what can run.
+# Without root it prints the command to run instead; then `demo`, `matrix` and `vm` stop, the others go on with what can run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PATH:/usr/sbin:/sbin  # Debian keeps ip, tc and nft there, which are not on an ordinary user's PATH
@@ -35,6 +36,9 @@ main() {
               make_venv ;;
         matrix) need_matrix_tools; provide || exit 1
               need_wireguard; provide || exit 1 ;;
+        vm)   need_lab_tools; need_vm_tools; need_venv_module; provide || exit 1
+              make_venv
+              add_virtme ;;
         ci)   need make make; need shellcheck shellcheck; need_matrix_tools; need_runtimes
               main test ;;
         *)    sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
@@ -91,6 +95,17 @@ need_matrix_tools() {
 
 # To read manifests and what deploy/node-image/cloud-init.sh prints. Of the distribution's python3, whatever PYTHON is: no package from PyPI.
 need_yaml() { /usr/bin/python3 -c 'import yaml' 2>/dev/null || note_missing "PyYAML" python3-yaml; }
+
+need_vm_tools() {
+    [[ $(uname -m) == x86_64 ]] || die "the virtual machine is for x86_64, this is $(uname -m)"
+    need qemu-system-x86_64 qemu-system-x86
+    need modprobe kmod
+    need udevadm udev
+    # One that needs no library: it is all that there is in the first seconds.
+    if ! has busybox || ldd "$(command -v busybox)" 2>/dev/null | grep -q '=>'; then note_missing "a static busybox" busybox-static; fi
+    # On Ubuntu there is no such package, so no such lane.
+    [[ -n $(tests/vm.sh --kernel) ]] || note_missing "Debian's kernel" linux-image-amd64
+}
 
 # WireGuard is in nearly every kernel; wireguard-go is for the others.
 # An ordinary user is not bothered with it: they can make no device of either kind.
@@ -190,6 +205,16 @@ make_venv() {
         die "pip could not install tests/requirements.txt from PyPI"
     venv_stamp >.venv/stamp
     # After `sudo make test` the environment belongs to whoever owns the checkout. -h: not the interpreter it links to.
+    if is_root && [[ ! -O . ]]; then chown -R -h --reference=. .venv; fi
+}
+
+# What it was made from is kept beside it, so it is gone when the environment is made anew.
+add_virtme() {
+    if cmp -s tests/requirements-vm.txt .venv/requirements-vm.txt; then return; fi
+    say "adding to .venv: virtme-ng from PyPI"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input --requirement tests/requirements-vm.txt ||
+        die "pip could not install tests/requirements-vm.txt from PyPI"
+    cp tests/requirements-vm.txt .venv/
     if is_root && [[ ! -O . ]]; then chown -R -h --reference=. .venv; fi
 }
 

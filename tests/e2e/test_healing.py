@@ -144,6 +144,7 @@ def test_the_agents_own_comings_and_goings_lose_no_packet(lab, event, figure):
     assert node_sh(lab, "node1", "pgrep -x wireguard-go || true") == daemon, "the one that ran is to be adopted"
 
 
+@pytest.mark.vm
 def test_a_node_that_comes_back_with_another_key_is_followed(lab):
     def key():
         return (lab.store / "node2.json").read_text().partition('"key":"')[2][:44]
@@ -160,6 +161,7 @@ def test_a_node_that_comes_back_with_another_key_is_followed(lab):
     assert before not in node_sh(lab, "node1", f"{INSIDE} wg show mncni-wg0 peers")
 
 
+@pytest.mark.vm
 def test_nodes_that_exchange_addresses_and_ranges_are_followed(lab):
     """Two nodes of records alone: node1's WireGuard has to end up with what they say, whoever had it before."""
 

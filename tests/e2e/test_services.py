@@ -60,11 +60,9 @@ def outside(lab):
 
 @pytest.fixture(params=["bridge-nf 0", "bridge-nf 1"])
 def bridge_nf(request, lab):
-    """Bridged packets pass netfilter, as Kubernetes asks for, or they do not. Skipped where the kernel has no br_netfilter."""
+    """Bridged packets pass netfilter, as Kubernetes asks for, or they do not."""
     value = request.param[-1]
     for key in ("bridge-nf-call-iptables", "bridge-nf-call-ip6tables"):
-        if not lab.inside("node1", f"/proc/sys/net/bridge/{key}").exists():
-            pytest.skip("needs br_netfilter in the kernel")
         node_sh(lab, "node1", f"echo {value} > /proc/sys/net/bridge/{key}")
 
 
@@ -92,6 +90,7 @@ def connect(argv, address, port):
     return labs.must([*argv, labs.PYTHON, "-c", CONNECT, address, str(port)]).strip()
 
 
+@pytest.mark.kernel("br_netfilter")
 @pytest.mark.parametrize("family", CLUSTER_IP)
 def test_a_cluster_ip_leads_a_pod_to_a_remote_pod(lab, bridge_nf, translated, family):
     source = connect(labs.pod_argv(lab, "node1", "pod1"), CLUSTER_IP[family], 80)
@@ -103,6 +102,7 @@ def test_a_cluster_ip_leads_the_node_to_a_remote_pod(lab, translated, family):
     assert connect(labs.node_argv(lab, "node1"), CLUSTER_IP[family], 80) == GATEWAY[family]
 
 
+@pytest.mark.kernel("br_netfilter")
 @pytest.mark.parametrize("family", CLUSTER_IP)
 def test_a_node_port_leads_from_outside_to_a_remote_pod(lab, outside, bridge_nf, translated, family):
     argv = ["ip", "netns", "exec", outside]

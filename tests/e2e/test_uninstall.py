@@ -37,6 +37,7 @@ def changes(lab, before):
     return list(difflib.unified_diff(before.splitlines(), node_sh(lab, "node1", LOOK).splitlines(), n=0))[2:]
 
 
+@pytest.mark.vm
 def test_uninstall_refuses_while_an_agent_runs_or_pods_are_attached_then_leaves_the_node_as_it_was(node):
     lab, before = node
     labs.start_agent(lab, "node1")

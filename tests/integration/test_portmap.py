@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 
 import pytest
@@ -134,15 +133,7 @@ def table(host):
     return host.sh("nft list table inet mncni_portmap", check=False)
 
 
-def has_sctp():
-    try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, 132).close()
-    except OSError:
-        return False
-    return True
-
-
-SCTP = pytest.param("sctp", marks=pytest.mark.skipif(not has_sctp(), reason="kernel feature: this kernel has no SCTP"))
+SCTP = pytest.param("sctp", marks=pytest.mark.kernel("sctp"))
 
 
 @pytest.mark.parametrize("bridged_traffic_is_filtered", [0, 1])
@@ -164,6 +155,7 @@ def test_a_host_port_is_reached_from_everywhere(host, cluster, protocol, bridged
     assert cluster.who("", "127.0.0.1", protocol=protocol) == "server"
 
 
+@pytest.mark.kernel("br_netfilter")
 def test_a_service_that_others_translate_keeps_the_clients_address(host, cluster):
     """kube-proxy's business is not ours, although the pod has a host port."""
     cluster.add("server", mapping())
