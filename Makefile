@@ -11,7 +11,7 @@ NEED_ROOT = test "$$(id -u)" = 0 || { echo "needs root: sudo make $@" >&2; exit 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo lab lab-down test kubernetes test-runtimes test-matrix test-vm lint golden record clean
+.PHONY: help demo lab lab-down test kubernetes test-runtimes test-matrix test-vm bench lint golden record clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,11 @@ test-vm: ## in a virtual machine, with Debian's kernel: what a kernel may lack (
 	@$(NEED_ROOT)
 	@tests/setup.sh vm
 	@tests/vm.sh $(ARGS)
+
+bench: ## what a pod costs, against the reference plugins and the floor, as ratios; exit status 1 above a budget (root)
+	@$(NEED_ROOT)
+	@tests/setup.sh test
+	@$(PYTHON) -m tests.bench.bench $(ARGS)
 
 lint: ## ruff on the Python files, shellcheck on the shell scripts
 	@tests/setup.sh lint
