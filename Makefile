@@ -11,7 +11,7 @@ NEED_ROOT = test "$$(id -u)" = 0 || { echo "needs root: sudo make $@" >&2; exit 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo lab lab-down test kubernetes test-runtimes test-matrix test-vm bench lint golden record clean
+.PHONY: help demo lab lab-down test kubernetes test-runtimes test-matrix test-vm bench bench-agent lint golden record clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,10 @@ bench: ## what a pod costs, against the reference plugins and the floor, as rati
 	@$(NEED_ROOT)
 	@tests/setup.sh test
 	@$(PYTHON) -m tests.bench.bench $(ARGS)
+
+bench-agent: ## what an agent costs in clusters of 100, 1,000 and 5,000 nodes: CPU, memory, requests, bytes
+	@tests/setup.sh venv
+	@.venv/bin/python -m tests.bench.bench_agent $(ARGS)
 
 lint: ## ruff on the Python files, shellcheck on the shell scripts
 	@tests/setup.sh lint

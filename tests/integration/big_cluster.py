@@ -1,7 +1,8 @@
 """A cluster of thousands of nodes and an agent in it, each in a process of its own, so that CPU and memory are counted apart.
 
     with running(directory, "serve", "5000") as server, running(directory, "follow") as agents:
-        server("rekey 7") -> {};  agents("sync") -> {"peers", "cpu_s", "rss_mb"}, agents("change"), agents("beats") -> {"cpu_s"}
+        server("rekey 7"), server("beats 100") -> {};  server("traffic") -> {"requests", "writes", "sent"}
+    agents("sync") -> {"peers", "cpu_s", "rss_mb"};  agents("change"), agents("beats"), agents("quiet") -> {"cpu_s", ...}
 """
 
 import contextlib
@@ -73,7 +74,13 @@ def serve(directory, count):
                 new = [{**condition, "lastHeartbeatTime": now} for condition in conditions]
                 server.patch_node(f"node-{index}", {"status": {"conditions": new}})
 
-        answer({"rekey": rekey, "beats": beats})
+        def traffic(*_):
+            """What has come and gone since the last call; the requests by rekey and beats are not among it, they are no requests."""
+            counted = {"requests": server.count(), "writes": server.writes(), "sent": server.bytes_sent()}
+            server.reset_counters()
+            return counted
+
+        answer({"rekey": rekey, "beats": beats, "traffic": traffic})
 
 
 class Follower:
@@ -88,7 +95,8 @@ class Follower:
         self.run, self.dump = FakeWireGuard(), None
         self.store = agent.make_store(settings, {}, self.command, lambda: None)
         self.store.start()
-        self.agent = agent.Agent(settings, self.store, self.command)
+        self.skipped_s = 0
+        self.agent = agent.Agent(settings, self.store, self.command, clock=lambda: time.monotonic() + self.skipped_s)
 
     def command(self, command):
         """The device's own work is not the agent's: what it says is made ready before the clock runs."""
@@ -101,19 +109,31 @@ class Follower:
         return {"peers": len(self.agent.context.peers), "cpu_s": time.process_time(), "rss_mb": sizes[0] / 1024}
 
     def change(self):
+        """The pass that brings the next change of a peer to the device; others before it are for our own record, and not counted."""
         deadline = time.monotonic() + RESULT_TIMEOUT_S
         device = agent.look_device(self.agent.context)
-        while set(device["peers"]) != set(self.agent.context.peers) or not self.store.news:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
         self.run.writes()
-        self.dump = self.run(agent.Command(["nsenter", "--net=/run/netns/mncni-wg", "wg", "show", "mncni-wg0", "dump"]))
-        self.agent.next_pass = self.agent.clock() + RESULT_TIMEOUT_S  # no audit falls into the measurement
-        begin = time.process_time()
-        self.agent.tick()
-        self.mark = time.process_time()
-        cpu_s, self.dump = self.mark - begin, None
-        return {"cpu_s": cpu_s, "sets": len(self.run.writes())}
+        sets = []
+        while not sets:
+            while set(device["peers"]) != set(self.agent.context.peers) or not self.store.news:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            self.dump = self.run(agent.Command(["nsenter", "--net=/run/netns/mncni-wg", "wg", "show", "mncni-wg0", "dump"]))
+            self.agent.next_pass = self.agent.clock() + RESULT_TIMEOUT_S  # no audit falls into the measurement
+            begin = time.process_time()
+            self.agent.tick()
+            self.mark = time.process_time()
+            self.dump, sets = None, self.run.writes()
+        return {"cpu_s": self.mark - begin, "sets": len(sets)}
+
+    def quiet(self):
+        """An hour in which nothing happens, of which the agent's clock alone takes notice."""
+        self.run.writes()
+        begin, commands = time.process_time(), len(self.run.log)
+        for _ in range(int(3600 / agent.POLL_S)):
+            self.skipped_s += agent.POLL_S
+            self.agent.tick()
+        return {"cpu_s": time.process_time() - begin, "commands": len(self.run.log) - commands, "sets": len(self.run.writes())}
 
     def beats(self):
         """What the events cost that have come since the last change."""
@@ -128,7 +148,7 @@ class Follower:
 
 def follow(directory):
     agents = Follower(directory)
-    answer({"sync": agents.sync, "change": agents.change, "beats": agents.beats})
+    answer({"sync": agents.sync, "change": agents.change, "beats": agents.beats, "quiet": agents.quiet})
 
 
 if __name__ == "__main__":

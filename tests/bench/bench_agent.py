@@ -1,0 +1,73 @@
+"""What an agent costs in a large cluster: itself, the API server, and its nodes.
+
+    make bench-agent [ARGS="100 1000"]       default: 100 1000 5000
+
+The real agent and the API server double, each a process of its own; WireGuard is a device in memory, and the stages that need a kernel are
+left out. Prints one table. No root.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.integration import big_cluster
+
+HEAD = (
+    *("nodes", "first sync: CPU s", "RSS MB", "requests", "MB received", "a change: CPU ms", "patch to `wg set`, ms", "KB received"),
+    *("an event without news: ms", "a quiet hour: CPU s", "API writes", "`wg set`"),
+)
+BEATS = 1000
+
+
+def measure(count):
+    """A row of the table."""
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        big_cluster.running(Path(directory), "serve", str(count)) as server,
+        big_cluster.running(Path(directory), "follow") as agents,
+    ):
+        sync = agents("sync")
+        first = settled(server)
+        changes, took_s = [], []
+        for number in range(10, 20):
+            begin = time.perf_counter()
+            server(f"rekey {number}")
+            changes.append(agents("change"))
+            took_s.append(time.perf_counter() - begin)
+        assert all(change["sets"] == 1 for change in changes), changes
+        news = server("traffic")
+        for _ in range(max(1, BEATS // count)):
+            server(f"beats {min(count, BEATS)}")
+        events = max(1, BEATS // count) * min(count, BEATS)
+        beats = agents("beats")
+        server("traffic")
+        quiet = agents("quiet")
+        writes = server("traffic")["writes"]
+    figures = (sync["cpu_s"], sync["rss_mb"], first["requests"], first["sent"] / 1e6, statistics.median(c["cpu_s"] for c in changes) * 1000)
+    figures += (statistics.median(took_s) * 1000, news["sent"] / len(changes) / 1000, beats["cpu_s"] / events * 1000, quiet["cpu_s"])
+    return [f"{count:,}", *(f"{figure:.3g}" for figure in figures), str(writes), str(quiet["sets"])]
+
+
+def settled(server):
+    """The traffic of the first sync, its last writes included: until a second passes without a request."""
+    total = server("traffic")
+    while True:
+        time.sleep(1)
+        more = server("traffic")
+        if not more["requests"]:
+            return total
+        total = {key: total[key] + more[key] for key in total}
+
+
+def main():
+    rows = [measure(int(word)) for word in sys.argv[1:] or ("100", "1000", "5000")]
+    columns = [[head, *(row[place] for row in rows)] for place, head in enumerate(HEAD)]
+    width = max(map(len, HEAD))
+    for head, *cells in columns:
+        print(head.ljust(width), *(cell.rjust(10) for cell in cells))
+
+
+if __name__ == "__main__":
+    main()
