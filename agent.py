@@ -923,20 +923,25 @@ class KubernetesStore(Store):
             self._change("own", "MODIFIED", *self._extract("own", self.api.request("PATCH", f"{path}/status", body, None, STRATEGIC_PATCH)))
 
     def _send_event(self, name, reason):
-        """A Kubernetes Event about a node, best effort. All agents give it one name: the cluster keeps one per ten minutes."""
-        now, what = time.time(), "RecordRefused" if reason else "RecordAccepted"
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-        body = {
-            "metadata": {"name": f"{name}.{mncni.short_hash(reason, str(now // 600))}", "namespace": "default"},
-            "involvedObject": {"apiVersion": "v1", "kind": "Node", "name": name, "uid": name},
-            "source": {"component": "mncni-agent", "host": self.node_name},
-            **{"firstTimestamp": stamp, "lastTimestamp": stamp, "count": 1, "reason": what, "type": "Warning" if reason else "Normal"},
-            "message": f"MNCNI does not connect this node: {reason}" if reason else "MNCNI connects this node again",
-        }
-        try:
-            self.api.request("POST", "/api/v1/namespaces/default/events", body)
-        except ApiError as error:
-            log.log(logging.DEBUG if error.status == 409 else logging.INFO, "no Event about node %s: %s", name, error)
+        what, kind = ("RecordRefused", "Warning") if reason else ("RecordAccepted", "Normal")
+        message = f"MNCNI does not connect this node: {reason}" if reason else "MNCNI connects this node again"
+        source = {"component": "mncni-agent", "host": self.node_name}
+        send_event(self.api, name, name, message, reason=what, type=kind, source=source)
+
+
+def send_event(api, name, uid, message, **words):
+    """A Kubernetes Event about a node, best effort. All who say it give it one name: the cluster keeps one per ten minutes."""
+    now = time.time()
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+    body = {
+        "metadata": {"name": f"{name}.{mncni.short_hash(message, str(now // 600))}", "namespace": "default"},
+        "involvedObject": {"apiVersion": "v1", "kind": "Node", "name": name, "uid": uid},
+        **{"message": message, "firstTimestamp": stamp, "lastTimestamp": stamp, "count": 1, **words},
+    }
+    try:
+        api.request("POST", "/api/v1/namespaces/default/events", body)
+    except ApiError as error:
+        log.log(logging.DEBUG if error.status == 409 else logging.INFO, "no Event about node %s: %s", name, error)
 
 
 def is_older(version, than):
@@ -2263,7 +2268,7 @@ EVENTS = 20  # Kubernetes Events in a pass
 LEASE_S, RENEW_S, RETRY_S = 15, 10, 2  # how long others wait for a leader; how long it writes after a renewal; time between tries
 
 # A Node, for the allocator; sorts by age. version: resourceVersion, "" once it has CIDRs. cidrs: networks. fault: who else set them, or "".
-Claim = collections.namedtuple("Claim", "created uid name version cidrs fault")
+Claim = collections.namedtuple("Claim", "created name uid version cidrs fault")
 
 
 def parse_claim(item):
@@ -2278,7 +2283,7 @@ def parse_claim(item):
     except ValueError as error:
         cidrs, fault = (), f"its pod CIDR is no network: {error}"
     version = "" if texts else meta["resourceVersion"]
-    return Claim(meta.get("creationTimestamp") or "", meta["uid"], meta["name"], version, cidrs, fault)
+    return Claim(meta.get("creationTimestamp") or "", meta["name"], meta["uid"], version, cidrs, fault)
 
 
 def plan_allocations(claims, pools, given, freed, now):
@@ -2541,21 +2546,8 @@ class NodeIpam:
             log.error("node %s: %s", claim.name, message)
             self.election.tick()
             if self.election.leads(self.term):
-                self.send_event(claim, "ForeignPodCIDR" if foreign else "CIDRNotAvailable", message)
-
-    def send_event(self, claim, reason, message):
-        """A Kubernetes Event about a node, best effort: the log says the same."""
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        body = {
-            "metadata": {"name": f"{claim.name}.{mncni.short_hash(claim.uid, stamp)}", "namespace": "default"},
-            "involvedObject": {"apiVersion": "v1", "kind": "Node", "name": claim.name, "uid": claim.uid},
-            **{"type": "Warning", "reason": reason, "message": message, "source": {"component": MANAGER}},
-            **{"firstTimestamp": stamp, "lastTimestamp": stamp, "count": 1},
-        }
-        try:
-            self.api.request("POST", "/api/v1/namespaces/default/events", body)
-        except ApiError as error:
-            log.warning("no Event about node %s: %s", claim.name, error)
+                words = {"reason": "ForeignPodCIDR" if foreign else "CIDRNotAvailable", "type": "Warning", "source": {"component": MANAGER}}
+                send_event(self.api, claim.name, claim.uid, message, **words)
 
 
 def follow_nodes(api, put, stopping):
@@ -2570,6 +2562,8 @@ def follow_nodes(api, put, stopping):
             for kind, item in api.watch(NODES, version):
                 if stopping.is_set():
                     return
+                if is_older(item["metadata"]["resourceVersion"], version):
+                    raise ApiError(410, "Disorder", "the API server told of changes in the wrong order")
                 version, failures = item["metadata"]["resourceVersion"], 0
                 if kind != "BOOKMARK":
                     put(kind, [parse_claim(item)])

@@ -24,7 +24,7 @@ def nets(*texts):
 
 
 def claim(name, *cidrs, fault=""):
-    return Claim(f"2026-01-01T00:00:{name[1:]:0>2}Z", f"uid-{name}", name, "" if cidrs else "7", nets(*cidrs), fault)
+    return Claim(f"2026-01-01T00:00:{name[1:]:0>2}Z", name, f"uid-{name}", "" if cidrs else "7", nets(*cidrs), fault)
 
 
 def plan(claims, pools=POOLS, given=None, freed=None, now=0):
@@ -180,7 +180,7 @@ def node_object(name="n1", uid="u1", version="7", cidrs=(), manager=None):
 
 
 def test_a_claim_knows_who_set_the_ranges():
-    assert agent.parse_claim(node_object()) == Claim("2026-01-01T00:00:00Z", "u1", "n1", "7", (), "")
+    assert agent.parse_claim(node_object()) == Claim("2026-01-01T00:00:00Z", "n1", "u1", "7", (), "")
     assert agent.parse_claim(node_object(cidrs=["10.244.0.0/24"], manager="mncni-nodeipam")).fault == ""
     other = agent.parse_claim(node_object(cidrs=["10.244.0.0/24"], manager="kube-controller-manager"))
     assert other.fault == 'its pod CIDR was set by "kube-controller-manager", not by mncni-nodeipam'
