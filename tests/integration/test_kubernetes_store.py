@@ -255,7 +255,7 @@ def test_another_node_made_again_is_not_believed_by_its_old_record(cluster):
     again["metadata"]["uid"] = "uid-new"
     cluster.server.delete_node("n2")
     cluster.server.put("nodes", again)
-    cluster.tick(lambda: cluster.peers() == [3] and "earlier node" in cluster.agent.quarantine["n2"])
+    cluster.tick(lambda: cluster.peers() == [3] and "earlier node" in cluster.agent.quarantine.get("n2", ""))
     again["metadata"]["annotations"][agent.RECORD] = record_of(2, uid="uid-new")
     cluster.server.put("nodes", again)
     cluster.tick(lambda: cluster.peers() == [2, 3])
