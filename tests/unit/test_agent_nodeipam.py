@@ -558,6 +558,31 @@ def test_a_leader_whose_lease_was_deleted_makes_it_anew_and_forgets_nothing(worl
     assert world.cidrs() == {"n2": ["10.244.1.0/24"]}
 
 
+def test_a_standby_that_saw_the_lease_vanish_waits_for_the_leader_to_notice(world):
+    first, second = leading(world, "a"), world.start("b")
+    world.run(3, first, second)
+    world.lease = None
+    world.run(agent.LEASE_S - 1, second)
+    assert world.lease is None
+    world.run(RETRY_S + 2, second)
+    assert second.election.leads(second.term) and not first.election.leads(first.term)
+
+
+def test_a_renewal_counts_from_when_it_was_sent(world):
+    ipam = leading(world)
+
+    def slow(method, path):
+        if method == "PUT":
+            world.now += RENEW_S - 1
+
+    world.after = slow
+    world.run(RETRY_S, ipam)
+    world.after = lambda method, path: None
+    assert ipam.election.leads(ipam.term)
+    world.now += 1
+    assert not ipam.election.leads(ipam.term)
+
+
 def test_other_annotations_and_labels_of_the_lease_stay(world):
     ipam = leading(world)
     world.lease["metadata"]["labels"] = {"x": "y"}
@@ -653,6 +678,24 @@ def test_a_leader_that_wakes_up_after_another_took_the_lease_writes_nothing(worl
     assert count == len(patches) == 3 and second.election.leads(second.term)  # one by the first, two by the second, none after that
     world.run(30, first, second)
     assert len(world.writes) == 3 and not first.election.leads(first.term)
+
+
+def test_a_leader_that_sleeps_while_another_leads_and_leads_again_writes_nothing_of_its_old_plan(world):
+    first = leading(world, "a")
+    for number in range(3):
+        world.create(f"n{number}")
+
+    def another_term(method, path):
+        if method == "PATCH":
+            world.after = lambda method, path: None
+            second = world.start("b", pools={4: (24, nets("10.244.128.0/17"))})
+            world.run(30, second)
+            second.election.release()
+            del world.requests[:]
+
+    world.after = another_term
+    first.tick(0)
+    assert first.election.leads(first.election.term) and "PATCH" not in [method for method, _ in world.requests]
 
 
 # ---- hours of it ----
