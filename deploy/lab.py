@@ -57,7 +57,8 @@ BRIDGE = "underlay0"
 STORE = "/var/lib/mncni-lab/nodes"                   # the directory node store: one directory, seen by all nodes
 AGENT_LOG, AGENT_PID = "/var/log/mncni-agent.log", "/run/mncni-agent.pid"
 PODS_DIR = "/var/lib/mncni-lab/pods"                 # the runtime's record of its pods, one file each
-AGENT_TIMEOUT_S, POD_TIMEOUT_S, FIRST_PONG_TIMEOUT_S = 30, 30, 20
+# Far more than anything takes: a machine may be busy, or emulated.
+BOOT_TIMEOUT_S, AGENT_TIMEOUT_S, POD_TIMEOUT_S, FIRST_PONG_TIMEOUT_S = 60, 60, 60, 20
 MAX_NODES, MAX_PODS = 200, 200
 
 # What a lab may be made of, {n} is the number of the node: pods have addresses of one family or of both, the underlay of one.
@@ -283,6 +284,7 @@ def require_wireguard(lab):
         must(["ip", "-n", lab.underlay, "link", "del", "probe"])
     elif not shutil.which("wireguard-go", path=PATH):
         raise LabError("this kernel has no WireGuard, and wireguard-go is not installed; it is in the package wireguard-go")
+    lab.say("WireGuard: " + ("wireguard-go, for this kernel has none" if code else "the kernel's"))
 
 
 def connect_node(lab, node):
@@ -343,12 +345,12 @@ def start_node(lab, node):
                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
     lab.children[node] = child
     try:
-        pid = int(read_line(child, 10))
+        pid = int(read_line(child, BOOT_TIMEOUT_S))
         with lab.changing(node) as row:
             row.update(pid=pid, start=process_start(pid), boot_id=boot_id)
         child.stdin.write("go\n")
         child.stdin.flush()
-        if read_line(child, 10) != "ready":
+        if read_line(child, BOOT_TIMEOUT_S) != "ready":
             raise LabError("init ended")
     except (LabError, ValueError, OSError) as error:
         raise LabError(f"{node}: cannot boot: {error}\n{tail(lab.dir / node / 'var/log/lab-init.log')}") from None
@@ -490,7 +492,7 @@ def start_agent(lab, node):
     must(node_argv(lab, node) + [PYTHON, "/opt/mncni/lab.py", "node-agent", "start", *plan_agent(lab, node)])
 
 
-def stop_agent(lab, node, timeout_s=5):
+def stop_agent(lab, node, timeout_s=20):
     """SIGTERM the agent and wait for its end. LabError when it is still there after timeout_s."""
     pid = agent_pid(lab.inside(node, "/"))
     if pid:
@@ -850,7 +852,7 @@ def sniffing(lab):
     child = start(["nsenter", f"--net=/run/netns/{lab.underlay}", "--", PYTHON, str(LAB_FILE), "sniff"],
                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     try:
-        if read_line(child, 10) != "ready":
+        if read_line(child, BOOT_TIMEOUT_S) != "ready":
             raise LabError("the sniffer does not start")
         yield counts
     finally:

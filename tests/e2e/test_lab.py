@@ -93,7 +93,7 @@ def shell(lab, node, command):
 def lab_py(*words, name=NAME):
     """Run lab.py as a user does: the finished process, its output in one text."""
     argv = [labs.PYTHON, str(labs.LAB_FILE), "--name", name, *words]
-    return subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    return subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
 
 
 def crossings_that_answer(lab):

@@ -72,6 +72,8 @@ class Cluster:
 
     def __init__(self, host):
         self.host, self.servers = host, []
+        # Linux 6.1 asks for a neighbour on behalf of others from a link-local address alone: the bridge needs one, and at once.
+        host.sh("echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad")
         self.world = host.pod("world")
         host.ip(f"link add to-world type veth peer name eth0 netns {self.world}")
         for netns, link, addresses in (("", "to-world", HOST), (self.world, "eth0", WORLD)):
