@@ -1369,8 +1369,10 @@ def families_of(addresses):
 
 
 def plan_no_advertisements(bridge):
-    """Commands for a new bridge: a pod that sends a router advertisement must not become the host's default route (CVE-2020-10749)."""
-    return [write_sysctls([f"net/ipv6/conf/{bridge}/accept_ra"], 0)] if os.path.exists("/proc/sys/net/ipv6") else []
+    """Commands for a new bridge: a pod that sends a router advertisement must not become the host's default route (CVE-2020-10749), and
+    its link-local address, from which older kernels look for pods, is of use at once."""
+    keys = [f"net/ipv6/conf/{bridge}/{key}" for key in ("accept_ra", "accept_dad")]
+    return [write_sysctls(keys, 0)] if os.path.exists("/proc/sys/net/ipv6") else []
 
 
 def look_forwarding(run):
