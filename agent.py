@@ -16,7 +16,7 @@ the kernel or as wireguard-go.
 
 Reading order: settings, node stores (a directory, or Kubernetes with a client of its API), records (what others say about themselves,
 trusted in nothing), then the stages. Every pass looks at the kernel stage by stage, compares with what should be (pure), and applies the
-difference. Where nothing differs, nothing is written.
+difference. Where nothing differs, nothing is written. Node IPAM, behind the agent, is a program of its own: one per cluster, not per node.
 """
 
 import argparse
@@ -2265,6 +2265,7 @@ MANAGER = "mncni-nodeipam"  # in managedFields and Events
 USED = "mncni.dev/used"  # annotation of the Lease: for each cluster CIDR the highest address that may be in use
 REUSE_S = 600  # how long a range that was given back rests
 EVENTS = 20  # Kubernetes Events in a pass
+FOREIGN = "no node gets a pod CIDR until the other allocator is stopped and this Node deleted; its kubelet registers it anew at its start"
 LEASE_S, RENEW_S, RETRY_S = 15, 10, 2  # how long others wait for a leader; how long it writes after a renewal; time between tries
 
 # A Node, for the allocator; sorts by age. version: resourceVersion, "" once it has CIDRs. cidrs: networks. fault: who else set them, or "".
@@ -2542,7 +2543,7 @@ class NodeIpam:
         for claim in [claim for claim in refused if claim.uid not in self.told][:EVENTS]:
             foreign = claim.cidrs or claim.fault
             self.told[claim.uid] = refused[claim]
-            message = refused[claim] + ("; while this is so, no node gets a pod CIDR" if foreign else "")
+            message = refused[claim] + (f"; {FOREIGN}" if foreign else "")
             log.error("node %s: %s", claim.name, message)
             self.election.tick()
             if self.election.leads(self.term):
