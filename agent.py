@@ -193,6 +193,7 @@ NODEIPAM_FLAGS = (
     ("--node-mask-v4", int, "24", False, "prefix length of a node's IPv4 range"),
     ("--node-mask-v6", int, "64", False, "prefix length of a node's IPv6 range"),
     ("--lease", str, "kube-system/mncni-nodeipam", False, "namespace/name of the Lease by which one of several replicas leads"),
+    ("--listen-nodeipam", listen_address, "127.0.0.1:28387", False, "where /healthz, /readyz, /metrics are; other hosts get metrics only"),
 )
 
 VERBS = (
@@ -2615,7 +2616,10 @@ def run_nodeipam(options, pools, environ):
     clock = functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)  # goes on while the machine sleeps
     election = Election(quick, options.lease, f"{socket.gethostname()}_{uuid.uuid4()}", clock)
     ipam = NodeIpam(quick, pools, election, clock, follow)
+    ipam.beat = clock()
+    threading.Thread(target=serve_http, args=(options.listen_nodeipam, nodeipam_pages(ipam)), daemon=True).start()
     while not stopping:
+        ipam.beat = clock()
         ipam.tick(POLL_S)
     election.release()
     log.info("stopping; nodes keep the pod CIDRs that they have")
@@ -2704,6 +2708,11 @@ METRICS = {  # name: (type, help)
     "mncni_reconcile_duration_seconds": ("histogram", "How long passes took."),
     "mncni_reconcile_errors_total": ("counter", "Passes that could not make the network stand."),
     "mncni_api_requests_total": ("counter", "Requests to the API server, by verb and HTTP status; none: no answer."),
+    "mncni_nodeipam_leader": ("gauge", "Whether this replica leads."),
+    "mncni_nodeipam_nodes": ("gauge", "Nodes by state: all, waiting for a range, foreign: with one from elsewhere."),
+    "mncni_nodeipam_ranges_given_total": ("counter", "Nodes that were given their ranges."),
+    "mncni_nodeipam_write_failures_total": ("counter", "Writes that failed, by cause: conflict or other."),
+    "mncni_nodeipam_terms_total": ("counter", "How often this replica began to lead."),
     "mncni_api_received_bytes_total": ("counter", "Bytes of answers from the API server."),
 }
 
@@ -2730,6 +2739,27 @@ def agent_pages(agent):
         return 200, format_metrics({**plan_metrics(status), **figures})
 
     return {"/healthz": healthz, "/readyz": readyz, "/metrics": metrics}
+
+
+def nodeipam_pages(ipam):
+    """The same of a running NodeIpam. A replica that waits for its turn is ready, too."""
+
+    def healthz():
+        silent_s = ipam.clock() - ipam.beat
+        return (200, "ok\n") if silent_s < STUCK_S else (503, f"the loop has not come round for {silent_s:.0f} s\n")
+
+    def metrics():
+        counters = dict(ipam.counters)
+        figures = {("mncni_build_info", (("version", mncni.PROGRAM_VERSION),)): 1, ("mncni_nodeipam_leader", ()): ipam.election.ours}
+        for state, name in (("all", "nodes"), ("waiting", "waiting"), ("foreign", "foreign")):
+            figures["mncni_nodeipam_nodes", (("state", state),)] = counters[name]
+        for cause, name in (("conflict", "conflicts"), ("other", "failures")):
+            figures["mncni_nodeipam_write_failures_total", (("cause", cause),)] = counters[name]
+        figures["mncni_nodeipam_ranges_given_total", ()] = counters["allocated"]
+        figures["mncni_nodeipam_terms_total", ()] = counters["terms"]
+        return 200, format_metrics({**figures, **ipam.api.counts.figures})
+
+    return {"/healthz": healthz, "/readyz": healthz, "/metrics": metrics}
 
 
 def plan_metrics(status):

@@ -42,7 +42,8 @@ def metrics(**changes):
 def test_every_metric_is_described_and_none_is_without_a_figure():
     text = metrics(admission_guard=True)
     named = set(re.findall(r"^# TYPE (\S+)", text, re.M))
-    assert named == set(agent.METRICS) - {"mncni_reconcile_errors_total", "mncni_api_received_bytes_total"}  # nothing counted yet
+    missing = {name for name in set(agent.METRICS) - named if not name.startswith("mncni_nodeipam_")}
+    assert missing == {"mncni_reconcile_errors_total", "mncni_api_received_bytes_total"}  # nothing counted yet
 
 
 def test_names_follow_the_conventions():
@@ -141,6 +142,29 @@ def test_health_is_that_the_loop_comes_round_and_readiness_that_the_network_stan
     assert pages["/readyz"]() == (503, "no default route\n")
     fake.now += agent.STUCK_S
     assert pages["/healthz"]() == (503, "the agent's loop has not come round for 120 s\n")
+
+
+class FakeIpam:
+    def __init__(self):
+        self.now, self.beat = 1000.0, 1000.0
+        self.counters = {"allocated": 5, "conflicts": 1, "failures": 0, "nodes": 7, "waiting": 2, "foreign": 0, "terms": 1}
+        self.api = self.election = self
+        self.counts, self.ours = agent.Counts(), True
+
+    def clock(self):
+        return self.now
+
+
+def test_nodeipam_tells_who_leads_and_who_waits():
+    fake = FakeIpam()
+    pages = agent.nodeipam_pages(fake)
+    code, text = pages["/metrics"]()
+    assert code == 200
+    for line in ("mncni_nodeipam_leader 1", 'mncni_nodeipam_nodes{state="waiting"} 2', "mncni_nodeipam_ranges_given_total 5"):
+        assert line in text.splitlines()
+    assert pages["/healthz"]()[0] == 200
+    fake.now += agent.STUCK_S
+    assert pages["/healthz"]()[0] == 503
 
 
 @pytest.mark.parametrize("text", ["28386", "localhost:1", "1.2.3.4", "1.2.3.4:x", "1.2.3.4:99999", ":1", "[::1:5"])
