@@ -101,6 +101,7 @@ need_vm_tools() {
     need qemu-system-x86_64 qemu-system-x86
     need modprobe kmod
     need udevadm udev
+    need file file  # virtme-ng asks it for the kernel's version
     # One that needs no library: it is all that there is in the first seconds.
     if ! has busybox || ldd "$(command -v busybox)" 2>/dev/null | grep -q '=>'; then note_missing "a static busybox" busybox-static; fi
     # On Ubuntu there is no such package, so no such lane.

@@ -143,7 +143,7 @@ def test_a_quiet_agent_writes_nothing_and_reads_nothing_again(cluster):
     cluster.server.reset_counters()
     before = cluster.now
     cluster.tick(lambda: cluster.now > before + 3600, seconds=60)
-    assert cluster.server.count() == 0 and cluster.run.writes() is not None
+    assert cluster.server.count(verb="list") == cluster.server.writes() == 0  # a watch may end and be opened again
     assert not [line for line in cluster.run.log if " wg set " in line]
 
 
