@@ -4,6 +4,7 @@ The server itself is tests/apiserver.py. Objects are dicts as they come from JSO
 changes one returns a new one. Facts: the API conventions, and the source of kube-apiserver 1.30; error texts are the ones it sends.
 """
 import copy
+import datetime
 import ipaddress
 import json
 import re
@@ -73,6 +74,7 @@ def to_stored(resource, obj):
 def from_stored(resource, obj):
     """What is kept, as this resource presents it."""
     if resource != stored(resource):
+        obj = {key: value for key, value in obj.items() if value != ""}
         obj = renamed(obj, {old: new for new, old in EVENT_NAMES.items()})
     return {**obj, **kind_of(resource)}
 
@@ -123,6 +125,15 @@ def forbidden_path(user, verb, path):
     return ApiError(403, "Forbidden", f'forbidden: User "{user}" cannot {verb} path "{path}"', {})
 
 
+def no_such_resource():
+    return ApiError(404, "NotFound", "the server could not find the requested resource", {})
+
+
+def internal(message):
+    """500 as the server makes it of an error that it has no better code for: without a reason."""
+    return ApiError(500, "", message)
+
+
 def not_found(resource, name):
     return ApiError(404, "NotFound", f'{qualified(resource)} "{name}" not found', details_of(resource, name))
 
@@ -131,8 +142,16 @@ def already_exists(resource, name):
     return ApiError(409, "AlreadyExists", f'{qualified(resource)} "{name}" already exists', details_of(resource, name))
 
 
-def conflict(resource, name, why="the object has been modified; please apply your changes to the latest version and try again"):
-    return ApiError(409, "Conflict", f'Operation cannot be fulfilled on {qualified(resource)} "{name}": {why}', details_of(resource, name))
+MODIFIED = "the object has been modified; please apply your changes to the latest version and try again"
+
+
+def conflict(resource, name, why=MODIFIED, by_kind=False):
+    """409. by_kind: it names the kind where others name the resource, as a DELETE does."""
+    details = details_of(resource, name)
+    if by_kind:
+        details["kind"] = RESOURCES[resource]["kind"]
+    named = details["kind"] + (f".{details['group']}" if "group" in details else "")
+    return ApiError(409, "Conflict", f'Operation cannot be fulfilled on {named} "{name}": {why}', details)
 
 
 def storage_error(resource, meta, text):
@@ -151,8 +170,9 @@ def invalid(resource, name, causes, kind=None):
     kind = kind or row["kind"]
     texts = [f"{field}: {text}" for field, _, text in causes]
     text = texts[0] if len(texts) == 1 else "[" + ", ".join(texts) + "]"
-    named = kind + (f".{row['group']}" if row["group"] else "")
-    details = {"name": name, "group": row["group"], "kind": kind,
+    group = "" if kind == "Event" else row["group"]        # to validation both kinds of Event are one
+    named = kind + (f".{group}" if group else "")
+    details = {"name": name, "group": group, "kind": kind,
                "causes": [{"reason": reason, "message": text, "field": field} for field, reason, text in causes]}
     return ApiError(422, "Invalid", f'{named} "{name}" is invalid: {text}', {key: value for key, value in details.items() if value})
 
@@ -172,7 +192,7 @@ def bad_patch(text):
 def too_large(version, now):
     """504: a resourceVersion that this server has not seen yet."""
     details = {"causes": [{"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}], "retryAfterSeconds": 1}
-    return ApiError(504, "Timeout", f"Too large resource version: {version}, current: {now}", details, {"Retry-After": "1"})
+    return ApiError(504, "Timeout", f"Timeout: Too large resource version: {version}, current: {now}", details, {"Retry-After": "1"})
 
 
 def denied(resource, name, policy, binding, message, code=422):
@@ -202,7 +222,8 @@ def merge_patch(target, patch):
 def json_patch(target, operations):
     """RFC 6902. ApiError 422 when a test fails or a path is not there, 400 when the patch is none."""
     if not isinstance(operations, list):
-        raise bad_request("json: cannot unmarshal object into Go value of type jsonpatch.Patch")
+        raise bad_request(f"error decoding patch: json: cannot unmarshal {go_kind(operations)} into Go value of type "
+                          "[]handlers.jsonPatchOp")
     document = copy.deepcopy(target)
     for operation in operations:
         try:
@@ -279,7 +300,8 @@ def strategic_merge(target, patch, path=""):
         return {key: value for key, value in patch.items() if key != "$patch"}
     if patch.get("$patch") == "delete":
         return {}
-    merged = dict(target) if isinstance(target, dict) else {}
+    before = target if isinstance(target, dict) else {}
+    merged = dict(before)
     for key in list(merged):
         if "$retainKeys" in patch and key not in patch["$retainKeys"]:
             del merged[key]
@@ -291,44 +313,89 @@ def strategic_merge(target, patch, path=""):
             continue
         elif value is None:
             merged.pop(key, None)
+        elif merged.get(key) is None:
+            merged[key] = without_directives(value)  # new: taken as it is, whatever its lists merge by
         else:
-            merged[key] = merged_value(merged.get(key), value, f"{path}.{key}".lstrip("."))
+            merged[key] = merged_value(merged[key], value, f"{path}.{key}".lstrip("."))
     for key, order in patch.items():
         if key.startswith("$setElementOrder/"):
             plain = key.partition("/")[2]
-            merged[plain] = ordered(merged.get(plain, []), order, MERGE_KEYS.get(f"{path}.{plain}".lstrip(".")))
+            at = f"{path}.{plain}".lstrip(".")
+            refuse_order(patch.get(plain) or [], order, MERGE_KEYS.get(at))
+            merged[plain] = ordered(merged.get(plain) or [], order, before.get(plain) or [], MERGE_KEYS.get(at))
     return merged
+
+
+def without_directives(value):
+    """What a patch brings, without what it says about merging."""
+    if isinstance(value, list):
+        return [without_directives(row) for row in value if not (isinstance(row, dict) and "$patch" in row)]
+    if isinstance(value, dict):
+        return {key: without_directives(child) for key, child in value.items()
+                if child is not None and not key.startswith("$") and not (isinstance(child, dict) and "$patch" in child)}
+    return value
 
 
 def merged_value(old, new, path):
     """One field of a strategic merge."""
     if isinstance(new, list) and path in MERGE_KEYS:
-        return merged_rows(old or [], new, MERGE_KEYS[path], path)
+        return merged_rows(old, new, MERGE_KEYS[path], path)
     if isinstance(new, list) and path in MERGED_SETS:
-        return [*(old or []), *(value for value in new if value not in (old or []))]
+        return ordered(list(dict.fromkeys([*old, *new])), new, old, None)
     return strategic_merge(old, new, path)
 
 
 def merged_rows(old, new, key, path):
-    """Rows joined by their key; rows that are new come last."""
+    """Rows joined by their key."""
     if any(row.get("$patch") == "replace" for row in new):
-        return [row for row in new if row.get("$patch") != "replace"]
+        return [row for row in new if "$patch" not in row]
     rows = {row.get(key): row for row in old}
     for row in new:
         if key not in row:
-            raise ApiError(500, "InternalError", f"Internal error occurred: map: {row} does not contain declared merge key: {key}")
+            raise internal(f"map: {go_map(row)} does not contain declared merge key: {key}")
         if row.get("$patch") == "delete":
             rows.pop(row[key], None)
         else:
-            rows[row[key]] = strategic_merge(rows.get(row[key]), row, f"{path}[]")
-    return list(rows.values())
+            rows[row[key]] = strategic_merge(rows[row[key]], row, f"{path}[]") if row[key] in rows else row
+    return ordered(list(rows.values()), [row for row in new if row.get("$patch") != "delete"], old, key)
 
 
-def ordered(values, order, key):
-    """Values in the order of $setElementOrder; those it does not name keep their places behind."""
-    names = [row[key] if key else row for row in order]
-    position = {name: index for index, name in enumerate(names)}
-    return sorted(values, key=lambda value: position.get(value.get(key) if key else value, len(names)))
+def ordered(values, first, before, key):
+    """Values in the order of `first`, those it does not name between them: each goes before the first one that stood behind it before."""
+    def name(value):
+        return value.get(key) if key else value
+
+    wanted, places = [name(value) for value in first], [name(value) for value in before]
+    left = sorted((value for value in values if name(value) not in wanted), key=lambda value: places.index(name(value)))
+    right = sorted((value for value in values if name(value) in wanted), key=lambda value: wanted.index(name(value)))
+    merged = []
+    while left and right:
+        both = name(left[0]) in places and name(right[0]) in places
+        is_before = both and places.index(name(left[0])) < places.index(name(right[0]))
+        merged.append((left if is_before else right).pop(0))
+    return merged + left + right
+
+
+def refuse_order(rows, order, key):
+    """ApiError unless the rows of a patch come in the order that $setElementOrder gives."""
+    places = [row[key] if key else row for row in order]
+    found = [row.get(key) if key else row for row in rows if not (key and "$patch" in row)]
+    if [name for name in places if name in found] != found:
+        raise internal(f"The order in patch list:\n[{' '.join(map(go_value, rows))}]\n doesn't match $setElementOrder list:\n"
+                       f"[{' '.join(map(go_value, order))}]\n")
+
+
+def go_value(value):
+    return go_map(value) if isinstance(value, dict) else "<nil>" if value is None else str(value)
+
+
+def go_strings(values):
+    return "[]string{" + ", ".join(map(json.dumps, values)) + "}"
+
+
+def go_map(row):
+    """A map as Go prints it."""
+    return "map[" + " ".join(f"{key}:{go_value(value)}" for key, value in sorted(row.items())) + "]"
 
 
 PATCHES = {
@@ -343,7 +410,7 @@ PATCHES = {
 # ---------------------------------------------------------------------------------------------------------------------------
 def with_pod_cidrs(node):
     """The node with spec.podCIDR and spec.podCIDRs in step: podCIDR is the first of podCIDRs, and where they differ podCIDR wins."""
-    spec = node.get("spec", {})
+    spec = node.get("spec") or {}
     single, several = spec.get("podCIDR", ""), spec.get("podCIDRs") or []
     if single and several[:1] != [single]:
         several = [single]
@@ -367,7 +434,7 @@ def node_causes(node, old=None):
     versions = [network.version for network in networks]
     if len(cidrs) > 2 or len(set(versions)) < len(versions):
         causes.append(("spec.podCIDRs", "FieldValueInvalid",
-                       f"Invalid value: {json.dumps(cidrs)}: may specify no more than one CIDR for each IP family"))
+                       f"Invalid value: {go_strings(cidrs)}: may specify no more than one CIDR for each IP family"))
     before = old["spec"].get("podCIDRs", []) if old else []
     if before and before != cidrs:
         causes.append(("spec.podCIDRs", "FieldValueForbidden",
@@ -401,7 +468,7 @@ def event_causes(event, old=None):
     if event.get("eventTime"):
         for key in ("reportingComponent", "reportingInstance", "action", "reason"):
             if not event.get(key):
-                causes.append((key.replace("Component", "Controller"), "FieldValueRequired", "Required value"))
+                causes.append((key, "FieldValueRequired", "Required value"))
         if event.get("type") not in ("Normal", "Warning"):
             causes.append(("type", "FieldValueInvalid", f'Invalid value: "": has invalid value: {event.get("type", "")}'))
     if len(event.get("message", "")) > 1024 and event.get("eventTime"):
@@ -410,22 +477,31 @@ def event_causes(event, old=None):
 
 
 def new_event_causes(event, old=None):
-    """events.k8s.io/v1 insists on eventTime, and with it on what it asks for."""
+    """events.k8s.io/v1 insists on eventTime, and with it on what it asks for; later only the series and metadata may change."""
     if not old and not event.get("eventTime"):
         return [("eventTime", "FieldValueRequired", "Required value")]
-    return event_causes(event, old)
+    fixed = [key for key in event if key not in ("metadata", "series", "kind", "apiVersion")] if old else []
+    changed = [(key, "FieldValueInvalid", f"Invalid value: {json.dumps(event[key])}: field is immutable")
+               for key in fixed if event[key] != old.get(key)]
+    return changed or [(field.replace("Component", "Controller"), reason, text) for field, reason, text in event_causes(event, old)]
 
 
-def name_causes(name):
-    """What is wrong with the name of a new object."""
-    if not name:
+DNS_NAME = "[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+
+
+def name_causes(resource, obj):
+    """What is wrong with the names of a new object. A generateName may end in "-", and not in "."; nobody looks at that of an old Event."""
+    meta = obj["metadata"]
+    if not meta.get("name"):
         return [("metadata.name", "FieldValueRequired", "Required value: name or generateName is required")]
-    if len(name) > 253 or not re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*", name):
-        return [("metadata.name", "FieldValueInvalid",
-                 f'Invalid value: "{name}": a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, \'-\' or '
-                 "'.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is "
-                 "'[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')")]
-    return []
+    names = {"name": meta["name"]}
+    if "generateName" in meta and (stored(resource) != "events" or obj.get("eventTime")):
+        names = {"generateName": re.sub("-$", "", meta["generateName"]), **names}
+    wrong = [key for key, name in names.items() if len(name) > 253 or not re.fullmatch(DNS_NAME, name)]
+    return [(f"metadata.{key}", "FieldValueInvalid",
+             f'Invalid value: "{meta[key]}": a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, \'-\' or '
+             f"'.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '{DNS_NAME}')")
+            for key in wrong]
 
 
 CAUSES = {"nodes": node_causes, "leases": lease_causes, "events": event_causes, "events.k8s.io/events": new_event_causes}
@@ -437,17 +513,39 @@ def meta_causes(meta, old):
     for key in ("name", "namespace", "uid"):
         if meta.get(key) != old.get(key):
             causes.append((f"metadata.{key}", "FieldValueInvalid", f'Invalid value: "{meta.get(key, "")}": field is immutable'))
+    more = [name for name in meta.get("finalizers", []) if name not in old.get("finalizers", [])]
+    if more and "deletionTimestamp" in old:
+        causes.append(("metadata.finalizers", "FieldValueForbidden", "Forbidden: no new finalizers can be added if the object is being "
+                                                                     f"deleted, found new finalizers {go_strings(more)}"))
     size = sum(len(key) + len(value) for key, value in meta.get("annotations", {}).items())
     if size > 256 * 1024:
-        causes.append(("metadata.annotations", "FieldValueTooLong", "Too long: may not be more than 262144 bytes"))
+        causes.append(("metadata.annotations", "FieldValueTooLong", "Too long: must have at most 262144 bytes"))
     return causes
 
 
+NODE_INFO = ("machineID", "systemUUID", "bootID", "kernelVersion", "osImage", "containerRuntimeVersion", "kubeletVersion",
+             "kubeProxyVersion", "operatingSystem", "architecture")
+EVENT_EMPTY = {"source": {}, "firstTimestamp": None, "lastTimestamp": None, "eventTime": None, "reportingComponent": "",
+               "reportingInstance": ""}
+
+
 def prepared(resource, obj):
-    """The object as the server stores it: defaults filled in, nothing empty in metadata."""
+    """The object as the server stores and shows it: what its type always has is there, nothing in metadata is empty."""
     meta = {key: value for key, value in obj.get("metadata", {}).items() if value not in (None, "", {}, [])}
-    obj = {**obj, "kind": RESOURCES[resource]["kind"], "apiVersion": group_version(resource), "metadata": meta}
-    return with_pod_cidrs(obj) if resource == "nodes" else obj
+    obj = {**obj, **kind_of(resource), "metadata": meta}
+    if resource == "nodes":
+        return with_pod_cidrs({**obj, "status": whole_status(obj.get("status") or {})})
+    return {**EVENT_EMPTY, **obj} if resource == "events" else {**obj, "spec": obj.get("spec") or {}}
+
+
+def whole_status(status):
+    """A node's status with what is always in it. A condition without times has null in their place."""
+    status = {key: value for key, value in status.items() if value not in (None, {}, [], "")}
+    info = {**dict.fromkeys(NODE_INFO, ""), **status.get("nodeInfo", {})}
+    if "conditions" in status:
+        always = {"type": "", "status": "", "lastHeartbeatTime": None, "lastTransitionTime": None}
+        status["conditions"] = [{**always, **row} for row in status["conditions"]]
+    return {"daemonEndpoints": {"kubeletEndpoint": {"Port": 0}}, **status, "nodeInfo": info}
 
 
 def kept_part(resource, subresource, new, old):
@@ -535,8 +633,12 @@ def decoded_plain(value, kind, path):
         return value
     match, layout = SECONDS.fullmatch(value), "2006-01-02T15:04:05.000000Z07:00" if kind == MICRO else "2006-01-02T15:04:05Z07:00"
     if not match or (kind == MICRO and len(match[2] or "") != 7):
-        raise ValueError(f'parsing time "{value}" as "{layout}": cannot parse "{value}"')
-    return value if kind == MICRO else match[1] + match[3]
+        rest, expected = (value[19:], ".000000") if match else (value, "2006")
+        raise ValueError(f'parsing time "{value}" as "{layout}": cannot parse "{rest}" as "{expected}"')
+    if kind == TIME:
+        when = datetime.datetime.fromisoformat(match[1] + match[3].replace("Z", "+00:00"))
+        return when.astimezone(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return value
 
 
 def go_kind(value):
@@ -549,37 +651,49 @@ def go_kind(value):
 # ---------------------------------------------------------------------------------------------------------------------------
 # Field managers
 # ---------------------------------------------------------------------------------------------------------------------------
+ATOMIC = ("involvedObject", "regarding", "related")           # objects that have one owner as a whole
+
+
 def leaves(value, path=(), name=""):
-    """{path: value} of an object; a path is made of "f:key", 'k:{"type":"Ready"}', 'v:"10.0.0.0/8"'. Without what the server owns."""
-    if isinstance(value, dict) and (value or not path):
-        found = {}
-        for key, child in value.items():
-            if not path and key in ("kind", "apiVersion"):
-                continue
-            if path == ("f:metadata",) and key in (*SERVER_OWNED, "name", "namespace"):
-                continue
-            found.update(leaves(child, (*path, f"f:{key}"), f"{name}.{key}".lstrip(".")))
-        return found
-    if isinstance(value, list) and name in MERGE_KEYS:
-        found = {}
-        for row in value:
-            key = MERGE_KEYS[name]
-            found.update(leaves(row, (*path, "k:" + compact({key: row.get(key)}).decode()), f"{name}[]"))
-        return found
-    if isinstance(value, list) and name in MERGED_SETS:
-        return {(*path, "v:" + compact(item).decode()): item for item in value}
-    return {path: value}
+    """{path: value} of all that can be owned; a path is made of "f:key", 'k:{"type":"Ready"}', 'v:"10.0.0.0/8"', and "." for a container
+    itself. Without what the server owns."""
+    if isinstance(value, dict) and name not in ATOMIC:
+        children = [(f"f:{key}", child, f"{name}.{key}".lstrip(".")) for key, child in value.items() if is_ownable(path, key)]
+    elif isinstance(value, list) and name in MERGE_KEYS:
+        key = MERGE_KEYS[name]
+        children = [("k:" + compact({key: row.get(key)}).decode(), row, f"{name}[]") for row in value]
+    elif isinstance(value, list) and name in MERGED_SETS:
+        children = [("v:" + compact(item).decode(), item, "") for item in value]
+    else:
+        return {path: value}
+    found = {(*path, "."): True} if path else {}
+    for part, child, child_name in children:
+        found.update(leaves(child, (*path, part), child_name))
+    return found
+
+
+def is_ownable(path, key):
+    """Whether a field counts: not what identifies the object, and not what the server sets."""
+    if path == ("f:metadata",):
+        return key not in (*SERVER_OWNED, "name", "namespace")
+    return bool(path) or key not in ("kind", "apiVersion")
 
 
 def fields_of(paths):
-    """FieldsV1 of a set of paths. Maps and merged lists whose members are owned carry "." as on a real server."""
-    tree = {}
+    """FieldsV1 of a set of paths."""
+    tree, containers = {}, []
     for path in sorted(paths):
         at = tree
-        for part, child in zip(path, (*path[1:], "")):
+        for part in path:
             at = at.setdefault(part, {})
-            if part.startswith("k:") or child.startswith("v:") or part in ("f:annotations", "f:labels"):
-                at.setdefault(".", {})
+            if part == "." and path[-1] == part:
+                containers.append(path[:-1])
+    for path in containers:                          # of a container whose members are others' alone, "." goes without saying
+        at = tree
+        for part in path:
+            at = at[part]
+        if list(at) == ["."]:
+            del at["."]
     return tree
 
 
@@ -587,32 +701,35 @@ def paths_of(fields, path=()):
     """The set of paths of a FieldsV1."""
     found = set()
     for key, child in fields.items():
-        if key == ".":
-            continue
         found |= paths_of(child, (*path, key)) or {(*path, key)}
     return found
 
 
-def managed_fields(old, new, manager, subresource, now):
-    """metadata.managedFields after an update by `manager`: what it changed is its own now, what is gone is nobody's."""
-    before, after = leaves(old or {}), leaves(new)
+def managed_fields(resource, old, new, manager, subresource, now):
+    """metadata.managedFields after an update by `manager`: what it changed is its own now, what is gone is nobody's. Of a new object (old
+    is None) it owns what differs from an empty one. An object that has no managers never gets any."""
+    if old and not old["metadata"].get("managedFields"):
+        return []
+    before, after = leaves(old or prepared(resource, {})), leaves(new)
     changed = {path for path, value in after.items() if path not in before or before[path] != value}
     entries, mine = [], None
     for entry in (old or {}).get("metadata", {}).get("managedFields", []):
-        paths = paths_of(entry["fieldsV1"])
+        paths = {path if path in after else (*path, ".") for path in paths_of(entry["fieldsV1"])}
         is_mine = (entry["manager"], entry["operation"], entry.get("subresource", "")) == (manager, "Update", subresource)
         kept = {path for path in paths if path in after and path not in changed}
         if is_mine:
             mine, kept = entry, kept | changed
-        if not kept:
-            continue
-        entry = entry if kept == paths and not (is_mine and changed) else {**entry, "fieldsV1": fields_of(kept)}
-        entries.append({**entry, "time": now} if is_mine and changed else entry)
+        if kept:
+            entries.append({**entry, **({"time": now} if is_mine and changed else {}), "fieldsV1": fields_of(kept)})
     if changed and mine is None:
-        entry = {"manager": manager, "operation": "Update", "apiVersion": new.get("apiVersion", "v1"), "time": now,
-                 "fieldsType": "FieldsV1", "fieldsV1": fields_of(changed)}
-        entries.append({**entry, "subresource": subresource} if subresource else entry)
+        entries.append(manager_entry(new, manager, subresource, now, changed))
     return entries
+
+
+def manager_entry(obj, manager, subresource, when, paths):
+    entry = {"manager": manager, "operation": "Update", "apiVersion": obj.get("apiVersion", "v1"), "time": when, "fieldsType": "FieldsV1",
+             "fieldsV1": fields_of(paths)}
+    return {**entry, "subresource": subresource} if subresource else entry
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -702,8 +819,10 @@ def realistic_image(number, index):
 
 def with_managers(node, when):
     """The node with the managedFields that kubelet, kubeadm and the controller manager leave."""
-    owners = {}
-    for path in leaves(node):
+    owners, empty = {}, leaves(prepared("nodes", {}))
+    for path, value in leaves(node).items():
+        if path in empty and empty[path] == value:
+            continue
         text = "".join(path)
         if path[0] == "f:status":
             # Kubelet's merge keys etc.; images, capacity and the like belong to it too, through the subresource.
@@ -713,9 +832,5 @@ def with_managers(node, when):
         else:
             owner = ("kube-controller-manager", "") if "alpha.kubernetes.io/ttl" in text else ("kubelet", "")
         owners.setdefault(owner, set()).add(path)
-    entries = []
-    for (manager, subresource), paths in owners.items():
-        entry = {"manager": manager, "operation": "Update", "apiVersion": "v1", "time": when, "fieldsType": "FieldsV1",
-                 "fieldsV1": fields_of(paths)}
-        entries.append({**entry, "subresource": subresource} if subresource else entry)
+    entries = [manager_entry(node, manager, subresource, when, paths) for (manager, subresource), paths in owners.items()]
     return {**node, "metadata": {**node["metadata"], "managedFields": entries}}

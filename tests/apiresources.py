@@ -16,7 +16,9 @@ from tests.apiobjects import ApiError, compact, realistic_node
 VERSION = {"major": "1", "minor": "30", "gitVersion": "v1.30.1", "gitCommit": "0" * 40, "gitTreeState": "clean",
            "buildDate": "2024-05-14T10:42:02Z", "goVersion": "go1.22.2", "compiler": "gc", "platform": "linux/amd64"}
 NAMESPACES = ("default", "kube-system", "kube-public", "kube-node-lease")
+GROUPS = ("/api/v1/", "/apis/coordination.k8s.io/v1/", "/apis/events.k8s.io/v1/")
 VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
+KEPT = ("resourceVersion", "creationTimestamp", "generation", "managedFields", "deletionTimestamp", "deletionGracePeriodSeconds")
 WRITES = tuple(VERBS.values())
 HISTORY = 5_000                                      # changes kept for watches and for the pages of a list
 
@@ -206,8 +208,8 @@ def parse_accept(header):
         known = given["as"] in ("PartialObjectMetadata", "PartialObjectMetadataList")
         if known and (given.get("g"), given.get("v")) == ("meta.k8s.io", "v1"):
             return given["as"]
-    raise ApiError(406, "NotAcceptable", "only the following media types are accepted: application/json, application/yaml, "
-                                         "application/vnd.kubernetes.protobuf")
+    raise ApiError(406, "NotAcceptable", "406: Not Acceptable\n\nAvailable representations: application/json, application/yaml, "
+                                         "application/vnd.kubernetes.protobuf", {})
 
 
 def presented(resource, entry, partial):
@@ -246,6 +248,8 @@ class Resources:
     def put(self, resource, obj):
         """Store an object as it is, new or not. Returns it as stored."""
         obj = objects.prepared(resource, obj)
+        if resource == "nodes" and "managedFields" not in obj["metadata"]:
+            obj = objects.with_managers(obj, timestamp())
         meta = {"uid": str(uuid.uuid4()), "creationTimestamp": timestamp(), **obj["metadata"]}
         with self.store.lock:
             return self.store.put(resource, {**obj, "metadata": meta}).object()
@@ -331,6 +335,8 @@ class Resources:
             return 200, json.dumps(VERSION, indent=2).encode(), {}
         if request.user is ANONYMOUS:
             raise objects.forbidden_path(request.user["username"], request.method.lower(), request.path)
+        if request.path.startswith(GROUPS):
+            raise objects.no_such_resource()
         return 404, b"404 page not found\n", {"Content-Type": "text/plain; charset=utf-8"}
 
     def _check(self, request):
@@ -343,13 +349,15 @@ class Resources:
         if request.query.get("dryRun", "All") != "All":
             kind = {"create": "CreateOptions", "delete": "DeleteOptions", "patch": "PatchOptions"}.get(request.verb, "UpdateOptions")
             raise objects.invalid_options(kind, "dryRun", "FieldValueNotSupported",
-                                          f'Unsupported value: "{request.query["dryRun"]}": supported values: "All"')
+                                          f"Unsupported value: {objects.go_strings([request.query['dryRun']])}: supported values: "
+                                          '"All"')
 
     def _shown(self, request, obj):
         """The body of an answer with one object."""
         kind = parse_accept(request.headers.get("Accept", ""))
         if kind == "PartialObjectMetadataList":
-            raise ApiError(406, "NotAcceptable", "you requested PartialObjectMetadataList, but the requested object is not a list")
+            raise ApiError(406, "NotAcceptable", "you requested PartialObjectMetadataList, but the requested object is not a list "
+                                                 f"(*core.{objects.RESOURCES[request.resource]['kind']})")
         return compact(objects.partial(obj) if kind else objects.from_stored(request.resource, obj))
 
     def _find(self, request):
@@ -365,7 +373,8 @@ class Resources:
     def _list(self, request):
         partial = parse_accept(request.headers.get("Accept", ""))
         if partial == "PartialObjectMetadata":
-            raise ApiError(406, "NotAcceptable", "you requested PartialObjectMetadata, but the requested object is a list")
+            raise ApiError(406, "NotAcceptable", "you requested PartialObjectMetadata, but the requested object is a list "
+                                                 f"(*core.{objects.RESOURCES[request.resource]['kind']}List)")
         kind = {"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1"} if partial else objects.kind_of(request.resource)
         if not partial:
             kind["kind"] += "List"
@@ -408,10 +417,10 @@ class Resources:
     def _continued(self, token):
         """(version, first key) of a continue token. ApiError 410 with a token that goes on at the present version."""
         try:
-            row = json.loads(base64.urlsafe_b64decode(token))
+            row = json.loads(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)))
             version, start = row["rv"], tuple(row["start"])
         except (ValueError, KeyError, TypeError):
-            raise objects.bad_request(f"continue key is not valid: {token}") from None
+            raise objects.bad_request(f"invalid continue token: continue key is not valid: {token}") from None
         if version == -1:
             return self.store.version, start
         if version < self.store.oldest:
@@ -435,7 +444,8 @@ class Resources:
             raise objects.bad_request(f"couldn't get version/kind; json parse error: {error}") from None
         given = {key: obj.get(key, kind[key]) for key in kind} if isinstance(obj, dict) else {}
         if given != kind:
-            raise objects.bad_request(f"the object provided is unrecognized (must be of type {kind['kind']}): {given}")
+            wrong = f"{given.get('kind')} in version \"{given.get('apiVersion', '').rpartition('/')[2]}\""
+            raise objects.bad_request(f"{wrong} cannot be handled as a {kind['kind']}: unknown conversion")
         try:
             obj, unknown = objects.decoded(request.resource, obj)
             self._refuse_unknown(request, unknown)
@@ -460,7 +470,7 @@ class Resources:
                 raise ApiError(404, "NotFound", f'namespaces "{request.namespace}" not found',
                                {"name": request.namespace, "kind": "namespaces"})
         if "resourceVersion" in meta:
-            raise objects.bad_request("resourceVersion should not be set on objects to be created")
+            raise objects.internal("resourceVersion should not be set on objects to be created")
         for key in ("managedFields", "selfLink"):
             meta.pop(key, None)
         new["metadata"] = {**meta, "uid": str(uuid.uuid4()), "creationTimestamp": timestamp()}
@@ -475,14 +485,20 @@ class Resources:
 
     def _store_new(self, request, new):
         resource, meta = objects.stored(request.resource), new["metadata"]
-        causes = objects.name_causes(meta.get("name", "")) or objects.CAUSES[request.resource](new)
+        causes = objects.name_causes(request.resource, new) or objects.CAUSES[request.resource](new)
         if causes:
             raise objects.invalid(request.resource, meta.get("name", ""), causes)
         with self.store.lock:
             self._admit(request, "CREATE", None, new)
             if self.store.get(resource, meta.get("namespace", ""), meta["name"]):
                 raise objects.already_exists(request.resource, meta["name"])
-            new["metadata"]["managedFields"] = objects.managed_fields(None, new, request.manager, "", timestamp())
+            managed = objects.managed_fields(resource, None, new, request.manager, "", timestamp())
+            if managed:
+                new["metadata"]["managedFields"] = managed
+            if resource == "nodes":                  # the admission plugin TaintNodesByCondition adds it, in nobody's name
+                taint = {"key": "node.kubernetes.io/not-ready", "effect": "NoSchedule"}
+                taints = new["spec"].get("taints", [])
+                new["spec"] = {**new["spec"], "taints": taints if taint in taints else [*taints, taint]}
             return new if request.dry_run else self.store.put(resource, new).object()
 
     def _update(self, request):
@@ -508,8 +524,7 @@ class Resources:
     def _patch(self, request):
         media = request.headers.get("Content-Type", "").partition(";")[0].strip()
         if media not in objects.PATCHES:
-            raise ApiError(415, "UnsupportedMediaType", "the body of the request was in an unknown format - accepted media types include: "
-                                                        + ", ".join(sorted(objects.PATCHES)))
+            raise ApiError(415, "UnsupportedMediaType", "415: Unsupported Media Type", {})
         try:
             patch = json.loads(request.body)
         except ValueError as error:
@@ -531,7 +546,7 @@ class Resources:
         resource, meta, before = objects.stored(request.resource), dict(new["metadata"]), old["metadata"]
         if meta.get("resourceVersion", before["resourceVersion"]) != before["resourceVersion"]:
             raise objects.conflict(request.resource, request.name)
-        for key in ("resourceVersion", "creationTimestamp", "generation", "managedFields", "deletionTimestamp"):
+        for key in KEPT:
             meta.pop(key, None)
             if key in before:
                 meta[key] = before[key]
@@ -541,10 +556,13 @@ class Resources:
         if causes:
             raise objects.invalid(request.resource, request.name, causes)
         self._admit(request, "UPDATE", copy.deepcopy(old), copy.deepcopy(new))
-        managed = objects.managed_fields(old, new, request.manager, request.subresource, timestamp())
+        managed = objects.managed_fields(resource, old, new, request.manager, request.subresource, timestamp())
         if managed:
             meta["managedFields"] = managed
         if new == old or request.dry_run:
+            return new
+        if "deletionTimestamp" in meta and not meta.get("finalizers"):
+            self.store.delete(self._find(request))   # the last to keep it has let go
             return new
         return self.store.put(resource, new).object()
 
@@ -555,6 +573,12 @@ class Resources:
             old = entry.object()
             check_preconditions(request, options.get("preconditions", {}), old["metadata"])
             self._admit(request, "DELETE", old, None)
+            meta = old["metadata"]
+            if meta.get("finalizers"):               # it stays until they have gone, marked
+                marked = {"deletionTimestamp": timestamp(), "deletionGracePeriodSeconds": 0, **meta}
+                if not request.dry_run and marked != meta:
+                    old = self.store.put(entry.resource, {**old, "metadata": marked}).object()
+                return 200, self._shown(request, old), {}
             if not request.dry_run and options.get("dryRun") != ["All"]:
                 self.store.delete(entry)
         details = objects.details_of(request.resource, request.name, uid=old["metadata"]["uid"])
@@ -570,10 +594,10 @@ def rule_allows(rule, request, verb, name):
 
 
 def parse_version(query, name):
-    """A resourceVersion of a query as a number, None without one. ApiError 400."""
+    """A resourceVersion of a query as a number, None without one. ApiError 500, as the real one."""
     text = query.get(name, "")
     if text and not text.isdigit():
-        raise objects.bad_request(f'resourceVersion: Invalid value: "{text}": strconv.ParseUint: parsing "{text}": invalid syntax')
+        raise objects.internal(f'resourceVersion: Invalid value: "{text}": strconv.ParseUint: parsing "{text}": invalid syntax')
     return int(text) if text else None
 
 
@@ -600,10 +624,11 @@ def check_preconditions(request, wanted, meta):
     """ApiError 409 unless the object is the one that a DELETE means."""
     for key, text, became in (("uid", "UID", "deleted and then recreated"), ("resourceVersion", "ResourceVersion", "modified")):
         if wanted.get(key) not in (None, meta[key]):
-            raise objects.conflict(request.resource, request.name, f"the {text} in the precondition ({wanted[key]}) does not match the "
-                                   f"{text} in record ({meta[key]}). The object might have been {became}")
+            why = (f"the {text} in the precondition ({wanted[key]}) does not match the {text} in record ({meta[key]}). "
+                   f"The object might have been {became}")
+            raise objects.conflict(request.resource, request.name, why, by_kind=True)
 
 
 def make_continue(version, key):
     row = {"v": "meta.k8s.io/v1", "rv": version, "start": list(key)}
-    return base64.urlsafe_b64encode(compact(row)).decode()
+    return base64.urlsafe_b64encode(compact(row)).decode().rstrip("=")

@@ -320,15 +320,19 @@ class Watch:
         end = time.monotonic() + timeout_s
         changes = self.first_changes()
         self.connection.start_stream()               # a client that has seen this misses nothing from here on
-        near_end, bookmark_at = max(end - 2, time.monotonic() + timeout_s / 2), time.monotonic() + self.api.bookmark_s
+        begin, near_end, bookmark_at = self.version, end - 2, time.monotonic() + self.api.bookmark_s
+        near_end = near_end if timeout_s > 2 else end + 1
         while True:
             self.api.wait_thawed(self.connection)
+            if changes and self.partial == "PartialObjectMetadataList":
+                break                                # an event is no list: the real one ends the stream without a word
             for change in changes:
                 self.send_change(change)
             if self.obey() or time.monotonic() >= end:
                 break
             if time.monotonic() >= min(bookmark_at, near_end):
-                self.bookmark()
+                if self.version > begin:             # the client knows the version that it began with
+                    self.bookmark()
                 near_end = near_end if time.monotonic() < near_end else end + 1
                 bookmark_at = time.monotonic() + self.api.bookmark_s
             changes = self.next_changes(min(end, bookmark_at, near_end))
@@ -396,8 +400,11 @@ class Watch:
         if not self.bookmarks:
             return
         meta = {"resourceVersion": str(self.version), "creationTimestamp": None}
-        kind = objects.PARTIAL_KIND if self.partial else objects.kind_of(self.request.resource)
-        self.connection.chunk(compact({"type": "BOOKMARK", "object": {**kind, "metadata": meta}}) + b"\n")
+        obj = {**objects.PARTIAL_KIND, "metadata": meta}
+        if not self.partial:
+            resource = self.request.resource
+            obj = {**objects.from_stored(resource, objects.prepared(objects.stored(resource), {})), "metadata": meta}
+        self.connection.chunk(compact({"type": "BOOKMARK", "object": obj}) + b"\n")
 
     def send_change(self, change):
         """Send one event, or what a fault makes of it."""
@@ -412,7 +419,7 @@ class Watch:
         self.send_faulty(fault, change, line)
 
     def encode(self, entry):
-        return presented(self.request.resource, entry, self.partial)
+        return presented(self.request.resource, entry, bool(self.partial))
 
     def send_faulty(self, fault, change, line):
         kind, parameters = fault.kind, fault.parameters
@@ -835,12 +842,10 @@ class ApiServer(Resources):
     def _watch(self, connection, request, row, fault):
         self._check(request)
         partial = parse_accept(request.headers.get("Accept", ""))
-        if partial == "PartialObjectMetadataList":
-            raise ApiError(406, "NotAcceptable", "you requested PartialObjectMetadataList, but the requested object is not a list")
         version = parse_version(request.query, "resourceVersion")
         if self.gone_as_http and version and version < self.store.oldest:
             raise objects.gone(f"too old resource version: {version} ({self.store.oldest})")
-        watch = Watch(self, connection, request, bool(partial))
+        watch = Watch(self, connection, request, partial)
         if fault and fault.kind == "error_event":
             watch.orders.append(("error", error_of({"code": 410, **fault.parameters}).status))
         row["code"] = 200
