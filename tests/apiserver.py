@@ -69,6 +69,7 @@ import sys
 import tempfile
 import threading
 import time
+import unittest
 import uuid
 from collections import Counter, deque
 from pathlib import Path
@@ -87,6 +88,12 @@ REASONS = {400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFo
 # ---------------------------------------------------------------------------------------------------------------------------
 # Certificates
 # ---------------------------------------------------------------------------------------------------------------------------
+def require_openssl():
+    """Skip the test, aloud, where the program is missing."""
+    if not shutil.which("openssl"):
+        raise unittest.SkipTest("needs openssl, which makes the API server's certificates: apt-get install openssl")
+
+
 def openssl(*words):
     done = subprocess.run(["openssl", *map(str, words)], capture_output=True, text=True, timeout=60)
     if done.returncode:
@@ -494,6 +501,7 @@ class ApiServer(Resources):
         self.stop()
 
     def start(self):
+        require_openssl()
         ca, certificate, key = session_certificates(self.sans)
         self._use_certificates(ca, certificate, key)
         self.publish_ca()
@@ -994,6 +1002,7 @@ class ApiProcess:
         self.process = self._socket = None
 
     def __enter__(self):
+        require_openssl()
         self.dir.mkdir(parents=True, exist_ok=True)
         self.process = subprocess.Popen(self.argv, cwd=Path(__file__).resolve().parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:

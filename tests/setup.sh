@@ -24,7 +24,7 @@ main() {
     case ${1:-} in
         demo) need_lab_tools; provide || exit 1
               need_wireguard; provide || exit 1 ;;
-        test) need_lab_tools; need_reference_plugins; need_yaml; need_venv_module; provide || go_on
+        test) need_lab_tools; need openssl openssl; need_reference_plugins; need_yaml; need_venv_module; provide || go_on
               need_wireguard; provide || go_on
               make_venv ;;
         runtimes) need_lab_tools; need_reference_plugins; need_runtimes; need_venv_module; provide || go_on

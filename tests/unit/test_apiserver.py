@@ -16,8 +16,6 @@ import pytest
 from tests.apiobjects import json_patch, merge_patch, realistic_node, strategic_merge
 from tests.apiserver import ApiError, ApiProcess, ApiServer
 
-pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl (package openssl), which makes the certificates")
-
 AGENT = "system:serviceaccount:kube-system:mncni-agent"
 MERGE, STRATEGIC, JSON_PATCH = (f"application/{kind}+json" for kind in ("merge-patch", "strategic-merge-patch", "json-patch"))
 PARTIAL = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
