@@ -1,0 +1,1203 @@
+#!/usr/bin/python3
+"""cnisnoop: see every CNI call on this node as it happens, and what else tells why a pod has no network.
+
+    sudo ./cnisnoop.py trace                 each call: command, plugin, container, stdin, stdout, exit code, duration, delegates
+    sudo ./cnisnoop.py trace --changes       the same, and what each call changed on the host and in the pod
+    ./cnisnoop.py view FILE                  a recording (trace --out FILE) again
+    sudo ./cnisnoop.py cache                 the results that libcni keeps in /var/lib/cni/results, stale ones marked
+    sudo ./cnisnoop.py doctor                which conflist is in use, and what is wrong: exit status 0 nothing, 1 findings
+
+How a call is found: a CNI call is a program that is started with CNI_COMMAND in its environment. The backend, bpftrace or strace,
+reports each such start, what the process and its children read from its standard input and write to its standard output and error,
+and its end. A program that a plugin starts from a directory of CNI_PATH, or from its own, is a delegate, nested below its caller;
+any other is a command that the plugin ran.
+
+    bpftrace   >= 0.17, tracepoints alone: no kprobes and no kernel structs, so that no kernel version matters. Sees the whole machine.
+    strace     where there is no bpftrace: attaches to the container runtimes and follows what they start, which slows them down.
+
+Both give the same small events, which are tuples (kind, time in ns, pid, ...):
+
+    ("begin", ts, pid, owner, parent, comm)    the process wants to execute; owner: nearest process above it that was reported, or 0
+    ("path" | "arg", ts, pid, text)            what it executes, and one argument each
+    ("env", ts, pid, part, text)               a CNI_* variable, in parts: 8 * number + part
+    ("exec", ts, pid, in, out, err)            it did; streams behind its descriptors 0, 1, 2: 4 * owning pid + 1, 2 or 3
+    ("noexec", ts, pid, errno)                 it could not
+    ("size", ts, pid, stream, n), ("data", ts, stream, bytes)    n bytes went through a stream, and their contents in pieces
+    ("exit", ts, pid, code)                    256 + exit status, or the signal; 0: not known
+    ("lost", 0, n)                             the backend could not keep up
+
+Reading order: the backends' program and parsers; `Calls`, which makes calls of events; how they are printed; changes; cache; doctor;
+the command line. All but the last four sections is pure: tests feed recorded output of the backends.
+"""
+import argparse
+import base64
+import contextlib
+import errno
+import json
+import os
+import re
+import selectors
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from datetime import datetime
+
+LIMIT = 65536          # bytes kept of each stream of a call
+DESCRIPTORS = 13       # followed per process: 0 to 12; bash puts saved ones from 10 on
+CHUNK = 160            # bytes of a string or buffer in one event: bpftrace 0.17 takes up to 200, but a probe has 512 bytes of stack
+CANARY = "cnisnoop"    # CNI_COMMAND of a process of our own, which shows that the probes are there
+RUNTIMES = ("containerd", "crio", "podman", "conmon", "kubelet", "cri-dockerd", "dockerd", "buildkitd", "nomad", "multus-daemon")
+# Programs that start another one in their place or below them: never a plugin themselves.
+WRAPPERS = ("env", "nsenter", "setpriv", "unshare", "sudo", "su", "runuser", "chroot", "timeout", "nice", "ionice", "stdbuf", "strace", "ip",
+            "flock", "setsid", "sh", "bash", "dash")
+PACKAGES = {"bpftrace": "bpftrace", "strace": "strace", "ip": "iproute2", "tc": "iproute2", "nft": "nftables", "nsenter": "util-linux",
+            "wg": "wireguard-tools", "unshare": "util-linux", "python3": "python3"}
+
+
+class SnoopError(Exception):
+    """What went wrong, in words for the user, with the way out."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bpftrace: the program and its output
+# ---------------------------------------------------------------------------------------------------------------------
+# Maps: @parent[task] its parent; @in[task] nearest process that was reported, itself included; @fd[process, descriptor] stream;
+# @code[process] how it is going to end; @sent[stream] bytes. Loop counters are the only variables that the kernel's verifier
+# has to follow: whatever else a loop changes is in a map, else it runs out of patience.
+
+PROCESSES = """
+tracepoint:sched:sched_process_fork {
+  @parent[args->child_pid] = pid;
+  if (@in[pid]) {
+    @in[args->child_pid] = @in[pid];
+    $i = 0;
+    while ($i < %(descriptors)d) {
+      $s = @fd[pid, $i];
+      if ($s) { @fd[args->child_pid, $i] = $s; }
+      $i++;
+    }
+  }
+}
+tracepoint:sched:sched_process_exec /@try[args->old_pid]/ {
+  delete(@try[args->old_pid]);
+  delete(@code[pid]);
+  $i = 0;
+  while ($i < %(descriptors)d) {
+    if ($i > 2) { delete(@fd[pid, $i]); }
+    else { if (!@fd[pid, $i]) { @fd[pid, $i] = pid * 4 + $i + 1; } }
+    $i++;
+  }
+  @in[pid] = pid;
+  printf("exec|%%llu|%%d|%%d|%%d|%%d", nsecs, pid, @fd[pid, 0], @fd[pid, 1], @fd[pid, 2]);
+}
+tracepoint:signal:signal_deliver /@in[pid] && args->sa_handler == 0 && !@code[pid]/ {
+  $s = args->sig;
+  if ($s < 17 || ($s > 23 && $s < 28) || $s > 28) { @code[pid] = $s; }
+}
+tracepoint:syscalls:sys_enter_exit_group /@in[pid]/ {
+  if (!@code[pid]) { @code[pid] = 256 + (args->error_code & 255); }
+}
+tracepoint:syscalls:sys_enter_close /@in[pid]/ { delete(@fd[pid, args->fd]); }
+"""
+
+# The loop looks for CNI_COMMAND and notes every CNI_* variable. Long values come in parts, for a string holds 199 characters;
+# what a part shows behind the end of the value is thrown away by the reader.
+EXECUTE = """
+tracepoint:syscalls:sys_enter_%(call)s {
+  $p = (uint64)args->envp; $i = 0;
+  while ($i < 512) {
+    $v = *(uint64*)uptr($p + 8 * $i);
+    if ($v == 0) { break; }
+    if (*(uint32*)uptr($v) == %(CNI_)d) {
+      if (*(uint64*)uptr($v) == %(CNI_COMM)d) { @cni[tid] = 1; }
+      @env[tid, @envs[tid]] = $v;
+      @envs[tid]++;
+    }
+    $i++;
+  }
+  $cni = @cni[tid];
+  if ($cni || @in[pid]) {
+    @try[tid] = 1;
+    printf("begin|%%llu|%%d|%%d|%%d|%%s", nsecs, pid, @in[pid], @parent[pid], comm);
+    printf("path|%%llu|%%d|%%s", nsecs, pid, str(uptr(args->filename)));
+    $p = (uint64)args->argv; $i = 0;
+    while ($i < 32) {
+      $v = *(uint64*)uptr($p + 8 * $i);
+      if ($v == 0) { break; }
+      printf("arg|%%llu|%%d|%%s", nsecs, pid, str(uptr($v)));
+      $i++;
+    }
+  }
+  delete(@cni[tid]); delete(@envs[tid]);
+  $k = 0;
+  while ($k < 16) {
+    $v = @env[tid, $k];
+    if ($v == 0) { break; }
+    delete(@env[tid, $k]);
+    $w = *(uint64*)uptr($v);
+    $i = $w == %(CNI_ARGS)d || $w == %(CNI_PATH)d || $w == %(CNI_CONT)d || $w == %(CNI_NETN)d ? 0 : 4;
+    $part = 0;
+    while ($cni && $i < 5) {
+      printf("env|%%llu|%%d|%%d|%%s", nsecs, pid, $k * 8 + $part, str(uptr($v + $part * %(step)d)));
+      $i++; $part++;
+    }
+    $k++;
+  }
+}
+tracepoint:syscalls:sys_exit_%(call)s /@try[tid]/ {
+  delete(@try[tid]);
+  printf("noexec|%%llu|%%d|%%d", nsecs, pid, args->ret);
+}
+"""
+
+# Contents are read when the call returns: then they are there, and their length is known. Whole chunks first, for a loop whose
+# length varies is too much for the verifier.
+TRANSFER = """
+tracepoint:syscalls:sys_enter_%(call)s /@in[pid]/ {
+  $s = @fd[pid, args->fd];
+  if ($s) { @stream[tid] = $s; @buffer[tid] = (uint64)args->%(buffer)s; }
+}
+tracepoint:syscalls:sys_exit_%(call)s /@stream[tid]/ {
+  $s = @stream[tid]; $p = @buffer[tid]; $n = args->ret; $o = 0;
+  if ($n > 0 && ($s & 3) %(direction)s) {
+    printf("size|%%llu|%%d|%%d|%%d", nsecs, @in[pid], $s, $n);
+    $room = %(limit)d - @sent[$s];
+    @sent[$s] = @sent[$s] + $n;
+    %(piece)s
+  }
+  if (!@left[tid]) { delete(@stream[tid]); delete(@buffer[tid]); }
+}
+"""
+PIECE = """$n = $n > $room ? $room : $n;
+    $i = 0;
+    while ($i < %(chunks)d) {
+      if ($o + %(chunk)d > $n) { break; }
+      printf("data|%%llu|%%d|%%rx", nsecs, $s, buf(uptr($p + $o), %(chunk)d));
+      $o = $o + %(chunk)d;
+      $i++;
+    }
+    if ($n > $o) { printf("data|%%llu|%%d|%%rx", nsecs, $s, buf(uptr($p + $o), $n - $o)); }"""
+# readv and writev: the same over several buffers, {address, size} each, in a probe of its own, for the stack of one holds 512 bytes.
+PIECES = """
+tracepoint:syscalls:sys_exit_%(call)s /@left[tid]/ {
+  $i = 0;
+  while ($i < %(chunks)d) {
+    $p = @buffer[tid];
+    $s = *(uint64*)uptr($p + 8) - @offset[tid];
+    if ($s > @left[tid]) { $s = @left[tid]; }
+    if ($s > 0) { printf("data|%%llu|%%d|%%rx", nsecs, @stream[tid], buf(uptr(*(uint64*)uptr($p) + @offset[tid]), $s)); }
+    if ($s > %(chunk)d) { $s = %(chunk)d; }
+    @left[tid] = @left[tid] - $s;
+    @offset[tid] = @offset[tid] + $s;
+    if (@left[tid] == 0) { break; }
+    if (@offset[tid] >= *(uint64*)uptr($p + 8)) { @buffer[tid] = $p + 16; delete(@offset[tid]); }
+    $i++;
+  }
+  delete(@left[tid]); delete(@stream[tid]); delete(@buffer[tid]); delete(@offset[tid]);
+}
+"""
+DUPLICATE_TO = """
+tracepoint:syscalls:sys_enter_%(call)s /@in[pid]/ {
+  $s = @fd[pid, args->oldfd];
+  if ($s) { @fd[pid, args->newfd] = $s; } else { delete(@fd[pid, args->newfd]); }
+}
+"""
+DUPLICATE = """
+tracepoint:syscalls:sys_enter_%(call)s /@in[pid]%(condition)s/ {
+  $s = @fd[pid, args->%(field)s];
+  if ($s) { @copied[tid] = $s; }
+}
+"""
+OPEN = """
+tracepoint:syscalls:sys_enter_%(call)s /@in[pid]/ {
+  $f = str(args->filename, 16);
+  $s = (uint64)0;
+  if ($f == "/dev/stdin" || $f == "/dev/fd/0" || $f == "/proc/self/fd/0") { $s = @fd[pid, 0]; }
+  if ($f == "/dev/stdout" || $f == "/dev/fd/1" || $f == "/proc/self/fd/1") { $s = @fd[pid, 1]; }
+  if ($f == "/dev/stderr" || $f == "/dev/fd/2" || $f == "/proc/self/fd/2") { $s = @fd[pid, 2]; }
+  if ($s) { @copied[tid] = $s; }
+}
+"""
+COPIED = """
+tracepoint:syscalls:sys_exit_%(call)s /@copied[tid]/ {
+  if (args->ret >= 0 && args->ret < %(descriptors)d) { @fd[pid, args->ret] = @copied[tid]; }
+  delete(@copied[tid]);
+}
+"""
+END_OF_PROCESS = """
+tracepoint:sched:sched_process_exit {
+  delete(@parent[tid]);
+  if (@in[tid]) {
+    if (@in[tid] == tid && pid == tid) {
+      printf("exit|%%llu|%%d|%%d", nsecs, pid, @code[pid]);
+      delete(@sent[pid * 4 + 1]); delete(@sent[pid * 4 + 2]); delete(@sent[pid * 4 + 3]);
+    }
+    delete(@in[tid]); delete(@code[tid]);
+    $i = 0;
+    while ($i < %(descriptors)d) { delete(@fd[tid, $i]); $i++; }
+  }
+}
+END { clear(@parent); clear(@in); clear(@fd); clear(@code); clear(@sent); clear(@try); clear(@stream); clear(@left);
+  clear(@offset); clear(@buffer); clear(@copied); clear(@env); clear(@envs); clear(@cni); }
+"""
+
+
+def bpftrace_program(syscalls):
+    """The text of the bpftrace program. syscalls: names that this kernel has tracepoints for; `open` and `dup2` are not everywhere."""
+    values = {"descriptors": DESCRIPTORS, "step": CHUNK - 1, "chunk": CHUNK, "limit": LIMIT, "chunks": LIMIT // CHUNK + 1}
+    for name in ("CNI_", "CNI_COMM", "CNI_ARGS", "CNI_PATH", "CNI_CONT", "CNI_NETN"):
+        values[name] = int.from_bytes(name.encode(), sys.byteorder)
+    parts = [(PROCESSES, {})]
+    for call, buffer, direction in (("read", "buf", "== 1"), ("write", "buf", "> 1"), ("readv", "vec", "== 1"), ("writev", "vec", "> 1")):
+        piece = PIECE % values if buffer == "buf" else "if ($room > 0) { @left[tid] = $n > $room ? $room : $n; }"
+        parts.append((TRANSFER + PIECES * (buffer == "vec"), {"call": call, "buffer": buffer, "direction": direction, "piece": piece}))
+    parts += [(DUPLICATE_TO, {"call": call}) for call in ("dup2", "dup3")]
+    parts += [(DUPLICATE + COPIED, {"call": "dup", "field": "fildes", "condition": ""}),
+              (DUPLICATE + COPIED, {"call": "fcntl", "field": "fd", "condition": " && (args->cmd == 0 || args->cmd == 1030)"})]
+    parts += [(OPEN + COPIED, {"call": call}) for call in ("openat", "open")]
+    parts += [(EXECUTE, {"call": call}) for call in ("execveat", "execve")] + [(END_OF_PROCESS, {})]
+    return "".join(text % {**values, **more} for text, more in parts if more.get("call", "execve") in syscalls)
+
+
+EVENT_FIELDS = {"begin": 4, "path": 2, "arg": 2, "env": 3, "exec": 5, "noexec": 3, "size": 4, "data": 2, "exit": 3}  # before the text
+TEXT_LAST = ("begin", "path", "arg", "env", "data")
+
+
+def parse_bpftrace(line):
+    """An event of one line (bytes) of `bpftrace -f json`, or None. Text is str with one character for each byte (Latin-1)."""
+    # bpftrace 0.17 writes a byte above 127 as \uffffffXX, which is no JSON; newer ones write it as it is.
+    text = re.sub(r"\\uffffff([89a-f][0-9a-f])", r"\\u00\1", line.decode("latin-1"))
+    try:
+        message = json.loads(text, strict=False)
+    except ValueError:
+        return None
+    if message.get("type") == "lost_events":
+        return ("lost", 0, message["data"]["events"])
+    kind, _, rest = str(message.get("data")).partition("|")
+    if message.get("type") != "printf" or kind not in EVENT_FIELDS:
+        return None
+    has_text = kind in TEXT_LAST
+    fields = rest.split("|", EVENT_FIELDS[kind]) if has_text else rest.split("|")
+    if len(fields) != EVENT_FIELDS[kind] + has_text:
+        return None
+    numbers = tuple(int(field) for field in (fields[:-1] if has_text else fields))
+    if kind == "data":
+        return (kind, *numbers, bytes.fromhex(fields[-1].replace("\\x", "").strip()))
+    return (kind, *numbers, fields[-1]) if has_text else (kind, *numbers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# strace: its output
+# ---------------------------------------------------------------------------------------------------------------------
+# "?": not on every machine. Exit codes come without a system call. -xx writes every string in hexadecimal, so no quote or bracket in
+# it can be taken for one of strace's own.
+STRACE = ("strace", "-f", "-qq", "-ttt", "-v", "-xx", "-s", str(LIMIT), "-e", "signal=none", "-e", "trace=execve,?execveat,clone,?clone3,"
+          "?fork,?vfork,read,readv,write,writev,close,dup,?dup2,dup3,fcntl,?open,openat")
+STRACE_LINE = re.compile(r"(\d+) +(\d+)\.(\d{6}) (.*)", re.DOTALL)
+HEX_STRING = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
+OWN_STREAMS = {f"{path}{number}": fd for fd, name in enumerate(("stdin", "stdout", "stderr"))
+               for path, number in (("/dev/", name), ("/dev/fd/", fd), ("/proc/self/fd/", fd))}
+
+
+def unhex(text):
+    """The bytes of a string as strace -xx writes it, without the quotes."""
+    return bytes.fromhex(text.replace("\\x", ""))
+
+
+class Strace:
+    """Makes events of lines. feed(line) -> events; one process's lines wait until its parent's clone() has returned.
+
+    process_of: {thread ID: process ID} of what strace attached to.
+    """
+
+    def __init__(self, process_of):
+        self.process_of = dict(process_of)
+        self.parent, self.waiting, self.begun = {}, {}, {}
+        self.inside, self.streams, self.sent = {}, {}, Counter()  # as @in, @fd and @sent in the bpftrace program
+
+    def feed(self, line):
+        match = STRACE_LINE.match(line)
+        if not match:
+            return []
+        task, ts, text = int(match[1]), int(match[2]) * 10**9 + int(match[3]) * 1000, match[4]
+        if task not in self.process_of:
+            self.waiting.setdefault(task, []).append(line)
+            return []
+        if text.startswith("<... "):
+            text = self.begun.pop(task, "") + text.partition(" resumed>")[2]
+        elif text.endswith("<unfinished ...>"):
+            self.begun[task] = text[:-len("<unfinished ...>")]
+            # A program is there to be seen before its first instruction; execve() itself is reported when it returns.
+            return []
+        if text.startswith(("+++ exited", "+++ killed")):
+            return self.ended(ts, task, text)
+        name, _, rest = text.partition("(")
+        arguments, _, value = rest.rpartition(" = ")
+        handler = self.HANDLERS.get(name)
+        failed = value.startswith(("-1", "?"))
+        if not handler or (failed and handler is not Strace.execve):
+            return []
+        return handler(self, ts, task, name, arguments, value)
+
+    def ended(self, ts, task, text):
+        events = []
+        pid = self.process_of.pop(task)
+        if self.inside.get(pid) == pid == task:
+            word = text.split()[3] if "exited" in text else text.split()[3]
+            code = 256 + int(word) if "exited" in text else int(getattr(signal, word, 0))
+            events = [("exit", ts, pid, code)]
+        if pid == task:
+            for known in (self.inside, self.streams, self.parent):
+                known.pop(pid, None)
+        return events
+
+    def clone(self, ts, task, name, arguments, value):
+        child, pid = int(value.split()[0]), self.process_of[task]
+        if "CLONE_THREAD" in arguments:
+            self.process_of[child] = pid
+        else:
+            self.process_of[child], self.parent[child] = child, pid
+            if pid in self.inside:
+                self.inside[child], self.streams[child] = self.inside[pid], dict(self.streams[pid])
+        return [event for line in self.waiting.pop(child, []) for event in self.feed(line)]
+
+    def execve(self, ts, task, name, arguments, value):
+        pid = self.process_of[task]
+        path, argv, env = re.match(r'[^"]*("[^"]*"), \[(.*?)\], \[(.*?)\]|', arguments, re.DOTALL).groups() or (None, None, None)
+        variables = [text for text in HEX_STRING.findall(env or "") if text.startswith("\\x43\\x4e\\x49\\x5f")]
+        variables = [unhex(text).decode("latin-1") for text in variables]
+        if path is None or (pid not in self.inside and not any(text.startswith("CNI_COMMAND=") for text in variables)):
+            return []
+        latin = [unhex(text).decode("latin-1") for text in HEX_STRING.findall(path + argv)]
+        events = [("begin", ts, pid, self.inside.get(pid, 0), self.parent.get(pid, 0), ""), ("path", ts, pid, latin[0])]
+        events += [("arg", ts, pid, text) for text in latin[1:]]
+        events += [("env", ts, pid, 8 * number, text) for number, text in enumerate(variables)]
+        if value.startswith("-1"):
+            return [*events, ("noexec", ts, pid, -getattr(errno, value.split()[1], 0))]
+        above = self.streams.get(pid, {})
+        self.streams[pid] = {fd: above.get(fd, pid * 4 + fd + 1) for fd in range(3)}
+        self.inside[pid] = pid
+        return [*events, ("exec", ts, pid, *self.streams[pid].values())]
+
+    def transfer(self, ts, task, name, arguments, value):
+        pid = self.process_of[task]
+        number = arguments.partition(",")[0]
+        stream, size = self.streams.get(pid, {}).get(int(number) if number.isdigit() else -1, 0), int(value.split()[0])
+        if not stream or size <= 0 or (stream & 3 == 1) != name.startswith("read"):
+            return []
+        data = b"".join(unhex(text) for text in HEX_STRING.findall(arguments))[:max(0, LIMIT - self.sent[stream])]
+        self.sent[stream] += size
+        return [("size", ts, self.inside[pid], stream, size), ("data", ts, stream, data)]
+
+    def descriptor(self, ts, task, name, arguments, value):
+        """close, dup*, fcntl, open*: which descriptor stands for which stream. -1: for none."""
+        streams = self.streams.get(self.process_of[task])
+        if streams is None:
+            return []
+        words = arguments.split(", ")
+        source = int(words[0]) if words[0].isdigit() else -1
+        if name.startswith("open"):
+            path = HEX_STRING.search(arguments)
+            source = OWN_STREAMS.get(unhex(path[1]).decode("latin-1") if path else "", -1)
+        if name == "close":
+            streams.pop(source, None)
+        elif name != "fcntl" or words[1].startswith("F_DUPFD"):
+            target = int(value.split()[0])
+            stream = streams.get(source)
+            streams.pop(target, None)
+            if stream:
+                streams[target] = stream
+        return []
+
+    HANDLERS = {**dict.fromkeys(("clone", "clone3", "fork", "vfork"), clone), **dict.fromkeys(("execve", "execveat"), execve),
+                **dict.fromkeys(("read", "readv", "write", "writev"), transfer),
+                **dict.fromkeys(("close", "dup", "dup2", "dup3", "fcntl", "open", "openat"), descriptor)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calls
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Ordered:
+    """Events in the order of time: each processor's come in order, but those of several one batch after another."""
+
+    def __init__(self):
+        self.events, self.number = [], 0
+
+    def add(self, event):
+        self.number += 1
+        self.events.append((event[1], self.number, event))
+
+    def take(self, before=None):
+        """All events, or those older than a time in ns."""
+        self.events.sort(key=lambda entry: entry[:2])
+        count = len(self.events)
+        if before is not None:
+            count = sum(entry[0] < before for entry in self.events)
+        taken, self.events = self.events[:count], self.events[count:]
+        return [event for _, _, event in taken]
+
+
+def text_of(latin):
+    """A string of events (a character per byte) as text; what is not UTF-8 as \\xNN."""
+    return latin.encode("latin-1", "replace").decode("utf-8", "backslashreplace")
+
+
+def join_parts(parts):
+    """{8 * number + part: text} as {name: value}: a part that does not fill its event is a variable's last."""
+    joined = {}
+    for number in sorted({index // 8 for index in parts}):
+        text = ""
+        for part in range(8):
+            piece = parts.get(8 * number + part, "")
+            text += piece
+            if len(piece) < CHUNK - 1:
+                break
+        name, _, value = text_of(text).partition("=")
+        joined[name] = value
+    return joined
+
+
+class Process:
+    """One that was reported. above: the nearest reported one above it. is_call: it is a CNI call, as far as is known."""
+
+    def __init__(self, pid, attempt, above, streams):
+        self.pid, self.above, self.streams, self.attempt = pid, above, streams, attempt
+        self.start, self.path, self.env = attempt["ts"], attempt["path"], attempt["env"]
+        self.is_call = False
+        self.contents = {stream & 3: bytearray() for stream in streams}
+        self.sizes = Counter()
+        self.delegates, self.commands = [], []
+
+    def caller(self):
+        """The process of the CNI call that this one belongs to, or None."""
+        above = self.above
+        while above and not above.is_call:
+            above = above.above
+        return above
+
+
+def is_in_cni_path(path, env):
+    return os.path.dirname(path) in [os.path.normpath(part) for part in env.get("CNI_PATH", "").split(":") if part]
+
+
+class Calls:
+    """Makes calls of events. feed(event) -> a call that has ended and that no other contains, or None.
+
+    A call is a dict: time (seconds since 1970), command, plugin, path, argv, env (CNI_*), container_id, netns, ifname, network, pid,
+    parent {pid, comm, ...}, stdin, stdout, stderr (text; `NAME_base64` where it is no UTF-8) and stdin_size ..., exit (None: not known),
+    signal (a name, or ""), error (why it could not be executed, or ""), duration_ms, chain (its place in the runtime's chain of
+    plugins, from 1), incomplete (events were lost), running, delegates (calls), commands ([{argv, exit, signal, duration_ms, stdin,
+    stderr}]). look_parent: process ID -> {comm, ...} of a process, {} if it is gone. epoch: ns to add to times.
+    """
+
+    def __init__(self, look_parent=lambda pid: {}, epoch=0):
+        self.look_parent, self.epoch = look_parent, epoch
+        self.attempts, self.processes, self.chains, self.movers = {}, {}, {}, {}
+        self.lost = 0
+        self.on = {"begin": self.begin, "path": self.word, "arg": self.word, "env": self.variable, "exec": self.execute,
+                   "noexec": self.refused, "size": self.size, "data": self.data, "exit": self.end}
+
+    def feed(self, event):
+        if event[0] == "lost":
+            self.lost += event[2]
+            return None
+        return self.on[event[0]](*event[1:])
+
+    def begin(self, ts, pid, owner, parent, comm):
+        self.attempts[pid] = {"ts": ts, "path": "", "argv": [], "parts": {}, "owner": owner, "lost": self.lost,
+                              "parent": {"pid": parent, "comm": text_of(comm)}}
+
+    def word(self, ts, pid, text):
+        attempt = self.attempts.get(pid)
+        if attempt and not attempt["path"]:
+            attempt["path"] = text_of(text)
+        elif attempt:
+            attempt["argv"].append(text_of(text) + ("..." if len(text) == CHUNK - 1 else ""))
+
+    def variable(self, ts, pid, part, text):
+        if pid in self.attempts:
+            self.attempts[pid]["parts"][part] = text
+
+    def settle(self, pid):
+        """What pid wanted to execute, with its variables; None if the beginning was lost."""
+        attempt = self.attempts.pop(pid, None)
+        if attempt:
+            attempt["env"] = join_parts(attempt["parts"])
+        return attempt
+
+    def refused(self, ts, pid, number):
+        attempt = self.settle(pid)
+        known = self.processes.get(pid)
+        if not attempt or (known and known.is_call) or not is_in_cni_path(attempt["path"], attempt["env"]):
+            return None  # a shell that looks for a command along PATH fails often
+        process = Process(pid, attempt, known.above if known else self.processes.get(attempt["owner"]), ())
+        process.is_call = True
+        return self.hand_over(process, {**self.call(process, ts, 0), "error": os.strerror(-number)})
+
+    def execute(self, ts, pid, *streams):
+        attempt = self.settle(pid)
+        process = self.processes.get(pid)
+        if not attempt:
+            return
+        if not process or not attempt["owner"]:  # a known process without an owner: another one's number, whose end was lost
+            process = Process(pid, attempt, self.processes.get(attempt["owner"]), streams)
+            self.processes[pid] = process
+        if process.is_call or os.path.basename(attempt["path"]) in WRAPPERS or not attempt["env"].get("CNI_COMMAND"):
+            return  # an interpreter in the plugin's place, or nothing that could be a plugin
+        caller, directory = process.caller(), os.path.dirname(attempt["path"])
+        if is_in_cni_path(attempt["path"], attempt["env"]) or not caller or directory == os.path.dirname(caller.path):
+            process.is_call = True
+            process.attempt, process.path, process.env, process.start = attempt, attempt["path"], attempt["env"], attempt["ts"]
+        if not caller and process.is_call:
+            attempt["parent"].update(self.look_parent(attempt["parent"]["pid"]))
+
+    def size(self, ts, pid, stream, count):
+        self.movers[stream] = pid
+        for process in self.sharers(pid, stream):
+            process.sizes[stream & 3] += count
+
+    def data(self, ts, stream, data):
+        for process in self.sharers(self.movers.get(stream), stream):
+            content = process.contents.setdefault(stream & 3, bytearray())
+            content += data[:LIMIT - len(content)]
+
+    def sharers(self, pid, stream):
+        """The processes from the one that reads or writes up to the one whose stream it is, as far as it is theirs."""
+        process, found = self.processes.get(pid), []
+        while process:
+            if stream in process.streams:
+                found.append(process)
+            process = process.above if process.pid != stream >> 2 else None
+        return found
+
+    def end(self, ts, pid, code):
+        process = self.processes.pop(pid, None)
+        self.attempts.pop(pid, None)
+        if not process:
+            return None
+        for kind in (1, 2, 3):
+            self.movers.pop(pid * 4 + kind, None)
+        if process.is_call and not self.is_plugin(process):
+            process.is_call = False
+        if process.is_call:
+            return self.hand_over(process, self.call(process, ts, code))
+        caller = process.caller()
+        if caller:
+            caller.commands.append(self.command(process, ts, code))
+        return None
+
+    def command(self, process, ts, code):
+        """What a plugin ran that is no plugin. Its stdin is shown where it is not the plugin's own."""
+        stdin = process.contents.get(1, b"") if process.pid == process.streams[0] >> 2 else b""
+        return {"time": self.wall(process.start), "argv": process.attempt["argv"], **self.outcome(process, ts, code),
+                "stdin": bytes(stdin).decode("utf-8", "backslashreplace"),
+                "stderr": bytes(process.contents.get(3, b"")).decode("utf-8", "backslashreplace")}
+
+    def is_plugin(self, process):
+        """Whether what is outside CNI_PATH spoke the protocol: a shell with CNI_COMMAND in its environment starts other things, too."""
+        speaks = any(bytes(content).lstrip()[:1] == b"{" for kind, content in process.contents.items() if kind < 3)
+        return speaks or process.delegates or process.caller() or is_in_cni_path(process.path, process.env)
+
+    def wall(self, ts):
+        return (ts + self.epoch) / 1e9
+
+    def outcome(self, process, ts, code):
+        name = signal.Signals(code).name if 0 < code < 65 and code in set(signal.Signals) else f"signal {code}" if 0 < code < 256 else ""
+        return {"exit": code - 256 if code >= 256 else None, "signal": name, "duration_ms": round((ts - process.start) / 1e6, 3)}
+
+    def call(self, process, ts, code):
+        """What is known of a call, as the class describes it."""
+        env, attempt = process.env, process.attempt
+        call = {"time": self.wall(process.start), "command": env.get("CNI_COMMAND", ""), "plugin": os.path.basename(process.path),
+                "path": process.path, "argv": attempt["argv"], "env": env, "container_id": env.get("CNI_CONTAINERID", ""),
+                "netns": env.get("CNI_NETNS", ""), "ifname": env.get("CNI_IFNAME", ""), "network": "", "pid": process.pid,
+                "parent": attempt["parent"], **self.outcome(process, ts, code), "error": "", "running": False,
+                "incomplete": self.lost > attempt["lost"]}
+        for kind, name in enumerate(("stdin", "stdout", "stderr"), 1):
+            content = bytes(process.contents.get(kind, b""))
+            whole = process.sizes[kind] <= len(content)
+            call[name] = content.decode("utf-8", "backslashreplace" if whole else "replace")
+            if whole and call[name].encode("utf-8", "surrogateescape") != content:
+                call[f"{name}_base64"] = base64.b64encode(content).decode()
+            call[f"{name}_size"] = process.sizes[kind]
+        conf = parse_object(call["stdin"])
+        call["network"] = str(conf.get("name", ""))
+        call["chain"] = 0 if process.caller() else self.place(call, conf)
+        call["delegates"] = sorted(process.delegates, key=lambda entry: entry["time"])
+        call["commands"] = sorted(process.commands, key=lambda entry: entry["time"])
+        return call
+
+    def place(self, call, conf):
+        """Which plugin of the runtime's chain this is: an ADD without prevResult, or a plugin for the second time, begins a new one."""
+        key = (call["parent"]["pid"], call["command"], call["network"], call["container_id"], call["ifname"])
+        chain = self.chains.setdefault(key, [])
+        if (call["command"] == "ADD" and "prevResult" not in conf) or call["path"] in chain:
+            chain.clear()
+        chain.append(call["path"])
+        while len(self.chains) > 1000:
+            del self.chains[next(iter(self.chains))]
+        return len(chain)
+
+    def hand_over(self, process, call):
+        caller = process.caller()
+        if not caller:
+            return call
+        caller.delegates.append(call)
+        return None
+
+    def unfinished(self, ts):
+        """Calls that have not ended at a time, outermost first, each with what it has done so far."""
+        found = []
+        for process in sorted(self.processes.values(), key=lambda process: -process.start):  # delegates before their callers
+            if process.is_call and self.is_plugin(process):
+                call = self.hand_over(process, {**self.call(process, ts, 0), "running": True})
+                found += [call] if call else []
+        return found[::-1]
+
+
+def parse_object(text):
+    """The JSON object that text is, else {}."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Printing
+# ---------------------------------------------------------------------------------------------------------------------
+SECRET = r"passw|secret|token|credential|private.?key|preshared|psk|api.?key|access.?key|client.?key|authorization"
+SECRET_NAME = re.compile(SECRET, re.IGNORECASE)
+SECRET_VALUE = re.compile(rf"""([\w.-]*(?:{SECRET})[\w.-]*["']?\s*[=:]\s*)("(?:[^"\\]|\\.)*"?|[^\s;,"]+)""", re.IGNORECASE)
+HIDDEN = "***"
+STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
+WIDTH = 110  # of a line of JSON
+
+
+def mask(value, is_secret=False):
+    """A JSON value without what secrets' names stand for."""
+    if isinstance(value, dict):
+        return {key: mask(entry, is_secret or bool(SECRET_NAME.search(key))) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [mask(entry, is_secret) for entry in value]
+    return HIDDEN if is_secret and isinstance(value, (str, int, float)) and not isinstance(value, bool) else value
+
+
+def mask_text(text):
+    """The same for text that may be JSON, or lines and words NAME=VALUE. What holds no secret stays as it is, to the byte."""
+    try:
+        value = json.loads(text)
+        masked = mask(value)
+    except (ValueError, RecursionError):
+        return SECRET_VALUE.sub(rf"\g<1>{HIDDEN}", text)
+    return text if masked == value else json.dumps(masked, ensure_ascii=False)
+
+
+def mask_call(call):
+    """A call without secrets. `masked` says whether there were any."""
+    masked = {**call, "env": {name: mask_text(value) for name, value in call["env"].items()},
+              "delegates": [mask_call(entry) for entry in call["delegates"]],
+              "argv": [mask_text(word) for word in call["argv"]],
+              "commands": [{**entry, "argv": [mask_text(word) for word in entry["argv"]], "stdin": mask_text(entry["stdin"]),
+                            "stderr": mask_text(entry["stderr"])} for entry in call["commands"]]}
+    for name in ("stdin", "stdout", "stderr"):
+        masked[name] = mask_text(call[name])
+        if masked[name] != call[name]:
+            masked.pop(f"{name}_base64", None)
+    masked["masked"] = masked != call
+    return masked
+
+
+def quote(word):
+    """A word for a shell that a terminal can be shown, too: control characters as $'\\033'."""
+    if all(char.isprintable() or char in "\n\t" for char in word):
+        return shlex.quote(word)
+    plain = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(char if char.isprintable() else "".join(f"\\{byte:03o}" for byte in char.encode()) for char in plain) + "'"
+
+
+def replay_line(call):
+    """A shell line that repeats the call: the same variables, arguments and bytes; behind # what is in the way of that."""
+    words = ["env", *(f"{name}={value}" for name, value in call["env"].items()), call["path"], *call["argv"][1:]]
+    if call["parent"].get("elsewhere"):
+        words[:0] = ["nsenter", f"--target={call['parent']['pid']}", "--mount", "--net"]
+    line = " ".join(quote(word) for word in words)
+    if call.get("stdin_base64"):
+        line = f"echo {call['stdin_base64']} | base64 -d | {line}"
+    else:
+        line = f"printf %s {quote(call['stdin'])} | {line}" if call["stdin"] else f"{line} </dev/null"
+    if call["stdin_size"] > LIMIT:
+        line = f"# not whole, {call['stdin_size']} bytes of stdin, of which {LIMIT} are known: {line}"
+    return line + "  # secrets are hidden: trace --show-secrets" * bool(call.get("masked"))
+
+
+def is_failed(call):
+    return bool(call["error"] or call["signal"] or call["exit"]) or any(is_failed(entry) for entry in call["delegates"])
+
+
+def printable(text):
+    """Text that a terminal can be given: a plugin's output may hold anything."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def pretty(value, room, is_full):
+    """Lines of JSON: what fits stays on one line; unless is_full, long lists and strings are cut, and it is said how much is left out."""
+    line = json.dumps(value, ensure_ascii=False)
+    if len(line) <= room:
+        return [line]
+    if isinstance(value, str):
+        return [line if is_full or len(line) <= 300 else f"{line[:room]}... ({len(value)} characters)"]
+    if not isinstance(value, (dict, list)):
+        return [line]
+    is_object = isinstance(value, dict)
+    entries = [(json.dumps(key, ensure_ascii=False) + ": ", entry) for key, entry in value.items()] if is_object else []
+    entries = entries or [("", entry) for entry in value]
+    shown = entries if is_full or is_object or len(entries) <= 6 else entries[:5]
+    lines = []
+    for number, (key, entry) in enumerate(shown, 1):
+        part = pretty(entry, max(room - 2 - len(key), 20), is_full)
+        part[-1] += "," * (number < len(entries))
+        lines += [f"  {key}{part[0]}", *(f"  {more}" for more in part[1:])]
+    lines += [f"  ... {len(entries) - len(shown)} more"] * (len(shown) < len(entries))
+    return ["{" if is_object else "[", *lines, "}" if is_object else "]"]
+
+
+def content_lines(text, size, is_full):
+    """Lines that show what went through a stream."""
+    if not size:
+        return []
+    try:
+        conf = json.loads(text)
+        if not is_full and isinstance(conf, dict) and isinstance(conf.get("prevResult"), dict):
+            ips = [str(ip.get("address")) for ip in conf["prevResult"].get("ips") or [] if isinstance(ip, dict)]
+            conf = {**conf, "prevResult": f"... {', '.join(ips)}"}
+        lines = pretty(conf, WIDTH, is_full)
+    except (ValueError, RecursionError):
+        lines = text.splitlines()
+        if not is_full:
+            left_out = [f"... {len(lines) - 20} more lines"] * (len(lines) > 20)
+            lines = [line if len(line) <= 200 else f"{line[:200]}... ({len(line)} characters)" for line in lines[:20]] + left_out
+    return [printable(line) for line in lines] + [f"... {size} bytes in all, the first {LIMIT} are kept"] * (size > LIMIT)
+
+
+def verdict(call):
+    """How a call or command ended, in words."""
+    if call.get("error"):
+        return f"could not be started: {call['error']}"
+    if call.get("running"):
+        return "still running"
+    if call["signal"]:
+        return f"killed by {call['signal']}"
+    if call["exit"] is None:
+        return "ended, exit status not known"
+    reply = parse_object(call.get("stdout", ""))
+    reason = f": error {reply['code']}, {reply.get('msg', '')}" if call["exit"] and "code" in reply else ""
+    return f"exit {call['exit']}{reason}" if call["exit"] else "ok"
+
+
+def pod_of(call):
+    """namespace/name of the pod from CNI_ARGS, or ""."""
+    args = dict(pair.split("=", 1) for pair in call["env"].get("CNI_ARGS", "").split(";") if "=" in pair)
+    return f"{args.get('K8S_POD_NAMESPACE', '')}/{args['K8S_POD_NAME']}" if args.get("K8S_POD_NAME") else ""
+
+
+def no_style(text, *_names):
+    return text
+
+
+def terminal_style(text, *names):
+    return f"\033[{';'.join(STYLES[name] for name in names)}m{text}\033[0m"
+
+
+def format_call(call, is_full=False, replay="error", style=no_style, caller=None):
+    """The lines of a call for people, those of its delegates indented below it. style: no_style or terminal_style."""
+    kind = parse_object(call["stdin"]).get("plugin")
+    what = f"{call['command']} {call['plugin']}" + (f" ({'+'.join(kind) if isinstance(kind, list) else kind})" if kind else "")
+    who = " ".join(filter(None, (pod_of(call), call["container_id"][:13], call["ifname"]))) if not caller else ""
+    chain = f"network {call['network']}" + f", plugin {call['chain']}" * (call["chain"] > 1) if call["network"] and not caller else ""
+    parent = f"by {call['parent']['comm'] or '?'}[{call['parent']['pid']}]" if not caller else ""
+    times = datetime.fromtimestamp(call["time"]).strftime("%H:%M:%S.%f")[:-3]
+    colour = ("red", "bold") if is_failed({**call, "delegates": []}) else ("yellow",) if call["running"] else ("green",)
+    head = [style(times, "dim"), style(printable(what), "bold"), *map(printable, filter(None, (who, chain, parent)))]
+    duration = f"{call['duration_ms']:.0f} ms" if call["duration_ms"] >= 10 else f"{call['duration_ms']:.1f} ms"
+    lines = ["  ".join([*head, duration, style(printable(verdict(call)), *colour)])]
+    body = [("incomplete", ["events were lost: the backend could not keep up"])] * call["incomplete"]
+    body += [("netns", [printable(call["netns"])])] if call["netns"] and not caller else []
+    for name in ("stdin", "stdout", "stderr"):
+        same = caller and name == "stdin" and call["stdin"] == caller["stdin"] and call["stdin"]
+        body.append((name, ["as its caller's"] if same and not is_full else content_lines(call[name], call[f"{name}_size"], is_full)))
+    for entry in call["commands"]:
+        if is_full or (is_failed(call) and (entry["exit"] or entry["signal"])):
+            shown = [printable(f"{shlex.join(entry['argv'])}  {entry['duration_ms']:.1f} ms  {verdict(entry)}")]
+            body.append(("ran", shown + [f"  {printable(line)}" for line in (entry["stdin"] + entry["stderr"]).splitlines()]))
+    body += [("changed", [printable(call["changes"])])] if call.get("changes") else []
+    for name, shown in body:
+        lines += [f"  {style(f'{name if number == 0 else str():<8}', 'dim')} {line}" for number, line in enumerate(shown)]
+    for entry in call["delegates"]:
+        lines += [f"    {line}" for line in format_call(entry, is_full, replay, style, call)]
+    if replay == "always" or (replay == "error" and is_failed({**call, "delegates": []})):
+        lines.append(f"  {style('replay  ', 'dim')} {replay_line(call)}")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run(argv, stdin="", environ=None, timeout_s=10):
+    """(exit status, stdout, stderr) of a command; 127 if there is no such command, 124 if it takes too long. Never raises."""
+    try:
+        done = subprocess.run(argv, input=stdin, env={**os.environ, **(environ or {})}, capture_output=True, text=True, errors="replace",
+                              timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        return 124, "", f"no end after {timeout_s} s"
+    except OSError as error:
+        return 127, "", os.strerror(error.errno)
+    return done.returncode, done.stdout, done.stderr
+
+
+def find_tool(name):
+    """The path of a program; sbin is not on everybody's PATH."""
+    return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin")
+
+
+def need_root(what):
+    if os.geteuid():
+        raise SnoopError(f"{what} needs root: sudo {shlex.join([sys.argv[0], *sys.argv[1:]])}")
+
+
+def look_parent(pid):
+    """{comm, elsewhere} of a process: elsewhere if it sees other files or another network than we do. {} when it is gone."""
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="backslashreplace") as file:
+            comm = file.read().strip()
+        spaces = [os.readlink(f"/proc/{where}/ns/{kind}") for where in (pid, "self") for kind in ("mnt", "net")]
+    except OSError:
+        return {}
+    return {"comm": comm, "elsewhere": spaces[:2] != spaces[2:]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# trace
+# ---------------------------------------------------------------------------------------------------------------------
+WITH_PARENT = ("setpriv", "--pdeathsig", "INT")  # a backend ends with us, whatever ends us
+TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
+
+
+def plan_tracefs(argv):
+    """The command with a tracefs of its own, where the machine has none mounted."""
+    if any(os.path.isdir(f"{path}/events") for path in TRACEFS):
+        return argv
+    script = f'mount -t tracefs tracefs {TRACEFS[0]} && exec "$@"'
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *argv]
+
+
+def bpftrace_backend(_options):
+    """(argv, environment, parse(line) -> events) of bpftrace. SnoopError if it cannot be used here, with the reason."""
+    program = find_tool("bpftrace")
+    if not program:
+        raise SnoopError("bpftrace is not installed: apt-get install bpftrace")
+    version = re.search(r"(\d+)\.(\d+)", run([program, "--version"])[1])
+    if not version or (int(version[1]), int(version[2])) < (0, 17):
+        raise SnoopError(f"bpftrace {version[0] if version else '?'} is too old, 0.17 is needed")
+    code, listed, stderr = run(plan_tracefs([program, "-l", "tracepoint:syscalls:sys_enter_*"]), timeout_s=60)
+    syscalls = re.findall(r"sys_enter_(\w+)", listed)
+    if code or "execve" not in syscalls:
+        reason = (stderr.strip().splitlines() or ["no tracepoint syscalls:sys_enter_execve"])[-1]
+        raise SnoopError(f"this kernel has no tracepoints for system calls that could be used ({reason})")
+    environ = {"BPFTRACE_MAP_KEYS_MAX": "65536", "BPFTRACE_PERF_RB_PAGES": "1024"}
+    environ.update(dict.fromkeys(("BPFTRACE_STRLEN", "BPFTRACE_MAX_STRLEN"), str(CHUNK)))
+    argv = [*WITH_PARENT, *plan_tracefs([program, "--no-warnings", "-f", "json", "-e", bpftrace_program(syscalls)])]
+    return argv, environ, lambda line: filter(None, [parse_bpftrace(line)])
+
+
+def look_runtimes():
+    """Process IDs of the container runtimes that run here."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            if file.read().strip() in RUNTIMES:
+                found.append(int(pid))
+    return found
+
+
+def strace_backend(options):
+    """The same of strace."""
+    program = find_tool("strace")
+    if not program:
+        raise SnoopError("strace is not installed: apt-get install strace")
+    pids = options.pid or look_runtimes()
+    if not pids:
+        raise SnoopError(f"no container runtime runs here (looked for {', '.join(RUNTIMES)}); name its process: --pid PID")
+    process_of = {}
+    for pid in pids:
+        try:
+            process_of.update({int(task): pid for task in os.listdir(f"/proc/{pid}/task")})
+        except OSError:
+            raise SnoopError(f"--pid {pid}: there is no such process") from None
+    parser = Strace(process_of)
+    argv = [*WITH_PARENT, program, *STRACE[1:], "-o", "/dev/stdout", *(word for pid in pids for word in ("-p", str(pid)))]
+    return argv, {}, lambda line: parser.feed(line.decode("latin-1"))
+
+
+def choose_backend(options):
+    """(name, argv, environment, parse) of the backend: the one asked for, else the first that can be used."""
+    need_root("trace")
+    reasons = []
+    for name, backend in (("bpftrace", bpftrace_backend), ("strace", strace_backend)):
+        if options.backend in (None, name):
+            try:
+                return (name, *backend(options))
+            except SnoopError as error:
+                reasons.append(str(error))
+    raise SnoopError("; ".join(reasons))
+
+
+class Tracer:
+    """A running backend. events() yields each event in order of time, and None whenever there is time to look at other things."""
+
+    def __init__(self, name, argv, environ, parse):
+        self.name, self.parse = name, parse
+        self.clock = time.CLOCK_BOOTTIME if name == "bpftrace" else time.CLOCK_REALTIME
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the backend
+        # In a session of its own: Ctrl-C is for us, and we end it.
+        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.stderr, start_new_session=True,
+                                        env={**os.environ, **environ})
+        self.is_ready, self.ended, self.canaries, self.early = False, 0, set(), None
+        self.deadline = time.monotonic() + 60
+
+    def now(self):
+        return time.clock_gettime_ns(self.clock)
+
+    def stop(self):
+        """Ask it to end, once; what it has still to say comes yet."""
+        if not self.ended:
+            self.ended = time.monotonic()
+            self.process.send_signal(signal.SIGINT)
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+    def events(self):
+        ordered, rest = Ordered(), b""
+        os.set_blocking(self.process.stdout.fileno(), False)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while True:
+                is_idle = not selector.select(0.1)
+                data = None if is_idle else os.read(self.process.stdout.fileno(), 1 << 20)
+                if data:
+                    *lines, rest = (rest + data).split(b"\n")
+                    for event in (event for line in lines for event in self.parse(line)):
+                        self.look(event)
+                        ordered.add(event)
+                # Idle: it has told all it knows. Else what is two seconds old, for then every processor's events are here.
+                yield from ordered.take(None if is_idle or data == b"" else self.now() - 2 * 10**9)
+                yield None
+                if data == b"" or (self.ended and time.monotonic() - self.ended > 10):
+                    return
+                self.get_ready()
+
+    def look(self, event):
+        """Events as they come, not yet in order."""
+        if event[0] == "env" and event[4] == f"CNI_COMMAND={CANARY}":
+            self.canaries.add(event[2])
+        elif event[0] == "exit" and event[2] in self.canaries and not self.is_ready:
+            self.is_ready = True
+        elif self.early:
+            self.early(event)
+
+    def get_ready(self):
+        """Show that the backend works, before anybody waits for calls."""
+        if self.is_ready or self.ended:
+            return
+        if self.name == "strace":
+            self.is_ready = all("TracerPid:\t0" not in text for text in map(read_text, self.traced_status()))
+        else:
+            subprocess.run(["true"], env={**os.environ, "CNI_COMMAND": CANARY}, check=False)
+        if time.monotonic() > self.deadline:
+            raise SnoopError(f"{self.name} shows nothing, not even a process of our own: {self.said() or 'and does not say why'}")
+
+    def traced_status(self):
+        return [f"/proc/{word}/status" for before, word in zip(self.process.args, self.process.args[1:]) if before == "-p"]
+
+    def said(self):
+        """The last lines of what it wrote to stderr, without what is of no interest."""
+        self.stderr.seek(0)
+        lines = [line for line in self.stderr.read().decode(errors="replace").splitlines() if line.strip() and "RLIMIT_MEMLOCK" not in line]
+        return " | ".join(lines[-4:])[-600:]
+
+
+def read_text(path):
+    """The contents of a small file, "" if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def is_wanted(call, options):
+    """Whether a call passes the filters; one that a wanted delegate belongs to does, too."""
+    conf = parse_object(call["stdin"])
+    names = (call["plugin"], conf.get("plugin"), conf.get("type"))
+    own = ((not options.plugin or options.plugin in names)
+           and (not options.command or options.command.upper() == call["command"])
+           and (not options.container or call["container_id"].startswith(options.container) or pod_of(call).endswith(options.container))
+           and (not options.failed or is_failed(call)))
+    return own or any(is_wanted(entry, options) for entry in call["delegates"])
+
+
+class Printer:
+    """Shows calls as the options say, and keeps them in a file."""
+
+    def __init__(self, options, out=sys.stdout):
+        self.options, self.out = options, out
+        self.count, self.failures = 0, 0
+        self.style = terminal_style if out.isatty() and "NO_COLOR" not in os.environ else no_style
+        self.file = open_recording(options.out) if getattr(options, "out", None) else None
+
+    def show(self, call):
+        if not is_wanted(call, self.options):
+            return
+        if not self.options.show_secrets:
+            call = mask_call(call)
+        self.count += 1
+        self.failures += is_failed(call)
+        line = json.dumps(call, ensure_ascii=True)
+        if self.file:
+            self.file.write(line + "\n")
+            self.file.flush()
+        text = line if self.options.json else "\n".join(format_call(call, self.options.full, self.options.replay, self.style)) + "\n"
+        print(text, file=self.out, flush=True)
+
+
+def open_recording(path):
+    """The file to append calls to, readable for its owner alone."""
+    try:
+        return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="utf-8")
+    except OSError as error:
+        raise SnoopError(f"--out {path}: {error.strerror}") from None
+
+
+def tell(text):
+    print(f"cnisnoop: {text}", file=sys.stderr, flush=True)
+
+
+def trace(options):
+    """Show calls until Ctrl-C. Returns the exit status."""
+    name, argv, environ, parse = choose_backend(options)
+    printer = Printer(options)
+    tracer = Tracer(name, argv, environ, parse)
+    epoch = time.time_ns() - tracer.now()
+    calls = Calls(look_parent, epoch)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: tracer.stop())
+    is_told, slow, lost = False, set(), 0
+    try:
+        for event in tracer.events():
+            call = calls.feed(event) if event else None
+            if call:
+                printer.show(call)
+            if event is None and tracer.is_ready and not is_told:
+                is_told = True
+                tell(f"watching with {name}; Ctrl-C ends it")
+            if event is None:
+                tell_slow(calls, slow, tracer.now())
+            if calls.lost > lost:
+                lost = calls.lost
+                tell(f"{lost} events lost: {name} cannot keep up, some calls are not complete")
+        for call in calls.unfinished(tracer.now()):
+            printer.show(call)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, else the interpreter complains when it flushes
+    finally:
+        tracer.stop()
+        tracer.close()
+    if not is_told:
+        raise SnoopError(f"{name} ended: {tracer.said()}" if tracer.process.returncode else "ended before the probes were there")
+    tell(f"{printer.count} calls, {printer.failures} failed" + f", {lost} events lost" * bool(lost))
+    return 0
+
+
+def tell_slow(calls, slow, now):
+    """Say once of each call that it runs for more than five seconds: one that hangs never ends, and so is never shown."""
+    for pid, process in calls.processes.items():
+        if process.is_call and not process.caller() and now - process.start > 5 * 10**9 and (pid, process.start) not in slow:
+            slow.add((pid, process.start))
+            words = (process.env.get("CNI_COMMAND", ""), process.path, process.env.get("CNI_CONTAINERID", "")[:13], f"process {pid}")
+            tell(f"running for 5 s: {printable(' '.join(words))}")
+
+
+def view(options):
+    """Show a recording."""
+    printer = Printer(options)
+    try:
+        with open(options.file, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                call = parse_object(line)
+                if "command" not in call or "delegates" not in call:
+                    raise SnoopError(f"{options.file}, line {number}: no call as `trace --out` writes it")
+                printer.show(call)
+    except OSError as error:
+        raise SnoopError(f"{options.file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SnoopError(f"{options.file}: not a recording, it is no text") from None
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_options(argv):
+    parser = argparse.ArgumentParser(prog="cnisnoop.py", description=__doc__.partition("\n\n")[0],
+                                     epilog="Exit status: 0 fine, 1 failed or findings, 2 usage.")
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
+    shown = argparse.ArgumentParser(add_help=False)
+    shown.add_argument("--json", action="store_true", help="one JSON object per call and line")
+    shown.add_argument("--full", action="store_true", help="whole JSON, every command that a plugin ran")
+    shown.add_argument("--replay", choices=("error", "always", "never"), default="error", help="a shell line that repeats the call (error)")
+    shown.add_argument("--show-secrets", action="store_true", help="do not hide the values of keys such as password, token, psk")
+    shown.add_argument("--plugin", metavar="NAME", help="only calls of this plugin")
+    shown.add_argument("--container", metavar="ID", help="only calls for this container ID, or its beginning, or pod name")
+    shown.add_argument("--command", metavar="WORD", help="only ADD, DEL, CHECK, GC, STATUS or VERSION")
+    shown.add_argument("--failed", action="store_true", help="only calls that failed")
+    traced = commands.add_parser("trace", parents=[shown], help="show each CNI call as it happens (root)")
+    traced.add_argument("--backend", choices=("bpftrace", "strace"), help="default: bpftrace if it can be used, else strace")
+    traced.add_argument("--pid", type=int, action="append", help="strace: a process whose children are followed (the container runtimes)")
+    traced.add_argument("--out", metavar="FILE", help="also append each call to FILE, for `view`")
+    viewed = commands.add_parser("view", parents=[shown], help="show a recording again")
+    viewed.add_argument("file", metavar="FILE")
+    return parser.parse_args(argv)
+
+
+COMMANDS = {"trace": trace, "view": view}
+
+
+def main(argv):
+    options = parse_options(argv)
+    try:
+        return COMMANDS[options.name](options)
+    except SnoopError as error:
+        tell(error)
+        return 1
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
