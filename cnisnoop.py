@@ -296,7 +296,7 @@ def parse_bpftrace(line):
 # ---------------------------------------------------------------------------------------------------------------------
 # "?": not on every machine. Exit codes come without a system call. -xx writes every string in hexadecimal, so no quote or bracket in
 # it can be taken for one of strace's own.
-STRACE = ("strace", "-f", "-qq", "-ttt", "-v", "-xx", "-s", str(LIMIT), "-e", "signal=none", "-e", "trace=execve,?execveat,clone,?clone3,"
+STRACE = ("strace", "-f", "-q", "-ttt", "-v", "-xx", "-s", str(LIMIT), "-e", "signal=none", "-e", "trace=execve,?execveat,clone,?clone3,"
           "?fork,?vfork,read,readv,write,writev,close,dup,?dup2,dup3,fcntl,?open,openat")
 STRACE_LINE = re.compile(r"(\d+) +(\d+)\.(\d{6}) (.*)", re.DOTALL)
 HEX_STRING = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
