@@ -43,6 +43,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from datetime import datetime
@@ -887,6 +888,144 @@ def look_parent(pid):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Changes
+# ---------------------------------------------------------------------------------------------------------------------
+# Of the host the monitors tell. They know no process, and none tells of other namespaces without mixing up names, so what a call did
+# is what came while it ran; of the pod's namespace what is there before and after is compared.
+MONITORS = (("ip", "-d", "-o", "monitor", "link", "address", "route"), ("tc", "monitor"), ("nft", "monitor"))
+POD_SCRIPT = "ip -json address; ip -json route; ip -json -6 route; tc -json qdisc"
+MONITOR_LINES = {
+    "ip": (("link", r"\d+: (?P<name>[^:@\s]+).* qdisc .*"), ("address", r"\d+: \S+ +inet6? (?P<name>\S+) .*"),
+           ("route", r"(?!.* table local |multicast |ff00:|fe80:)(?:unicast )?(?P<name>default|[\da-f.:]+(?:/\d+)?) .*")),
+    "tc": (("qdisc", r"qdisc (?P<name>\w+) .* dev \S+.*"),),
+    "nft": (("nft", r"(?P<name>element|rule|chain|set|map|table) (?P<rest>.*)"),),
+}
+
+
+def parse_monitor(tool, line):
+    """(sign, kind, name) of what a monitor says has come (1) or gone (-1), None of anything else."""
+    match = re.fullmatch(r"(Deleted |deleted |delete |add )?(.*?) *", line)
+    sign, rest = (-1 if (match[1] or "").lower().startswith("delete") else 1), match[2]
+    for kind, pattern in MONITOR_LINES[tool]:
+        found = re.fullmatch(pattern, rest)
+        if found and (kind, found["name"]) not in (("qdisc", "noqueue"), ("address", "::1/128")):
+            word = re.search(r"maxmtu \d+[^\\]*\\\s+(\w+)", rest) if kind == "link" else None
+            return sign, word[1] if word else kind, found["name"]
+    return None
+
+
+def parse_pod(text):
+    """{(kind, name, interface)} of what POD_SCRIPT prints: documents one after another. Without what every namespace has."""
+    items, decoder, place = set(), json.JSONDecoder(), 0
+    text = text.strip()
+    while place < len(text):
+        rows, place = decoder.raw_decode(text, place)
+        place += len(text[place:]) - len(text[place:].lstrip())
+        for row in rows:
+            name = row.get("ifname") or row.get("dev", "")
+            if "kind" in row:
+                items.add(("qdisc", row["kind"], name))
+            elif "dst" in row:
+                items.add(("route", f"{row['dst']} {row.get('gateway', '')}", name))
+            elif "addr_info" in row:
+                items.add(("link", name, name))
+                items |= {("address", f"{entry['local']}/{entry['prefixlen']}", name) for entry in row["addr_info"] if "local" in entry}
+    return {item for item in items if item[1] != "noqueue" and not item[1].startswith(("fe80:", "ff00:"))}
+
+
+def describe(items):
+    """Words for [(kind, name)]: names of what has names, numbers of the rest."""
+    words = [name if kind == "address" else f"{kind} {name}" for kind, name in items if kind not in ("route", "nft")]
+    counts = Counter("route" if kind == "route" else f"nft {name}" for kind, name in items if kind in ("route", "nft"))
+    return ", ".join(words + [f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items()])
+
+
+def describe_changes(balance):
+    """"veth mn12, 2 routes; gone: ..." of {(kind, name, ...): how often it came, less how often it went}."""
+    come = describe([item[:2] for item, count in balance.items() for _ in range(count)])
+    gone = describe([item[:2] for item, count in balance.items() for _ in range(-count)])
+    return "; ".join(filter(None, (come, gone and f"gone: {gone}")))
+
+
+class Changes:
+    """What calls change. early(event) is told of every event at once, of(call) is asked when a call has ended."""
+
+    def __init__(self):
+        for tool in ("ip", "tc", "nft", "nsenter"):
+            if not find_tool(tool):
+                raise SnoopError(f"--changes needs {tool}: apt-get install {PACKAGES[tool]}")
+        self.links = set(os.listdir("/sys/class/net"))
+        self.lines = deque(maxlen=100_000)
+        self.begun, self.pods, self.last = {}, {}, {}
+        self.monitors = [subprocess.Popen([*WITH_PARENT, find_tool(argv[0]), *argv[1:]], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                          stdin=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True) for argv in MONITORS]
+        for argv, monitor in zip(MONITORS, self.monitors):
+            threading.Thread(target=self.read, args=(argv[0], monitor.stdout), daemon=True).start()
+
+    def read(self, tool, lines):
+        for line in lines:
+            item = parse_monitor(tool, line.rstrip("\n"))
+            if not item:
+                continue
+            sign, kind, name = item
+            is_link = kind not in ("address", "route", "qdisc", "nft")
+            if is_link and (sign > 0) == (name in self.links):
+                continue  # a link is told of whenever something about it changes
+            if is_link:
+                (self.links.add if sign > 0 else self.links.discard)(name)
+            self.lines.append((time.time(), item))
+
+    def close(self):
+        for monitor in self.monitors:
+            monitor.kill()
+            monitor.wait()
+
+    def early(self, event):
+        kind, _, pid = event[:3]
+        if kind == "begin" and pid not in self.pods:
+            self.begun[pid] = {"parent": event[4], "parts": {}}
+        elif kind == "env" and pid in self.begun:
+            self.begun[pid]["parts"][event[3]] = event[4]
+        elif kind == "exec" and pid in self.begun:
+            begun = self.begun.pop(pid)
+            netns = join_parts(begun["parts"]).get("CNI_NETNS", "")
+            for path in (f"/proc/{begun['parent']}/root{netns}", netns) if netns.startswith("/") else ():
+                with contextlib.suppress(OSError):
+                    handle = os.open(path, os.O_RDONLY)  # keeps the namespace until the call is shown, also if it is deleted
+                    self.pods[pid] = (handle, self.look_pod(handle))
+                    break
+        elif kind == "exit":
+            self.begun.pop(pid, None)
+
+    def look_pod(self, handle):
+        code, stdout, _ = run(["nsenter", f"--net=/proc/{os.getpid()}/fd/{handle}", "sh", "-c", POD_SCRIPT])
+        try:
+            return parse_pod(stdout) if code == 0 else set()
+        except ValueError:
+            return set()
+
+    def of(self, call):
+        """What a call changed, in words; "" for nothing."""
+        end = call["time"] + call["duration_ms"] / 1000 + 0.02
+        host = Counter()
+        for when, (sign, kind, name) in list(self.lines):
+            if call["time"] <= when <= end:
+                host[(kind, name)] += sign if kind in ("nft", "route") or host[(kind, name)] != sign else 0
+        words = describe_changes(host)
+        handle, before = self.pods.pop(call["pid"], (None, set()))
+        if handle is not None:
+            key, after = os.fstat(handle).st_ino, self.look_pod(handle)
+            os.close(handle)
+            before = self.last.get(key, before)
+            if call["command"] == "ADD" and "prevResult" not in parse_object(call["stdin"]):
+                before = {item for item in before if item[2] != call["ifname"]}  # we may have looked late; an ADD finds nothing there
+            self.last[key] = after
+            pod = describe_changes({**dict.fromkeys(sorted(after - before), 1), **dict.fromkeys(sorted(before - after), -1)})
+            words = "; ".join(filter(None, (words and f"host: {words}", pod and f"pod: {pod}")))
+        return words
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # trace
 # ---------------------------------------------------------------------------------------------------------------------
 WITH_PARENT = ("setpriv", "--pdeathsig", "INT")  # a backend ends with us, whatever ends us
@@ -965,14 +1104,14 @@ def choose_backend(options):
 class Tracer:
     """A running backend. events() yields each event in order of time, and None whenever there is time to look at other things."""
 
-    def __init__(self, name, argv, environ, parse):
-        self.name, self.parse = name, parse
+    def __init__(self, name, argv, environ, parse, early):
+        self.name, self.parse, self.early = name, parse, early
         self.clock = time.CLOCK_BOOTTIME if name == "bpftrace" else time.CLOCK_REALTIME
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the backend
         # In a session of its own: Ctrl-C is for us, and we end it.
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.stderr, start_new_session=True,
                                         env={**os.environ, **environ})
-        self.is_ready, self.ended, self.canaries, self.early = False, 0, set(), None
+        self.is_ready, self.ended, self.canaries = False, 0, set()
         self.deadline = time.monotonic() + 60
 
     def now(self):
@@ -1015,7 +1154,7 @@ class Tracer:
             self.canaries.add(event[2])
         elif event[0] == "exit" and event[2] in self.canaries and not self.is_ready:
             self.is_ready = True
-        elif self.early:
+        elif event[0] != "lost":
             self.early(event)
 
     def get_ready(self):
@@ -1099,7 +1238,8 @@ def trace(options):
     """Show calls until Ctrl-C. Returns the exit status."""
     name, argv, environ, parse = choose_backend(options)
     printer = Printer(options)
-    tracer = Tracer(name, argv, environ, parse)
+    changes = Changes() if options.changes else None
+    tracer = Tracer(name, argv, environ, parse, changes.early if changes else lambda event: None)
     epoch = time.time_ns() - tracer.now()
     calls = Calls(look_parent, epoch)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -1108,6 +1248,8 @@ def trace(options):
     try:
         for event in tracer.events():
             call = calls.feed(event) if event else None
+            if call and changes:
+                call["changes"] = changes.of(call)
             if call:
                 printer.show(call)
             if event is None and tracer.is_ready and not is_told:
@@ -1124,7 +1266,8 @@ def trace(options):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, else the interpreter complains when it flushes
     finally:
         tracer.stop()
-        tracer.close()
+        for opened in filter(None, (tracer, changes)):
+            opened.close()
     if not is_told:
         raise SnoopError(f"{name} ended: {tracer.said()}" if tracer.process.returncode else "ended before the probes were there")
     tell(f"{printer.count} calls, {printer.failures} failed" + f", {lost} events lost" * bool(lost))
@@ -1158,6 +1301,289 @@ def view(options):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def look_netns(path):
+    """"there", "gone", or "not known" without a path. A file that is left where a namespace was mounted is no namespace."""
+    if not path:
+        return "not known"
+    try:
+        return "there" if os.stat(path).st_dev == os.stat("/proc/self/ns/net").st_dev else "gone"
+    except OSError:
+        return "gone"
+
+
+def parse_cached(name, text):
+    """{network, container_id, ifname, netns, addresses, problem} of one of libcni's files."""
+    value = parse_object(text)
+    result = value.get("result") if isinstance(value.get("result"), dict) else {}
+    interfaces, ips = ([entry for entry in result.get(key) or [] if isinstance(entry, dict)] for key in ("interfaces", "ips"))
+    netns = value.get("netns") or next((entry["sandbox"] for entry in interfaces if entry.get("sandbox")), "")
+    return {"file": name, "network": value.get("networkName", ""), "container_id": value.get("containerId", ""), "netns": netns,
+            "ifname": value.get("ifName", ""), "addresses": [str(ip.get("address")) for ip in ips],
+            "problem": "" if value.get("kind") == "cniCacheV1" else "not readable as a result that libcni keeps"}
+
+
+def look_cache(directory):
+    """The rows of `cache`: what parse_cached returns, with age_s and state: "in use", "stale: ..." or "not known"."""
+    rows = []
+    for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
+        path = os.path.join(directory, name)
+        row = parse_cached(name, read_text(path))
+        row["age_s"] = int(time.time() - os.stat(path).st_mtime)
+        states = {"there": "in use", "gone": "stale: its namespace is gone", "not known": "not known"}
+        row["state"] = row["problem"] or states[look_netns(row["netns"])]
+        rows.append(row)
+    return rows
+
+
+def print_table(rows):
+    """Rows of words, the first one as a head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip())
+
+
+def duration_words(seconds):
+    return next(f"{seconds // size}{unit}" for size, unit in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")) if seconds >= size or size == 1)
+
+
+def cache(options):
+    """Print what libcni keeps."""
+    need_readable(options.cache_dir)
+    rows = look_cache(options.cache_dir)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    elif not rows:
+        print(f"nothing in {options.cache_dir}: no attachment, or a runtime that keeps its results elsewhere")
+    else:
+        print_table([("NETWORK", "CONTAINER", "INTERFACE", "ADDRESSES", "AGE", "STATE", "NAMESPACE"),
+                     *((printable(row["network"] or row["file"]), printable(row["container_id"][:13]), printable(row["ifname"]),
+                        printable(" ".join(row["addresses"])), duration_words(row["age_s"]), row["state"], printable(row["netns"])) for row in rows)])
+    return 0
+
+
+def need_readable(directory):
+    if os.path.isdir(directory) and not os.access(directory, os.R_OK | os.X_OK):
+        need_root("reading " + directory)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# doctor
+# ---------------------------------------------------------------------------------------------------------------------
+# What a plugin type needs: commands, and kernel features by how to try them in a namespace that is gone afterwards.
+BRIDGING = (("ip", "nsenter"), ("bridge", "veth"))
+NEEDS = {"mncni": BRIDGING, "naivewg": BRIDGING, "bridge": ((), ("bridge", "veth")), "ptp": ((), ("veth",)), "lat": (("tc",), ("netem",)),
+         "bandwidth": (("tc",), ("ifb", "tbf")), "portmap": (("nft",), ("nft",)), "quickack": (("ip",), ())}
+FEATURES = {
+    "bridge": "ip link add probe type bridge", "veth": "ip link add probe type veth", "ifb": "ip link add probe type ifb",
+    "tbf": "tc qdisc add dev lo root tbf rate 1mbit burst 10k latency 1s", "netem": "tc qdisc add dev lo root netem delay 1ms",
+    "nft": "nft add table inet probe", "WireGuard": "ip link add probe type wireguard",
+}
+
+
+def position(path, text, error):
+    """path:line:column: what is wrong with JSON text."""
+    return f"{path}:{error.lineno}:{error.colno}: {error.msg}" + " (the file is empty)" * (not text.strip())
+
+
+def judge_network(path, text):
+    """(network configuration list, problem) of a file as libcni reads it; {} if there is a problem."""
+    try:
+        conf = json.loads(text)
+    except ValueError as error:
+        return {}, position(path, text, error) if isinstance(error, json.JSONDecodeError) else f"{path}: {error}"
+    except RecursionError:
+        return {}, f"{path}: nested beyond reason"
+    if not isinstance(conf, dict):
+        return {}, f"{path}: not a JSON object"
+    if not path.endswith(".conflist"):
+        if "plugins" in conf:
+            return {}, f'{path}: has "plugins", so its name has to end in .conflist'
+        conf = {"name": conf.get("name"), "cniVersion": conf.get("cniVersion"), "plugins": [conf]}
+    plugins = conf.get("plugins")
+    if not isinstance(conf.get("name"), str) or not conf["name"]:
+        return {}, f'{path}: has no "name"'
+    if not isinstance(plugins, list) or not plugins:
+        return {}, f'{path}: has no "plugins"'
+    if not all(isinstance(plugin, dict) and isinstance(plugin.get("type"), str) for plugin in plugins):
+        return {}, f'{path}: an entry of "plugins" has no "type"'
+    return conf, ""
+
+
+def judge_networks(texts):
+    """(rows, findings, network) of {path: text of a file in the configuration directory}, as containerd reads them.
+
+    rows: [(path, verdict)]. It takes the first file in alphabetic order, and if that one is broken none at all.
+    """
+    rows, findings, network, first = [], [], None, ""
+    for path in sorted(texts):
+        if not path.endswith((".conflist", ".conf", ".json")):
+            rows.append((path, "ignored: its name ends in neither .conflist nor .conf nor .json"))
+            continue
+        conf, problem = judge_network(path, texts[path])
+        if problem:
+            way_out = "containerd uses no network at all until it is put right" if not first else f"it would not work in place of {first}"
+            findings.append((problem, way_out))
+        rows.append((path, f"{'broken' if problem else 'ignored'}: {first} comes first in the alphabet" if first else
+                     "broken, and first in the alphabet" if problem else f'in use: network "{conf["name"]}"'))
+        if not first:
+            first, network = path, conf or None
+    if not first:
+        findings.append(("no network configuration: nodes stay NotReady", "write a .conflist, or start what should write it"))
+    return rows, findings, network
+
+
+def plugin_types(network):
+    """[(type, network configuration)] of the plugins of a list and of their IPAM plugins, as a runtime hands them out."""
+    found = []
+    versions = [str(version) for version in [network.get("cniVersion", "0.1.0"), *(network.get("cniVersions") or [])]]
+    common = {"name": network["name"], "cniVersion": max(versions, key=lambda text: [int(part) for part in re.findall(r"\d+", text)])}
+    for plugin in network["plugins"]:
+        conf = {**plugin, **common}
+        ipam = plugin.get("ipam") if isinstance(plugin.get("ipam"), dict) else {}
+        found.append((plugin["type"], conf))
+        if isinstance(ipam.get("type"), str) and ipam["type"] not in ("mncni", "mncni.py"):
+            found.append((ipam["type"], conf))
+    return found
+
+
+def look_plugin(kind, conf, bin_dirs):
+    """Findings about one plugin: is it there, does it speak the version, what does it say to STATUS."""
+    path = next((path for path in (os.path.join(directory, kind) for directory in bin_dirs) if os.path.isfile(path)), None)
+    if not path:
+        return [(f'plugin "{kind}" is missing: not in {" ".join(bin_dirs)}', "every pod fails until it is installed")]
+    if not os.access(path, os.X_OK):
+        return [(f"{path} is not executable", f"chmod +x {path}")]
+    environ = {"CNI_COMMAND": "VERSION", "CNI_PATH": ":".join(bin_dirs), "CNI_CONTAINERID": "", "CNI_NETNS": "", "CNI_IFNAME": "", "CNI_ARGS": ""}
+    version = conf["cniVersion"]
+    code, stdout, stderr = run([path], json.dumps({"cniVersion": version}), environ)
+    supported = parse_object(stdout).get("supportedVersions")
+    if code or not isinstance(supported, list):
+        said = (stderr or stdout).strip().splitlines()
+        return [(f"{path} does not answer VERSION: exit status {code}, {printable(said[-1]) if said else 'and says nothing'}", "replace it")]
+    if version not in supported:
+        return [(f"{path} does not speak version {version} of its configuration, only {', '.join(map(str, supported))}",
+                 'change "cniVersion", or update the plugin')]
+    if version != "1.1.0":
+        return []  # STATUS came with 1.1.0
+    code, stdout, stderr = run([path], json.dumps(conf), {**environ, "CNI_COMMAND": "STATUS"})
+    error = parse_object(stdout)
+    said = f"error {error['code']}, {error.get('msg', '')}" if "code" in error else (stderr or stdout).strip() or f"exit status {code}"
+    return [(f"{path} says that it cannot work now: {printable(said)}", "see what it waits for")] if code else []
+
+
+def look_needs(types, network):
+    """Findings about commands and kernel features that plugins need."""
+    tools = {"python3"} if {"mncni", "naivewg"} & types else set()
+    features = set()
+    for kind in types:
+        more, tried = NEEDS.get(kind, ((), ()))
+        tools.update(more)
+        features.update(tried)
+    if any(plugin.get("ready") for plugin in network["plugins"]) and not find_tool("wireguard-go"):
+        features.add("WireGuard")
+    findings = [(f"{tool} is missing", f"apt-get install {PACKAGES[tool]}") for tool in sorted(tools) if not find_tool(tool)]
+    for name in sorted(features) if not os.geteuid() else []:
+        code, _, stderr = run(["unshare", "--net", *FEATURES[name].split()])
+        if code and find_tool(FEATURES[name].split()[0]):
+            findings.append((f"the kernel has no {name}: {stderr.strip()}", "load or install its module: modprobe, linux-modules-extra"))
+    return findings
+
+
+def look_leases(directories, rows):
+    """Findings about leases whose attachment libcni does not know, or whose namespace is gone. directories: one per network."""
+    known = {(row["container_id"], row["ifname"]): row["state"] for row in rows}
+    boot_id, findings = read_text("/proc/sys/kernel/random/boot_id").strip(), []
+    for directory in directories:
+        for name in sorted(os.listdir(directory)):
+            words = read_text(os.path.join(directory, name)).split()
+            if not re.fullmatch(r"[\da-f.:]{3,}", name) or len(words) < 2 or (len(words) > 2 and words[2] != boot_id):
+                continue  # a lease of an earlier boot counts as free
+            state = known.get((words[0], words[1]), "stale: libcni knows no such attachment")
+            if state.startswith("stale"):
+                findings.append((f"lease {directory}/{name} of {printable(words[0][:13])} {printable(words[1])} is {state}",
+                                 f"if no such container runs: rm {directory}/{name}"))
+    return findings
+
+
+def look_host():
+    """Findings about forwarding."""
+    findings = []
+    if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "0":
+        findings.append(("the node does not forward: net.ipv4.ip_forward is 0", "sysctl -w net.ipv4.ip_forward=1"))
+    code, stdout, _ = run(["nft", "-json", "list", "chains"])
+    for entry in parse_object(stdout).get("nftables", []) if code == 0 else []:
+        chain = entry.get("chain", {})
+        if chain.get("hook") == "forward" and chain.get("policy") == "drop":
+            what = f"{chain['family']} {chain['table']} {chain['name']}"
+            findings.append((f"chain {what} drops what is forwarded, unless one of its rules accepts it",
+                             f"is it Docker's or a firewall's? Accept pods there: nft insert rule {what} ip saddr POD-CIDR accept"))
+    if "-P FORWARD DROP" in run(["iptables-legacy", "-S", "FORWARD"])[1]:
+        findings.append(("iptables-legacy drops what is forwarded: -P FORWARD DROP", "iptables-legacy -P FORWARD ACCEPT, or accept pods there"))
+    return findings
+
+
+def look_containerd():
+    """(conf_dir, [bin_dir]) that containerd's configuration names, else the defaults."""
+    text = read_text("/etc/containerd/config.toml")
+    conf_dir = re.search(r"""^\s*conf_dir\s*=\s*["']([^"']+)""", text, re.MULTILINE)
+    bin_dirs = re.search(r"""^\s*bin_dirs?\s*=\s*(.+)""", text, re.MULTILINE)
+    return conf_dir[1] if conf_dir else "/etc/cni/net.d", re.findall(r"""["']([^"']+)""", bin_dirs[1])[::2] if bin_dirs else ["/opt/cni/bin"]
+
+
+def doctor(options):
+    """Print what is in use and what is wrong. Exit status 1 if there are findings."""
+    conf_dir, bin_dirs = look_containerd()
+    conf_dir, bin_dirs = options.conf_dir or conf_dir, options.bin_dir or bin_dirs
+    for directory in (conf_dir, options.cache_dir):
+        need_readable(directory)
+    names = sorted(os.listdir(conf_dir)) if os.path.isdir(conf_dir) else []
+    paths = [path for path in (os.path.join(conf_dir, name) for name in names) if os.path.isfile(path)]
+    rows, findings, network = judge_networks({path: read_text(path) for path in paths})
+    types = plugin_types(network) if network else []
+    for kind, conf in types:
+        findings += look_plugin(kind, conf, bin_dirs)
+    if network:
+        kinds = {kind for kind, _ in types} | {str(kind) for _, conf in types for kind in as_list(conf.get("plugin"))}
+        findings += look_needs(kinds, network)
+    if not any(os.path.isfile(os.path.join(directory, "loopback")) for directory in bin_dirs):
+        findings.append((f'plugin "loopback" is missing from {" ".join(bin_dirs)}', "containerd starts no pod without it, unless it is set to use its own"))
+    cached = look_cache(options.cache_dir)
+    findings += [(f"cached result {row['file']}: {row['state']}", f"if no such container runs: rm {shlex.quote(options.cache_dir)}/{row['file']}")
+                 for row in cached if row["state"] not in ("in use", "not known")]
+    data_dirs = options.data_dir or ["/var/lib/cni/mncni", "/var/lib/cni/networks"]
+    networks = [path for data_dir in data_dirs if os.path.isdir(data_dir)
+                for path in (os.path.join(data_dir, name) for name in sorted(os.listdir(data_dir))) if os.path.isdir(path)]
+    findings += look_leases(networks, cached) + look_host()
+    print_diagnosis(conf_dir, rows, types, findings, options.json)
+    return 1 if findings else 0
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def print_diagnosis(conf_dir, rows, types, findings, as_json):
+    if as_json:
+        print(json.dumps({"configurations": [{"path": path, "verdict": verdict} for path, verdict in rows],
+                          "plugins": [kind for kind, _ in types],
+                          "findings": [{"what": what, "do": way_out} for what, way_out in findings]}, indent=2))
+        return
+    print(f"configurations in {conf_dir}:" + " none" * (not rows))
+    for path, words in rows:
+        print(f"  {printable(os.path.basename(path))}: {printable(words)}")
+    if types:
+        print(f"plugins: {', '.join(printable(kind) for kind, _ in types)}")
+    for what, way_out in findings:
+        print(f"FINDING: {printable(what)}\n         {printable(way_out)}")
+    print(f"{len(findings)} findings" if findings else "nothing wrong was found"
+          + " (without root, the firewall and kernel features are not looked at)" * bool(os.geteuid()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1178,13 +1604,22 @@ def parse_options(argv):
     traced = commands.add_parser("trace", parents=[shown], help="show each CNI call as it happens (root)")
     traced.add_argument("--backend", choices=("bpftrace", "strace"), help="default: bpftrace if it can be used, else strace")
     traced.add_argument("--pid", type=int, action="append", help="strace: a process whose children are followed (the container runtimes)")
+    traced.add_argument("--changes", action="store_true", help="also what each call changed on the host and in the pod")
     traced.add_argument("--out", metavar="FILE", help="also append each call to FILE, for `view`")
     viewed = commands.add_parser("view", parents=[shown], help="show a recording again")
     viewed.add_argument("file", metavar="FILE")
+    kept = argparse.ArgumentParser(add_help=False)
+    kept.add_argument("--cache-dir", metavar="DIR", default="/var/lib/cni/results", help="libcni's results (/var/lib/cni/results)")
+    kept.add_argument("--json", action="store_true")
+    commands.add_parser("cache", parents=[kept], help="what libcni keeps of each attachment, stale ones marked")
+    checked = commands.add_parser("doctor", parents=[kept], help="which configuration is in use, and what is wrong")
+    checked.add_argument("--conf-dir", metavar="DIR", help="default: containerd's, else /etc/cni/net.d")
+    checked.add_argument("--bin-dir", metavar="DIR", action="append", help="default: containerd's, else /opt/cni/bin")
+    checked.add_argument("--data-dir", metavar="DIR", action="append", help="leases (/var/lib/cni/mncni and /var/lib/cni/networks)")
     return parser.parse_args(argv)
 
 
-COMMANDS = {"trace": trace, "view": view}
+COMMANDS = {"trace": trace, "view": view, "cache": cache, "doctor": doctor}
 
 
 def main(argv):
