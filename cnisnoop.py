@@ -45,7 +45,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from datetime import datetime
 
 LIMIT = 65536          # bytes kept of each stream of a call
@@ -892,11 +892,11 @@ def look_parent(pid):
 # ---------------------------------------------------------------------------------------------------------------------
 # Of the host the monitors tell. They know no process, and none tells of other namespaces without mixing up names, so what a call did
 # is what came while it ran; of the pod's namespace what is there before and after is compared.
-MONITORS = (("ip", "-d", "-o", "monitor", "link", "address", "route"), ("tc", "monitor"), ("nft", "monitor"))
+MONITORS = (("ip", "-ts", "-d", "-o", "monitor", "link", "address", "route"), ("tc", "-ts", "monitor"), ("nft", "monitor"))
 POD_SCRIPT = "ip -json address; ip -json route; ip -json -6 route; tc -json qdisc"
 MONITOR_LINES = {
-    "ip": (("link", r"\d+: (?P<name>[^:@\s]+).* qdisc .*"), ("address", r"\d+: \S+ +inet6? (?P<name>\S+) .*"),
-           ("route", r"(?!.* table local |multicast |ff00:|fe80:)(?:unicast )?(?P<name>default|[\da-f.:]+(?:/\d+)?) .*")),
+    "ip": (("link", r"\d+: (?P<name>[^:@\s]+).* qdisc .*"), ("address", r"\d+: \S+ +inet6? (?!fe80:)(?P<name>\S+) .*"),
+           ("route", r"(?:unicast )?(?!.* table local |ff00:|fe80:)(?P<name>default|[\da-f.:]+(?:/\d+)?) .*")),
     "tc": (("qdisc", r"qdisc (?P<name>\w+) .* dev \S+.*"),),
     "nft": (("nft", r"(?P<name>element|rule|chain|set|map|table) (?P<rest>.*)"),),
 }
@@ -950,13 +950,14 @@ def describe_changes(balance):
 class Changes:
     """What calls change. early(event) is told of every event at once, of(call) is asked when a call has ended."""
 
-    def __init__(self):
+    def __init__(self, epoch):
+        self.epoch = epoch
         for tool in ("ip", "tc", "nft", "nsenter"):
             if not find_tool(tool):
                 raise SnoopError(f"--changes needs {tool}: apt-get install {PACKAGES[tool]}")
         self.links = set(os.listdir("/sys/class/net"))
         self.lines = deque(maxlen=100_000)
-        self.begun, self.pods, self.last = {}, {}, {}
+        self.begun, self.pods, self.last, self.starts = {}, {}, {}, deque(maxlen=1000)
         self.monitors = [subprocess.Popen([*WITH_PARENT, find_tool(argv[0]), *argv[1:]], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                           stdin=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True) for argv in MONITORS]
         for argv, monitor in zip(MONITORS, self.monitors):
@@ -964,7 +965,9 @@ class Changes:
 
     def read(self, tool, lines):
         for line in lines:
-            item = parse_monitor(tool, line.rstrip("\n"))
+            stamp, _, rest = line.rstrip("\n").partition("] ") if line.startswith("[") else ("", "", line.rstrip("\n"))
+            when = datetime.fromisoformat(stamp[1:]).timestamp() if stamp else time.time()
+            item = parse_monitor(tool, rest)
             if not item:
                 continue
             sign, kind, name = item
@@ -973,7 +976,7 @@ class Changes:
                 continue  # a link is told of whenever something about it changes
             if is_link:
                 (self.links.add if sign > 0 else self.links.discard)(name)
-            self.lines.append((time.time(), item))
+            self.lines.append((when, item))
 
     def close(self):
         for monitor in self.monitors:
@@ -981,21 +984,22 @@ class Changes:
             monitor.wait()
 
     def early(self, event):
-        kind, _, pid = event[:3]
-        if kind == "begin" and pid not in self.pods:
-            self.begun[pid] = {"parent": event[4], "parts": {}}
+        kind, ts, pid = event[:3]
+        if kind == "begin" and not event[3] and pid not in self.pods:  # what a plugin starts is not looked at
+            self.begun[pid] = (event[4], {})
         elif kind == "env" and pid in self.begun:
-            self.begun[pid]["parts"][event[3]] = event[4]
+            self.begun[pid][1][event[3]] = event[4]
         elif kind == "exec" and pid in self.begun:
-            begun = self.begun.pop(pid)
-            netns = join_parts(begun["parts"]).get("CNI_NETNS", "")
-            for path in (f"/proc/{begun['parent']}/root{netns}", netns) if netns.startswith("/") else ():
+            parent, parts = self.begun.pop(pid)
+            self.starts.append((ts + self.epoch) / 1e9)
+            netns = join_parts(parts).get("CNI_NETNS", "")
+            for path in (f"/proc/{parent}/root{netns}", netns) if netns.startswith("/") else ():
                 with contextlib.suppress(OSError):
                     handle = os.open(path, os.O_RDONLY)  # keeps the namespace until the call is shown, also if it is deleted
-                    self.pods[pid] = (handle, self.look_pod(handle))
+                    self.pods[pid] = [handle, self.look_pod(handle)]
                     break
-        elif kind == "exit":
-            self.begun.pop(pid, None)
+        elif kind == "exit" and pid in self.pods:
+            self.pods[pid].append(self.look_pod(self.pods[pid][0]))
 
     def look_pod(self, handle):
         code, stdout, _ = run(["nsenter", f"--net=/proc/{os.getpid()}/fd/{handle}", "sh", "-c", POD_SCRIPT])
@@ -1006,15 +1010,17 @@ class Changes:
 
     def of(self, call):
         """What a call changed, in words; "" for nothing."""
-        end = call["time"] + call["duration_ms"] / 1000 + 0.02
+        end = call["time"] + call["duration_ms"] / 1000
+        # What a monitor tells of comes a little late; what comes after another call's begin is that one's.
+        end = min([end + 0.05, *(start for start in self.starts if start > end)])
         host = Counter()
         for when, (sign, kind, name) in list(self.lines):
             if call["time"] <= when <= end:
-                host[(kind, name)] += sign if kind in ("nft", "route") or host[(kind, name)] != sign else 0
+                host[(kind, name)] += sign if kind == "nft" or host[(kind, name)] != sign else 0
         words = describe_changes(host)
-        handle, before = self.pods.pop(call["pid"], (None, set()))
-        if handle is not None:
-            key, after = os.fstat(handle).st_ino, self.look_pod(handle)
+        if len(self.pods.get(call["pid"], ())) == 3:
+            handle, before, after = self.pods.pop(call["pid"])
+            key = os.fstat(handle).st_ino
             os.close(handle)
             before = self.last.get(key, before)
             if call["command"] == "ADD" and "prevResult" not in parse_object(call["stdin"]):
@@ -1029,6 +1035,7 @@ class Changes:
 # trace
 # ---------------------------------------------------------------------------------------------------------------------
 WITH_PARENT = ("setpriv", "--pdeathsig", "INT")  # a backend ends with us, whatever ends us
+CLOCKS = {"bpftrace": time.CLOCK_BOOTTIME, "strace": time.CLOCK_REALTIME}
 TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 
 
@@ -1106,7 +1113,6 @@ class Tracer:
 
     def __init__(self, name, argv, environ, parse, early):
         self.name, self.parse, self.early = name, parse, early
-        self.clock = time.CLOCK_BOOTTIME if name == "bpftrace" else time.CLOCK_REALTIME
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the backend
         # In a session of its own: Ctrl-C is for us, and we end it.
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.stderr, start_new_session=True,
@@ -1115,7 +1121,7 @@ class Tracer:
         self.deadline = time.monotonic() + 60
 
     def now(self):
-        return time.clock_gettime_ns(self.clock)
+        return time.clock_gettime_ns(CLOCKS[self.name])
 
     def stop(self):
         """Ask it to end, once; what it has still to say comes yet."""
@@ -1238,9 +1244,9 @@ def trace(options):
     """Show calls until Ctrl-C. Returns the exit status."""
     name, argv, environ, parse = choose_backend(options)
     printer = Printer(options)
-    changes = Changes() if options.changes else None
+    epoch = time.time_ns() - time.clock_gettime_ns(CLOCKS[name])
+    changes = Changes(epoch) if options.changes else None
     tracer = Tracer(name, argv, environ, parse, changes.early if changes else lambda event: None)
-    epoch = time.time_ns() - tracer.now()
     calls = Calls(look_parent, epoch)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: tracer.stop())
