@@ -20,7 +20,8 @@ Both give the same small events, which are tuples (kind, time in ns, pid, ...):
     ("begin", ts, pid, owner, parent, comm)    the process wants to execute; owner: nearest process above it that was reported, or 0
     ("path" | "arg", ts, pid, text)            what it executes, and one argument each
     ("env", ts, pid, part, text)               a CNI_* variable, in parts: 8 * number + part
-    ("exec", ts, pid, in, out, err)            it did; streams behind its descriptors 0, 1, 2: 4 * owning pid + 1, 2 or 3
+    ("exec", ts, pid, in, out, err)            it did; streams behind its descriptors 0, 1, 2: 8 * owning pid + 1, 2 or 3, + 4 for
+                                               what was put there after the owner's first program
     ("noexec", ts, pid, errno)                 it could not
     ("size", ts, pid, stream, n), ("data", ts, stream, bytes)    n bytes went through a stream, and their contents in pieces
     ("exit", ts, pid, code)                    256 + exit status, or the signal; 0: not known
@@ -90,7 +91,7 @@ tracepoint:sched:sched_process_exec /@try[args->old_pid]/ {
   $i = 0;
   while ($i < %(descriptors)d) {
     if ($i > 2) { delete(@fd[pid, $i]); }
-    else { if (!@fd[pid, $i]) { @fd[pid, $i] = pid * 4 + $i + 1; } }
+    else { if (!@fd[pid, $i]) { @fd[pid, $i] = pid * 8 + $i + 1 + (@in[pid] == pid ? 4 : 0); } }
     $i++;
   }
   @in[pid] = pid;
@@ -236,7 +237,8 @@ tracepoint:sched:sched_process_exit {
   if (@in[tid]) {
     if (@in[tid] == tid && pid == tid) {
       printf("exit|%%llu|%%d|%%d", nsecs, pid, @code[pid]);
-      delete(@sent[pid * 4 + 1]); delete(@sent[pid * 4 + 2]); delete(@sent[pid * 4 + 3]);
+      $i = 0;
+      while ($i < 8) { delete(@sent[pid * 8 + $i]); $i++; }
     }
     delete(@in[tid]); delete(@code[tid]);
     $i = 0;
@@ -297,7 +299,7 @@ def parse_bpftrace(line):
 # ---------------------------------------------------------------------------------------------------------------------
 # "?": not on every machine. Exit codes come without a system call. -xx writes every string in hexadecimal, so no quote or bracket in
 # it can be taken for one of strace's own.
-STRACE = ("strace", "-f", "-q", "-ttt", "-v", "-xx", "-s", str(LIMIT), "-e", "signal=none", "-e", "trace=execve,?execveat,clone,?clone3,"
+STRACE = ("strace", "-f", "-q", "-ttt", "-v", "-xx", "-s", str(LIMIT), "-e", "trace=execve,?execveat,clone,?clone3,"
           "?fork,?vfork,read,readv,write,writev,close,dup,?dup2,dup3,fcntl,?open,openat")
 STRACE_LINE = re.compile(r"(\d+) +(\d+)\.(\d{6}) (.*)", re.DOTALL)
 HEX_STRING = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
@@ -381,7 +383,8 @@ class Strace:
         if value.startswith("-1"):
             return [*events, ("noexec", ts, pid, -getattr(errno, value.split()[1], 0))]
         above = self.streams.get(pid, {})
-        self.streams[pid] = {fd: above.get(fd, pid * 4 + fd + 1) for fd in range(3)}
+        again = 4 * (self.inside.get(pid) == pid)
+        self.streams[pid] = {fd: above.get(fd, pid * 8 + fd + 1 + again) for fd in range(3)}
         self.inside[pid] = pid
         return [*events, ("exec", ts, pid, *self.streams[pid].values())]
 
@@ -469,12 +472,15 @@ class Process:
     """One that was reported. above: the nearest reported one above it. is_call: it is a CNI call, as far as is known."""
 
     def __init__(self, pid, attempt, above, streams):
-        self.pid, self.above, self.streams, self.attempt = pid, above, streams, attempt
+        self.pid, self.above, self.attempt = pid, above, attempt
         self.start, self.path, self.env = attempt["ts"], attempt["path"], attempt["env"]
         self.is_call = False
-        self.contents = {stream & 3: bytearray() for stream in streams}
-        self.sizes = Counter()
         self.delegates, self.commands = [], []
+        self.take(streams)
+
+    def take(self, streams):
+        """Begin with new streams: what another program in the same process read is not this one's."""
+        self.streams, self.contents, self.sizes = streams, {}, Counter()
 
     def caller(self):
         """The process of the CNI call that this one belongs to, or None."""
@@ -550,6 +556,8 @@ class Calls:
         if not process or not attempt["owner"]:  # a known process without an owner: another one's number, whose end was lost
             process = Process(pid, attempt, self.processes.get(attempt["owner"]), streams)
             self.processes[pid] = process
+        if not process.is_call:
+            process.take(streams)
         if process.is_call or os.path.basename(attempt["path"]) in WRAPPERS or not attempt["env"].get("CNI_COMMAND"):
             return  # an interpreter in the plugin's place, or nothing that could be a plugin
         caller, directory = process.caller(), os.path.dirname(attempt["path"])
@@ -575,7 +583,7 @@ class Calls:
         while process:
             if stream in process.streams:
                 found.append(process)
-            process = process.above if process.pid != stream >> 2 else None
+            process = process.above if process.pid != stream >> 3 else None
         return found
 
     def end(self, ts, pid, code):
@@ -583,8 +591,8 @@ class Calls:
         self.attempts.pop(pid, None)
         if not process:
             return None
-        for kind in (1, 2, 3):
-            self.movers.pop(pid * 4 + kind, None)
+        for number in range(8):
+            self.movers.pop(pid * 8 + number, None)
         if process.is_call and not self.is_plugin(process):
             process.is_call = False
         if process.is_call:
@@ -596,7 +604,7 @@ class Calls:
 
     def command(self, process, ts, code):
         """What a plugin ran that is no plugin. Its stdin is shown where it is not the plugin's own."""
-        stdin = process.contents.get(1, b"") if process.pid == process.streams[0] >> 2 else b""
+        stdin = process.contents.get(1, b"") if process.pid == process.streams[0] >> 3 else b""
         return {"time": self.wall(process.start), "argv": process.attempt["argv"], **self.outcome(process, ts, code),
                 "stdin": bytes(stdin).decode("utf-8", "backslashreplace"),
                 "stderr": bytes(process.contents.get(3, b"")).decode("utf-8", "backslashreplace")}
