@@ -16,11 +16,31 @@ DIRECTORY = "/tmp/cni-plugins"
 def sample(**changes):
     """A call as Calls makes it."""
     content = {"stdin": '{"cniVersion": "1.0.0", "name": "net"}', "stdout": '{"cniVersion": "1.0.0"}', "stderr": ""}
-    call = {"time": 1_700_000_000.25, "command": "ADD", "plugin": "bridge", "path": "/opt/cni/bin/bridge", "argv": ["/opt/cni/bin/bridge"],
-            "env": {"CNI_COMMAND": "ADD", "CNI_ARGS": "K8S_POD_NAMESPACE=default;K8S_POD_NAME=web-0"}, "container_id": "c1", "netns": "",
-            "ifname": "eth0", "network": "net", "pid": 5, "parent": {"pid": 1, "comm": "containerd"}, "exit": 0, "signal": "",
-            "duration_ms": 12.3, "error": "", "running": False, "incomplete": False, "chain": 1, "delegates": [], "commands": [],
-            **content, **changes}
+    call = {
+        "time": 1_700_000_000.25,
+        "command": "ADD",
+        "plugin": "bridge",
+        "path": "/opt/cni/bin/bridge",
+        "argv": ["/opt/cni/bin/bridge"],
+        "env": {"CNI_COMMAND": "ADD", "CNI_ARGS": "K8S_POD_NAMESPACE=default;K8S_POD_NAME=web-0"},
+        "container_id": "c1",
+        "netns": "",
+        "ifname": "eth0",
+        "network": "net",
+        "pid": 5,
+        "parent": {"pid": 1, "comm": "containerd"},
+        "exit": 0,
+        "signal": "",
+        "duration_ms": 12.3,
+        "error": "",
+        "running": False,
+        "incomplete": False,
+        "chain": 1,
+        "delegates": [],
+        "commands": [],
+        **content,
+        **changes,
+    }
     return {**{f"{name}_size": len(call[name].encode()) for name in content}, **call}
 
 
@@ -28,8 +48,13 @@ def executed(pid, path, ts=0, owner=0, parent=1, streams=None, **env):
     """The events of a program's start."""
     env = {"CNI_COMMAND": "ADD", "CNI_PATH": "/opt/cni/bin", **env}
     words = [("env", ts, pid, 8 * number, f"{name}={value}") for number, (name, value) in enumerate(env.items())]
-    return [("begin", ts, pid, owner, parent, "containerd"), ("path", ts, pid, path), ("arg", ts, pid, path), *words,
-            ("exec", ts, pid, *(streams or (pid * 8 + 1, pid * 8 + 2, pid * 8 + 3)))]
+    return [
+        ("begin", ts, pid, owner, parent, "containerd"),
+        ("path", ts, pid, path),
+        ("arg", ts, pid, path),
+        *words,
+        ("exec", ts, pid, *(streams or (pid * 8 + 1, pid * 8 + 2, pid * 8 + 3))),
+    ]
 
 
 def moved(pid, stream, data, ts=1):
@@ -37,11 +62,12 @@ def moved(pid, stream, data, ts=1):
 
 
 def only_call(events):
-    call, = snoop.calls_of(events)
+    (call,) = snoop.calls_of(events)
     return call
 
 
 # ---- recordings ----
+
 
 @pytest.mark.parametrize("backend", ["bpftrace", "strace"])
 def test_a_recording_gives_every_call_complete_and_nested(backend):
@@ -50,11 +76,19 @@ def test_a_recording_gives_every_call_complete_and_nested(backend):
 
 def test_both_backends_give_the_same_calls():
     def lasting(call):
-        kept = {key: call[key] for key in ("plugin", "command", "env", "argv", "stdin", "stdout", "stderr", "exit", "signal", "error", "chain")}
-        return {**kept, "delegates": [lasting(entry) for entry in call["delegates"]], "commands": [entry["argv"] for entry in call["commands"]]}
+        kept = {
+            key: call[key] for key in ("plugin", "command", "env", "argv", "stdin", "stdout", "stderr", "exit", "signal", "error", "chain")
+        }
+        return {
+            **kept,
+            "delegates": [lasting(entry) for entry in call["delegates"]],
+            "commands": [entry["argv"] for entry in call["commands"]],
+        }
 
-    ours = [[lasting(call) for call in snoop.calls_of(snoop.recorded(backend)) if call["path"].startswith(DIRECTORY)]
-            for backend in ("bpftrace", "strace")]
+    ours = [
+        [lasting(call) for call in snoop.calls_of(snoop.recorded(backend)) if call["path"].startswith(DIRECTORY)]
+        for backend in ("bpftrace", "strace")
+    ]
     assert ours[0] == ours[1]
 
 
@@ -67,18 +101,26 @@ def test_the_order_in_which_processors_are_read_does_not_matter():
 
 # ---- lines into events ----
 
-@pytest.mark.parametrize("line, event", [
-    (b'{"type": "printf", "data": "begin|7|5|0|1|cri o|x"}', ("begin", 7, 5, 0, 1, "cri o|x")),
-    (b'{"type": "printf", "data": "arg|7|5|caf\\uffffffc3\\uffffffa9 \\\\uffff"}', ("arg", 7, 5, "caf\xc3\xa9 \\uffff")),
-    ('{"type": "printf", "data": "arg|7|5|café"}'.encode(), ("arg", 7, 5, "caf\xc3\xa9")),
-    (b'{"type": "printf", "data": "data|7|41|\\\\x7b\\\\xff\\\\x00"}', ("data", 7, 41, b"{\xff\x00")),
-    (b'{"type": "printf", "data": "exit|7|5|257"}', ("exit", 7, 5, 257)),
-    (b'{"type": "lost_events", "data": {"events": 12}}', ("lost", 0, 12)),
-    (b'{"type": "attached_probes", "data": {"probes": 13}}', None),
-    (b'{"type": "printf", "data": "exit|7|5"}', None),
-    (b'{"type": "printf", "data": "nonsense|7|5"}', None),
-    (b"", None), (b"[1]", None), (b"Lost 5 events", None), (b'{"type": "printf", "data": "exit|7|5|x"}', None), (b"\xff\x00{", None),
-])
+
+@pytest.mark.parametrize(
+    "line, event",
+    [
+        (b'{"type": "printf", "data": "begin|7|5|0|1|cri o|x"}', ("begin", 7, 5, 0, 1, "cri o|x")),
+        (b'{"type": "printf", "data": "arg|7|5|caf\\uffffffc3\\uffffffa9 \\\\uffff"}', ("arg", 7, 5, "caf\xc3\xa9 \\uffff")),
+        ('{"type": "printf", "data": "arg|7|5|café"}'.encode(), ("arg", 7, 5, "caf\xc3\xa9")),
+        (b'{"type": "printf", "data": "data|7|41|\\\\x7b\\\\xff\\\\x00"}', ("data", 7, 41, b"{\xff\x00")),
+        (b'{"type": "printf", "data": "exit|7|5|257"}', ("exit", 7, 5, 257)),
+        (b'{"type": "lost_events", "data": {"events": 12}}', ("lost", 0, 12)),
+        (b'{"type": "attached_probes", "data": {"probes": 13}}', None),
+        (b'{"type": "printf", "data": "exit|7|5"}', None),
+        (b'{"type": "printf", "data": "nonsense|7|5"}', None),
+        (b"", None),
+        (b"[1]", None),
+        (b"Lost 5 events", None),
+        (b'{"type": "printf", "data": "exit|7|5|x"}', None),
+        (b"\xff\x00{", None),
+    ],
+)
 def test_a_line_of_bpftrace_is_an_event_or_nothing(line, event):
     assert cnisnoop.parse_bpftrace(line) == event
 
@@ -107,11 +149,12 @@ def test_strace_threads_belong_to_their_process_and_strangers_are_left_out():
 
 # ---- events into calls ----
 
+
 def test_a_call_without_an_end_is_still_running():
     calls = cnisnoop.Calls()
     for event in executed(5, "/opt/cni/bin/bridge", ts=10**9) + executed(6, "/opt/cni/bin/host-local", ts=2 * 10**9, owner=5):
         assert calls.feed(event) is None
-    call, = calls.unfinished(4 * 10**9)
+    (call,) = calls.unfinished(4 * 10**9)
     assert (call["running"], call["exit"], call["duration_ms"]) == (True, None, 3000)
     assert [entry["plugin"] for entry in call["delegates"]] == ["host-local"] and "still running" in "\n".join(cnisnoop.format_call(call))
 
@@ -119,14 +162,24 @@ def test_a_call_without_an_end_is_still_running():
 def test_what_the_kernel_lost_is_counted_and_said():
     events = [*executed(5, "/opt/cni/bin/bridge"), ("lost", 0, 7), ("exit", 9, 5, 256)]
     calls = cnisnoop.Calls()
-    call, = filter(None, map(calls.feed, events))
+    (call,) = filter(None, map(calls.feed, events))
     assert calls.lost == 7 and call["incomplete"] and "events were lost" in "\n".join(cnisnoop.format_call(call))
-    call, = filter(None, map(calls.feed, [*executed(6, "/opt/cni/bin/bridge"), ("exit", 9, 6, 256)]))
+    (call,) = filter(None, map(calls.feed, [*executed(6, "/opt/cni/bin/bridge"), ("exit", 9, 6, 256)]))
     assert not call["incomplete"]
 
 
-@pytest.mark.parametrize("event", [("exit", 9, 5, 256), ("exec", 9, 5, 1, 2, 3), ("data", 9, 41, b"x"), ("size", 9, 5, 41, 1), ("env", 9, 5, 0, "A=b"),
-                                   ("noexec", 9, 5, -2), ("path", 9, 5, "/x")])
+@pytest.mark.parametrize(
+    "event",
+    [
+        ("exit", 9, 5, 256),
+        ("exec", 9, 5, 1, 2, 3),
+        ("data", 9, 41, b"x"),
+        ("size", 9, 5, 41, 1),
+        ("env", 9, 5, 0, "A=b"),
+        ("noexec", 9, 5, -2),
+        ("path", 9, 5, "/x"),
+    ],
+)
 def test_an_event_whose_beginning_was_lost_is_nothing(event):
     assert cnisnoop.Calls().feed(event) is None
 
@@ -147,8 +200,17 @@ def test_text_that_is_cut_within_a_character_is_still_text():
     assert "stdin_base64" not in call and call["stdin"].startswith("xxx")
 
 
-@pytest.mark.parametrize("code, shown", [(256, "ok"), (259, "exit 3"), (9, "killed by SIGKILL"), (11, "killed by SIGSEGV"), (40, "killed by signal 40"),
-                                         (0, "ended, exit status not known")])
+@pytest.mark.parametrize(
+    "code, shown",
+    [
+        (256, "ok"),
+        (259, "exit 3"),
+        (9, "killed by SIGKILL"),
+        (11, "killed by SIGSEGV"),
+        (40, "killed by signal 40"),
+        (0, "ended, exit status not known"),
+    ],
+)
 def test_the_end_of_a_call_is_decoded(code, shown):
     call = only_call([*executed(5, "/opt/cni/bin/bridge"), ("exit", 9, 5, code)])
     assert cnisnoop.verdict(call) == shown
@@ -160,9 +222,17 @@ def test_an_error_of_a_plugin_is_in_the_first_line():
 
 
 def test_a_command_of_a_plugin_is_no_call_and_one_from_cni_path_is_a_delegate():
-    events = [*executed(5, "/opt/cni/bin/bridge"), *executed(6, "/usr/sbin/ip", 1, owner=5), *moved(6, 6 * 8 + 1, b"link show\n"), ("exit", 2, 6, 257),
-              *executed(7, "/opt/cni/bin/host-local", 3, owner=5), *executed(8, "/usr/bin/jq", 4, owner=7), ("exit", 5, 8, 256), ("exit", 6, 7, 256),
-              ("exit", 9, 5, 256)]
+    events = [
+        *executed(5, "/opt/cni/bin/bridge"),
+        *executed(6, "/usr/sbin/ip", 1, owner=5),
+        *moved(6, 6 * 8 + 1, b"link show\n"),
+        ("exit", 2, 6, 257),
+        *executed(7, "/opt/cni/bin/host-local", 3, owner=5),
+        *executed(8, "/usr/bin/jq", 4, owner=7),
+        ("exit", 5, 8, 256),
+        ("exit", 6, 7, 256),
+        ("exit", 9, 5, 256),
+    ]
     call = only_call(events)
     assert [(entry["argv"], entry["exit"], entry["stdin"]) for entry in call["commands"]] == [(["/usr/sbin/ip"], 1, "link show\n")]
     assert [entry["plugin"] for entry in call["delegates"]] == ["host-local"]
@@ -181,15 +251,19 @@ def test_a_wrapper_is_not_the_plugin():
 
 
 def test_a_shebang_interpreter_stays_the_plugin():
-    events = [*executed(5, "/opt/cni/bin/mine"), *executed(5, "/usr/bin/python3", 3, owner=5, streams=(41, 42, 43)), ("exit", 9, 5, 256)]
+    events = [
+        *executed(5, "/opt/cni/bin/mine"),
+        *executed(5, "/usr/bin/python3", 3, owner=5, streams=(41, 42, 43)),
+        ("exit", 9_000_000, 5, 256),
+    ]
     call = only_call(events)
-    assert (call["plugin"], call["duration_ms"]) == ("mine", 9 / 1e6)
+    assert (call["plugin"], call["duration_ms"]) == ("mine", 9)
 
 
 def test_a_process_number_that_is_used_again_is_another_call():
     calls = cnisnoop.Calls()
     events = [*executed(5, "/opt/cni/bin/bridge"), *executed(5, "/opt/cni/bin/portmap", 5), ("exit", 9, 5, 256)]
-    call, = filter(None, map(calls.feed, events))
+    (call,) = filter(None, map(calls.feed, events))
     assert call["plugin"] == "portmap"
 
 
@@ -198,25 +272,56 @@ def test_chains_are_counted_per_attachment():
         return [*executed(pid, path, pid, **env), *moved(pid, pid * 8 + 1, json.dumps(conf).encode(), pid), ("exit", pid, pid, 256)]
 
     first, later = {"name": "n"}, {"name": "n", "prevResult": {}}
-    events = [*one(5, "/opt/cni/bin/a", first), *one(6, "/opt/cni/bin/z", first, CNI_CONTAINERID="other"), *one(7, "/opt/cni/bin/b", later),
-              *one(8, "/opt/cni/bin/a", first), *one(10, "/opt/cni/bin/b", later, CNI_COMMAND="DEL"), *one(11, "/opt/cni/bin/a", later, CNI_COMMAND="DEL"),
-              *one(12, "/opt/cni/bin/b", later, CNI_COMMAND="DEL")]
+    events = [
+        *one(5, "/opt/cni/bin/a", first),
+        *one(6, "/opt/cni/bin/z", first, CNI_CONTAINERID="other"),
+        *one(7, "/opt/cni/bin/b", later),
+        *one(8, "/opt/cni/bin/a", first),
+        *one(10, "/opt/cni/bin/b", later, CNI_COMMAND="DEL"),
+        *one(11, "/opt/cni/bin/a", later, CNI_COMMAND="DEL"),
+        *one(12, "/opt/cni/bin/b", later, CNI_COMMAND="DEL"),
+    ]
     assert [call["chain"] for call in snoop.calls_of(events)] == [1, 1, 2, 1, 1, 2, 1]
 
 
 # ---- printing ----
 
+
 def test_secrets_are_hidden_at_every_depth_and_the_rest_is_untouched():
-    conf = {"name": "net", "kubernetes": {"k8sAuthToken": "abc", "list": [{"clientSecret": {"deep": ["x", 5]}}]}, "psk": 12, "keepAlive": True}
+    conf = {
+        "name": "net",
+        "kubernetes": {"k8sAuthToken": "abc", "list": [{"clientSecret": {"deep": ["x", 5]}}]},
+        "psk": 12,
+        "keepAlive": True,
+    }
     plain = '{"name":   "net"}'
-    call = sample(stdin=json.dumps(conf), stdout=plain, stderr="password=swordfish user=me",
-                  delegates=[sample(stdin='{"apiKey": "zzz"}')], commands=[{"argv": ["x", "--token=abc"], "stdin": "PrivateKey = qqq\nPort = 1", "stderr": "",
-                                                                           "exit": 1, "signal": "", "duration_ms": 1.0, "time": 0}])
+    call = sample(
+        stdin=json.dumps(conf),
+        stdout=plain,
+        stderr="password=swordfish user=me",
+        delegates=[sample(stdin='{"apiKey": "zzz"}')],
+        commands=[
+            {
+                "argv": ["x", "--token=abc"],
+                "stdin": "PrivateKey = qqq\nPort = 1",
+                "stderr": "",
+                "exit": 1,
+                "signal": "",
+                "duration_ms": 1.0,
+                "time": 0,
+            }
+        ],
+    )
     masked = cnisnoop.mask_call(call)
     text = json.dumps(masked)
-    for secret in ("abc", "deep\": [\"x", "swordfish", "zzz", "qqq"):
+    for secret in ("abc", 'deep": ["x', "swordfish", "zzz", "qqq"):
         assert secret not in text
-    assert json.loads(masked["stdin"])["keepAlive"] is True and masked["stdout"] == plain and "user=me" in masked["stderr"] and "Port = 1" in text
+    assert (
+        json.loads(masked["stdin"])["keepAlive"] is True
+        and masked["stdout"] == plain
+        and "user=me" in masked["stderr"]
+        and "Port = 1" in text
+    )
     assert masked["masked"] and not cnisnoop.mask_call(sample())["masked"]
     assert "--show-secrets" in cnisnoop.replay_line(masked)
 
@@ -232,7 +337,7 @@ def test_json_beyond_reason_is_no_traceback():
     assert cnisnoop.format_call(cnisnoop.mask_call(call))
 
 
-STDINS = [b'{"name": "it\'s"}', b'two\nlines\n\n', b"", b"\xff\x00\x01", "tab\té \x1b[31m \\033 '".encode(), b"%s %d $HOME `id` \\n"]
+STDINS = [b'{"name": "it\'s"}', b"two\nlines\n\n", b"", b"\xff\x00\x01", "tab\té \x1b[31m \\033 '".encode(), b"%s %d $HOME `id` \\n"]
 
 
 @pytest.mark.parametrize("stdin", STDINS)
@@ -250,7 +355,9 @@ def test_the_replay_line_repeats_the_call_to_the_byte(tmp_path, stdin):
     assert (tmp_path / "a plugin.words").read_text() == "1 two words ADD A=$HOME;B='\x1b\"\n"
 
 
-@pytest.mark.parametrize("replay, failed, is_there", [("error", True, True), ("error", False, False), ("always", False, True), ("never", True, False)])
+@pytest.mark.parametrize(
+    "replay, failed, is_there", [("error", True, True), ("error", False, False), ("always", False, True), ("never", True, False)]
+)
 def test_the_replay_line_comes_when_asked_for(replay, failed, is_there):
     text = "\n".join(cnisnoop.format_call(sample(exit=int(failed)), replay=replay))
     assert ("printf %s" in text) == is_there
@@ -262,8 +369,12 @@ def test_a_call_that_was_made_elsewhere_is_repeated_there():
 
 
 def test_json_is_cut_sensibly_and_whole_with_full():
-    conf = {"name": "net", "routes": [{"dst": f"10.{n}.0.0/16", "gw": "10.0.0.1"} for n in range(30)], "text": "y" * 900,
-            "prevResult": {"cniVersion": "1.0.0", "ips": [{"address": "10.244.1.5/24"}], "more": "z" * 200}}
+    conf = {
+        "name": "net",
+        "routes": [{"dst": f"10.{n}.0.0/16", "gw": "10.0.0.1"} for n in range(30)],
+        "text": "y" * 900,
+        "prevResult": {"cniVersion": "1.0.0", "ips": [{"address": "10.244.1.5/24"}], "more": "z" * 200},
+    }
     call = sample(stdin=json.dumps(conf))
     short, full = ("\n".join(cnisnoop.format_call(call, is_full)) for is_full in (False, True))
     assert "... 25 more" in short and "(900 characters)" in short and "... 10.244.1.5/24" in short
@@ -272,8 +383,15 @@ def test_json_is_cut_sensibly_and_whole_with_full():
 
 
 def test_a_terminal_is_not_given_what_a_plugin_wrote_as_it_is():
-    call = sample(stdout="\x1b]0;title\x07", stderr="a\rb\x9b", network="n\x1b[31m", netns="/run/\x1b", env={"CNI_ARGS": "K8S_POD_NAME=\x1b[1m"}, plugin="\x1bx",
-                  exit=1)
+    call = sample(
+        stdout="\x1b]0;title\x07",
+        stderr="a\rb\x9b",
+        network="n\x1b[31m",
+        netns="/run/\x1b",
+        env={"CNI_ARGS": "K8S_POD_NAME=\x1b[1m"},
+        plugin="\x1bx",
+        exit=1,
+    )
     assert not [char for line in cnisnoop.format_call(call) for char in line if not char.isprintable()]
     assert any("\033[" in line for line in cnisnoop.format_call(call, style=cnisnoop.terminal_style))
 
@@ -282,11 +400,22 @@ def options(*words):
     return cnisnoop.parse_options(["view", "FILE", *words])
 
 
-@pytest.mark.parametrize("words, is_wanted", [
-    ([], True), (["--plugin", "bridge"], True), (["--plugin", "host-local"], True), (["--plugin", "portmap"], False),
-    (["--command", "add"], True), (["--command", "DEL"], False), (["--container", "c1"], True), (["--container", "web-0"], True),
-    (["--container", "x"], False), (["--failed"], False), (["--plugin", "bridge", "--failed"], False),
-])
+@pytest.mark.parametrize(
+    "words, is_wanted",
+    [
+        ([], True),
+        (["--plugin", "bridge"], True),
+        (["--plugin", "host-local"], True),
+        (["--plugin", "portmap"], False),
+        (["--command", "add"], True),
+        (["--command", "DEL"], False),
+        (["--container", "c1"], True),
+        (["--container", "web-0"], True),
+        (["--container", "x"], False),
+        (["--failed"], False),
+        (["--plugin", "bridge", "--failed"], False),
+    ],
+)
 def test_filters(words, is_wanted):
     call = sample(delegates=[sample(plugin="host-local")])
     assert cnisnoop.is_wanted(call, options(*words)) == is_wanted
@@ -314,43 +443,63 @@ def test_a_file_that_is_no_recording_is_refused(tmp_path, capsys, content):
 
 # ---- changes ----
 
-IP_LINK = "2: mncni0: <BROADCAST> mtu 1500 qdisc noop state DOWN group default \\    link/ether 86:75 brd ff:ff promiscuity 0  allmulti 0 minmtu 68 maxmtu 65535 \\  "
+IP_LINK = "2: mncni0: <BROADCAST> mtu 1500 qdisc noop state DOWN group default \\    link/ether 86:75 brd ff:ff promiscuity 0  allmulti 0 minmtu 68 maxmtu 65535 \\  "  # noqa: E501
 
 
-@pytest.mark.parametrize("tool, line, item", [
-    ("ip", IP_LINK + "  bridge forward_delay 1500", (1, "bridge", "mncni0")),
-    ("ip", "Deleted 4: mn12@NONE: <BROADCAST> mtu 1500 qdisc noop state DOWN \\    link/ether 06:75", (-1, "link", "mn12")),
-    ("ip", "Deleted 4: mn12@NONE: <BROADCAST> mtu 1500 master mncni0 state DOWN \\    link/ether 06:75", None),  # it leaves the bridge
-    ("ip", "2: mncni0    inet 10.88.0.1/24 scope global br0\\       valid_lft forever", (1, "address", "10.88.0.1/24")),
-    ("ip", "2: mncni0    inet6 fe80::1/64 scope link \\       valid_lft forever", None),
-    ("ip", "Deleted unicast 10.1.0.0/24 dev br0 table main proto kernel scope link", (-1, "route", "10.1.0.0/24")),
-    ("ip", "unicast default via 10.1.0.1 dev br0 ", (1, "route", "default")),
-    ("ip", "local 10.1.0.1 dev br0 table local proto kernel", None),
-    ("ip", "multicast ff00::/8 dev br0 table local", None),
-    ("tc", "qdisc tbf 8485: dev mn12 root refcnt 2 rate 1Mbit", (1, "qdisc", "tbf")),
-    ("tc", "deleted qdisc noqueue 0: dev br0 root ", None),
-    ("nft", "add element inet t s { 1.2.3.4 }", (1, "nft", "element")),
-    ("nft", "delete rule inet t c handle 3", (-1, "nft", "rule")),
-    ("nft", "# new generation 8 by process 935 (nft)", None),
-])
+@pytest.mark.parametrize(
+    "tool, line, item",
+    [
+        ("ip", IP_LINK + "  bridge forward_delay 1500", (1, "bridge", "mncni0")),
+        ("ip", "Deleted 4: mn12@NONE: <BROADCAST> mtu 1500 qdisc noop state DOWN \\    link/ether 06:75", (-1, "link", "mn12")),
+        ("ip", "Deleted 4: mn12@NONE: <BROADCAST> mtu 1500 master mncni0 state DOWN \\    link/ether 06:75", None),  # it leaves the bridge
+        ("ip", "2: mncni0    inet 10.88.0.1/24 scope global br0\\       valid_lft forever", (1, "address", "10.88.0.1/24")),
+        ("ip", "2: mncni0    inet6 fe80::1/64 scope link \\       valid_lft forever", None),
+        ("ip", "Deleted unicast 10.1.0.0/24 dev br0 table main proto kernel scope link", (-1, "route", "10.1.0.0/24")),
+        ("ip", "unicast default via 10.1.0.1 dev br0 ", (1, "route", "default")),
+        ("ip", "local 10.1.0.1 dev br0 table local proto kernel", None),
+        ("ip", "multicast ff00::/8 dev br0 table local", None),
+        ("tc", "qdisc tbf 8485: dev mn12 root refcnt 2 rate 1Mbit", (1, "qdisc", "tbf")),
+        ("tc", "deleted qdisc noqueue 0: dev br0 root ", None),
+        ("nft", "add element inet t s { 1.2.3.4 }", (1, "nft", "element")),
+        ("nft", "delete rule inet t c handle 3", (-1, "nft", "rule")),
+        ("nft", "# new generation 8 by process 935 (nft)", None),
+    ],
+)
 def test_lines_of_the_monitors(tool, line, item):
     assert cnisnoop.parse_monitor(tool, line) == item
 
 
 def test_changes_in_words():
-    balance = {("veth", "mn12"): 1, ("address", "10.244.1.5/24"): 1, ("route", "a"): 1, ("route", "b"): 1, ("nft", "element"): 1, ("nft", "rule"): -2,
-               ("qdisc", "netem"): 1, ("link", "old"): -1}
-    assert cnisnoop.describe_changes(balance) == "veth mn12, 10.244.1.5/24, qdisc netem, 2 routes, 1 nft element; gone: link old, 2 nft rules"
+    balance = {
+        ("veth", "mn12"): 1,
+        ("address", "10.244.1.5/24"): 1,
+        ("route", "a"): 1,
+        ("route", "b"): 1,
+        ("nft", "element"): 1,
+        ("nft", "rule"): -2,
+        ("qdisc", "netem"): 1,
+        ("link", "old"): -1,
+    }
+    assert (
+        cnisnoop.describe_changes(balance) == "veth mn12, 10.244.1.5/24, qdisc netem, 2 routes, 1 nft element; gone: link old, 2 nft rules"
+    )
 
 
 def test_what_is_in_a_pod():
-    text = """[{"ifname": "lo", "addr_info": []}, {"ifname": "eth0", "addr_info": [{"local": "10.0.0.5", "prefixlen": 24}, {"local": "fe80::1", "prefixlen": 64}]}]
+    text = """[{"ifname": "lo", "addr_info": []},
+{"ifname": "eth0", "addr_info": [{"local": "10.0.0.5", "prefixlen": 24}, {"local": "fe80::1", "prefixlen": 64}]}]
     [{"dst": "default", "gateway": "10.0.0.1", "dev": "eth0"}]\n[ ]\n[{"kind": "netem", "dev": "eth0"}, {"kind": "noqueue", "dev": "lo"}]"""
-    assert cnisnoop.parse_pod(text) == {("link", "lo", "lo"), ("link", "eth0", "eth0"), ("address", "10.0.0.5/24", "eth0"),
-                                        ("route", "default 10.0.0.1", "eth0"), ("qdisc", "netem", "eth0")}
+    assert cnisnoop.parse_pod(text) == {
+        ("link", "lo", "lo"),
+        ("link", "eth0", "eth0"),
+        ("address", "10.0.0.5/24", "eth0"),
+        ("route", "default 10.0.0.1", "eth0"),
+        ("qdisc", "netem", "eth0"),
+    }
 
 
 # ---- the command line ----
+
 
 def test_without_a_backend_it_says_what_to_install(mocker):
     mocker.patch("cnisnoop.find_tool", return_value=None)
@@ -379,7 +528,7 @@ def test_without_root_it_says_so(mocker, capsys):
 
 def test_strace_without_a_runtime_asks_for_a_process(mocker):
     mocker.patch("cnisnoop.find_tool", side_effect=lambda name: f"/usr/bin/{name}")
-    mocker.patch("cnisnoop.look_runtimes", return_value=[])
+    mocker.patch("cnisnoop.RUNTIMES", ())
     with pytest.raises(cnisnoop.SnoopError, match="--pid PID"):
         cnisnoop.strace_backend(cnisnoop.parse_options(["trace"]))
     with pytest.raises(cnisnoop.SnoopError, match="there is no such process"):
