@@ -1,9 +1,12 @@
 """Runs a container of a manifest on a node of the lab, near enough to what a kubelet and runc make of it: its command, environment, user,
 capabilities and mounts with their propagation. Its image is the machine's /usr; it shares the node's network, as hostNetwork says."""
 
+import contextlib
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
@@ -38,7 +41,8 @@ class Container:
         """End it at once, with all its processes: PID 1 of its PID namespace dies with its parent."""
         for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
             for grandchild in Path(f"/proc/{child}/task/{child}/children").read_text().split():
-                subprocess.run(["kill", "-KILL", grandchild], check=False)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(grandchild), signal.SIGKILL)
         self.process.wait(20)
 
     def said(self):
