@@ -5,10 +5,11 @@
         token = api.token("system:serviceaccount:kube-system:mncni-agent", node="n1")
         api.url, api.ca_file, api.kubeconfig(path, user), api.service_account_dir(path, user, node="n1")
 
-What it is like: kube-apiserver 1.30. nodes, nodes/status, events (v1 and events.k8s.io/v1), leases; GET, LIST, WATCH, POST, PUT, PATCH
-(merge, strategic merge, JSON), DELETE; /version, /healthz. One resourceVersion for all; a write that changes nothing makes no new one.
-What it does not know it refuses: label selectors, server-side apply, field selectors but metadata.name and metadata.namespace; it
-never speaks protobuf or HTTP/2.
+What it is like: kube-apiserver 1.30; tests/e2e/test_apiserver_real.py runs the same claims against one. nodes, nodes/status, events (v1
+and events.k8s.io/v1), leases; GET, LIST, WATCH, POST, PUT, PATCH (merge, strategic merge, JSON), DELETE; /version, /healthz. One
+resourceVersion for all; a write that changes nothing makes no new one. What it does not know it refuses: label selectors, server-side
+apply, field selectors but metadata.name and metadata.namespace, deletion of collections. It never speaks protobuf or HTTP/2, and says at
+once that a resourceVersion is too large, where the real one waits 3 s for it.
 
 Objects, behind the API's back (no user, no admission; watchers see the events; each returns the object as stored):
     create_node(name or dict, pod_cidrs=(), annotations={}, addresses=()), create_nodes(count, prefix="node-"), node(name), nodes()
@@ -24,8 +25,9 @@ Policy: add_policy(hook, name, binding, resources=("nodes", "nodes/status"), cod
 Counters: count(verb, resource, user, user_agent, name, code, dry_run) -> requests so far (patterns; verbs get list watch create update
     patch delete; resources "nodes", "nodes/status", "leases", "events", else the path); writes(user): without dry-runs; watches(user):
     open ones; bytes_sent(user), bytes_received(user): HTTP, without TLS; log: the requests as dicts; reset_counters()
-Watching: bookmark_s (60) between bookmarks; send_bookmarks() now; compact() makes every resourceVersion before the present one too old;
-    gone_as_http (False): what a watch that is too old gets: HTTP 410, or like the real one 200 and an ERROR event;
+Watching: bookmark_s (60) between bookmarks, where there is news; send_bookmarks() now, news or not; compact() makes every
+    resourceVersion before the present one too old; gone_as_http (False): what a watch that is too old gets: HTTP 410, or like the real
+    one 200 and an ERROR event;
     close_watches(abrupt=False); send_error(code=410) into every open watch, which then ends
 Server: down() refuses connections, up() is back on the same port; freeze() accepts and never answers, thaw(); rotate_certificate();
     rotate_ca(publish=True): a new CA, also in ca_file and the files made before; publish_ca()
