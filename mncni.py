@@ -35,6 +35,7 @@ import fcntl
 import ipaddress
 import json
 import os
+import struct
 import sys
 import time
 from collections import namedtuple
@@ -517,7 +518,7 @@ def make_run(environ, trace=None, timeout_s=30):
         if trace:
             trace(command)
         if command.argv[0] == "mncni.py":  # ourselves
-            forget_flows(command.argv[2:])
+            forget_flows(set(command.argv[2:]))
             return Reply(0, "", "")
         try:
             # close_fds: a command holds the lock of its attachment until it ends, even if we are killed before.
@@ -1671,111 +1672,136 @@ PORTMAP_RULES = 6  # of the table above; those of plan_port_rules come on top
 PROTOCOLS = {"6": "tcp", "17": "udp", "132": "sctp"}  # nft shows the number where there is no /etc/protocols
 
 
-def parse_portmap(request):
-    """[(protocol, host address or None, host port, container port)] that the runtime asks for. CNIError 7."""
-    mappings = runtime_config(request, "portMappings", list, [])
-    if not all(isinstance(mapping, dict) for mapping in mappings):
-        raise config_error('"portMappings" must hold objects like {"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}')
-    keys = ("protocol", "hostIP", "hostPort", "containerPort")
-    return [parse_mapping({key: any_case(mapping, key) for key in keys}) for mapping in mappings]
-
-
 def parse_mapping(mapping):
-    """One of the tuples of parse_portmap. CNIError 7."""
+    """One of "portMappings" as (protocol, host address or None, host port, container port). CNIError 7."""
+    if not isinstance(mapping, dict):
+        raise config_error('"portMappings" must hold objects like {"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}')
+    mapping = {key: any_case(mapping, key) for key in ("protocol", "hostIP", "hostPort", "containerPort")}
     ports = [typed(mapping, key, int, 0) for key in ("hostPort", "containerPort")]
-    for key, port in zip(("hostPort", "containerPort"), ports):
-        if not 0 < port < 2**16:
-            raise config_error(f'"{key}" must be 1 to 65535, not {port}')
+    if not all(0 < port < 2**16 for port in ports):
+        raise config_error(f'"hostPort" and "containerPort" must be 1 to 65535, not {ports[0]} and {ports[1]}')
     protocol = (typed(mapping, "protocol", str, "") or "tcp").lower()
     if protocol not in PROTOCOLS.values():
         raise config_error(f'"protocol" of host port {ports[0]} must be one of {", ".join(PROTOCOLS.values())}, not {protocol!r}')
     host_ip = typed(mapping, "hostIP", str, "")
-    address = parse_address(host_ip, ipaddress.ip_address, f'"hostIP" of host port {ports[0]}') if host_ip else None
-    if address and address.version == 6 and address.is_loopback:
+    if not host_ip:
+        return protocol, None, *ports
+    address = parse_address(host_ip, ipaddress.ip_address, f'"hostIP" of host port {ports[0]}')
+    address = getattr(address, "ipv4_mapped", None) or address  # ::ffff:192.0.2.1 is IPv4 in packets
+    if str(address) == "::1":
         raise config_error(f'"hostIP" of host port {ports[0]} cannot be ::1: the kernel routes nothing from there; 127.0.0.1 works')
     return protocol, address, *ports
 
 
 def plan_ports(mappings, ips):
-    """{"MAP KEY": [VALUE, SUBNET]} in nft's words: each mapping leads to the pod's first address of each family it is for. CNIError 7.
+    """{"MAP KEY": (VALUE, SUBNET)} in nft's words: each mapping leads to the pod's first address of each family it is for. CNIError 7.
 
     Two maps a family, for a given host address and for any: one map of intervals cannot hold both.
     """
     if mappings and not ips:
         raise config_error("portmap: the pod has no address for a host port to lead to")
     addresses, ports = [ipaddress.ip_interface(ip["address"]) for ip in ips], {}
+    parsed = [parse_mapping(mapping) for mapping in mappings]
     for own in {address.version: address for address in reversed(addresses)}.values():
-        for protocol, host_ip, host_port, container_port in mappings:
+        for protocol, host_ip, host_port, container_port in parsed:
             if host_ip and host_ip.version != own.version:
                 continue
             key = f"given{own.version} {host_ip} . " if host_ip and not host_ip.is_unspecified else f"any{own.version} "
-            key, value = f"{key}{protocol} . {host_port}", [f"{own.ip} . {container_port}", str(own.network)]
+            key, value = f"{key}{protocol} . {host_port}", (f"{own.ip} . {container_port}", str(own.network))
             if ports.setdefault(key, value) != value:
                 raise config_error(f'"portMappings" leads host port {host_port}/{protocol} to two container ports')
     return ports
 
 
+def parse_state(text):
+    """A state with its "ports", see look_ports. CNIError, ValueError, TypeError, LookupError for other texts: what it says goes to nft."""
+    state = parse_json_object(text)
+    network, container_id, ifname = state["owner"]
+    well_formed = is_identifier(network) and is_identifier(container_id) and is_ifname(ifname)
+    if not well_formed or not is_ifname(state["device"] or "none") or type(state["since"]) is not int:
+        raise ValueError
+    return {**state, "ports": plan_ports(state["mappings"], state["ips"])}
+
+
 def look_ports(run_dir):
-    """What attachments asked for, oldest first: {path: {"owner": [network, container ID, ifname], "since", "device", "ports"}}."""
-    directory = os.path.join(run_dir, "portmap")
-    names = [name for name in (os.listdir(directory) if os.path.isdir(directory) else []) if name[0] != "." and name != "lock"]
-    states = {path: json.loads(read_file(path) or "null") for path in (os.path.join(directory, name) for name in names)}
-    return dict(sorted(((path, state) for path, state in states.items() if state), key=lambda item: item[1]["since"]))
+    """What attachments asked for: {path: {"owner": [network, container ID, ifname], "since": nanoseconds, "device", "mappings" and
+    "ips" as the runtime gave them, "ports": what plan_ports makes of them}}. Files that are no states are left out."""
+    directory, states = os.path.join(run_dir, "portmap"), {}
+    for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
+        path = os.path.join(directory, name)
+        text = read_file(path) if len(name) == 16 else None  # the others are the lock, and what a crash left half written
+        try:
+            if text is not None:
+                states[path] = parse_state(text)
+        except (CNIError, ValueError, TypeError, LookupError):
+            tell(f"{path} is none of portmap's states: left out")
+    return states
 
 
 def winners(states):
     """{"MAP KEY": (VALUE, owner)} that the states lead to: of two that want one port the newer has it."""
     found = {}
-    for state in states.values():
-        owner = f"{state['owner'][0][:30]}:{state['owner'][1][:64]}:{state['owner'][2]}"  # a comment has 128 bytes
+    for state in sorted(states.values(), key=lambda state: state["since"]):
+        network, container_id, ifname = state["owner"]
+        owner = f"{network[:30]}:{container_id[:64]}:{ifname}"  # a comment has 128 bytes
         found.update({key: (value, owner) for key, (value, _) in state["ports"].items()})
     return found
 
 
+def devices_of(states):
+    """The set of devices that the pods' packets come in through."""
+    return {state["device"] for state in states.values()} - {""}
+
+
 def plan_port_rules(states):
-    """The rules that depend on where the pods are, as {chain: rules}."""
-    devices = sorted({state["device"] for state in states.values()} - {""})
+    """The rules that depend on where the pods are, without "add rule inet mncni_portmap"."""
     subnets = sorted({subnet for state in states.values() for _, subnet in state["ports"].values()})
     match = [(("ip6" if ":" in subnet else "ip"), subnet) for subnet in subnets]
-    masquerade = [f"ct status dnat ct label 109 {ip} saddr {subnet} {ip} daddr {subnet} masquerade" for ip, subnet in match]
-    masquerade += [f'ct status dnat ip saddr 127.0.0.0/8 oifname "{device}" masquerade' for device in devices]
-    guard = [f'iifname "{device}" ip {end} 127.0.0.0/8 drop' for device in devices for end in ("saddr", "daddr")]
-    return {"postrouting": masquerade, "guard": guard}
+    rules = [f"postrouting ct status dnat ct label 109 {ip} saddr {subnet} {ip} daddr {subnet} masquerade" for ip, subnet in match]
+    for device in sorted(devices_of(states)):
+        rules.append(f'postrouting ct status dnat ip saddr 127.0.0.0/8 oifname "{device}" masquerade')
+        rules += [f'guard iifname "{device}" ip {end} 127.0.0.0/8 drop' for end in ("saddr", "daddr")]
+    return rules
 
 
 def plan_portmap(states):
-    """Commands that make the table what the states say, in one transaction; there is none without them."""
+    """A command that makes the table what the states say, in one transaction; there is none without them."""
     lines = ["table inet mncni_portmap", "delete table inet mncni_portmap", *([PORTMAP_TABLE.rstrip()] if states else [])]
-    for chain, rules in plan_port_rules(states).items():
-        lines += [f"add rule inet mncni_portmap {chain} {rule}" for rule in rules]
+    lines += [f"add rule inet mncni_portmap {rule}" for rule in plan_port_rules(states)]
     for key, (value, owner) in sorted(winners(states).items()):
         name, _, key = key.partition(" ")
         lines.append(f'add element inet mncni_portmap {name} {{ {key} comment "{owner}" : {value} }}')
-    localnet = [f"net/ipv4/conf/{device}/route_localnet" for device in sorted({state["device"] for state in states.values()} - {""})]
-    return [Command(["nft", "-f", "-"], "\n".join(lines) + "\n")] + ([write_sysctls(localnet, 1)] if localnet else [])
+    return Command(["nft", "-f", "-"], "\n".join(lines) + "\n")
 
 
-def change_ports(run_dir, run, new=None, drop=()):
-    """Take up the states `new`, drop those of the paths `drop`, and make the table what follows."""
+def change_ports(run_dir, changes, run):
+    """Take up the states in changes, {path: state, or None to drop it}, and make the table what follows."""
     with Locked(os.path.join(run_dir, "portmap", "lock")):
-        before = look_ports(run_dir)
-        for path, state in (new or {}).items():
+        before, new = look_ports(run_dir), {path: state for path, state in changes.items() if state}
+        for path, state in new.items():
             write_file(path, json.dumps(state))
-        after = {path: state for path, state in look_ports(run_dir).items() if path not in drop}
-        apply_ports(before, after, run)
-        for path in drop:
+        apply_ports(before, {**without(before, *changes), **new}, run)
+        for path in changes.keys() - new.keys():
             remove_file(path)
 
 
 def apply_ports(before, after, run):
     """Make the table what the states `after` say. UDP flows to ports that lead elsewhere than `before` have to find their new way:
     conntrack remembers the old one."""
-    apply(plan_portmap(after), run)
+    switch_localnet(devices_of(before) - devices_of(after), 0, run)  # before the guard goes
+    apply([plan_portmap(after)], run)
+    switch_localnet(devices_of(after), 1, run)
     old, new = winners(before), winners(after)
     changed = [key.partition(" ")[2] for key in {**old, **new} if old.get(key) != new.get(key)]
     flows = sorted({key.replace("udp . ", "").replace(" . ", "/") for key in changed if "udp . " in key})
     if flows:
         best_effort(apply, [Command(["mncni.py", "forget-flows", *flows])], run)
+
+
+def switch_localnet(devices, value, run):
+    """Have devices accept 127.0.0.1, or not. That one is gone is no error: a state may outlive it."""
+    if devices:
+        run(write_sysctls([f"net/ipv4/conf/{device}/route_localnet" for device in sorted(devices)], value))
 
 
 def forget_flows(keys):
@@ -1788,47 +1814,50 @@ def forget_flows(keys):
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as sock:  # NETLINK_NETFILTER
         sock.settimeout(10)
         for family, destination in ((socket.AF_INET, 2), (socket.AF_INET6, 4)):
-            for payload in list(ask_conntrack(sock, 1, 0x301, bytes([family, 0, 0, 0]))):  # NLM_F_REQUEST | NLM_F_DUMP
+            header, stale = bytes([family, 0, 0, 0]), []
+            for payload in ask_conntrack(sock, 1, 0x301, header):  # NLM_F_REQUEST | NLM_F_DUMP
                 flow = parse_attributes(payload[4:])
                 addresses, protocol = (parse_attributes(parse_attributes(flow[1])[key]) for key in (1, 2))
                 address, port = socket.inet_ntop(family, addresses[destination]), int.from_bytes(protocol.get(3, b""), "big")
                 wanted = protocol[1] == b"\x11" and (f"{port}" in keys or f"{address}/{port}" in keys)
-                if wanted and is_own_address(socket, family, address):
-                    which = pack_attribute(0x8001, flow[1]) + (pack_attribute(18, flow[18]) if 18 in flow else b"")
-                    list(ask_conntrack(sock, 2, 0x5, bytes([family, 0, 0, 0]) + which))  # CT_DELETE, NLM_F_REQUEST | NLM_F_ACK
+                if wanted and is_own_address(address):
+                    stale.append(pack_attribute(0x8001, flow[1]) + (pack_attribute(18, flow[18]) if 18 in flow else b""))
+            for which in stale:
+                list(ask_conntrack(sock, 2, 0x5, header + which))  # IPCTNL_MSG_CT_DELETE, NLM_F_REQUEST | NLM_F_ACK
 
 
 def ask_conntrack(sock, kind, flags, payload):
     """Send one request, yield the payloads of the answer. An error, such as for an entry that is gone by now, ends it like any end."""
-    import struct
-
     sock.send(struct.pack("=IHHII", 16 + len(payload), 1 << 8 | kind, flags, 1, 0) + payload)
     while True:
-        data = sock.recv(1 << 17)
-        while data:
-            size, kind = struct.unpack_from("=IH", data)
+        data, place = sock.recv(1 << 17), 0
+        while place < len(data):
+            size, kind = struct.unpack_from("=IH", data, place)
             if kind in (2, 3):  # NLMSG_ERROR, which an acknowledgement is as well; NLMSG_DONE
                 return
-            yield data[16:size]
-            data = data[size + 3 & ~3 :]
+            yield data[place + 16 : place + size]
+            place += size + 3 & ~3
 
 
 def parse_attributes(data):
     """{type: value} of netlink attributes, the flag bits of the type masked out."""
-    found = {}
-    while data:
-        size, kind = (int.from_bytes(part, sys.byteorder) for part in (data[:2], data[2:4]))
-        found[kind & 0x3FFF], data = data[4:size], data[size + 3 & ~3 :]
+    found, place = {}, 0
+    while place < len(data):
+        size, kind = struct.unpack_from("=HH", data, place)
+        found[kind & 0x3FFF] = data[place + 4 : place + size]
+        place += size + 3 & ~3
     return found
 
 
 def pack_attribute(kind, value):
-    return b"".join(number.to_bytes(2, sys.byteorder) for number in (4 + len(value), kind)) + value + bytes(-len(value) % 4)
+    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
 
 
-def is_own_address(socket, family, address):
+def is_own_address(address):
     """Whether an address is the host's: only then a socket can be bound to it."""
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+    import socket
+
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.bind((address, 0))
         except OSError:
@@ -1842,18 +1871,20 @@ def ports_path(request):
 
 def portmap_add(request, run):
     """ADD: lead host ports to the pod. Returns what it was given. Its undo is portmap_del."""
-    mappings = parse_portmap(request)
+    mappings = runtime_config(request, "portMappings", list, [])
     require_prev_result(request, "portmap")
-    if not mappings:
-        return request.prev_result
     state = {
         "owner": [request.network, request.container_id, request.ifname],
         "since": time.monotonic_ns(),
         "device": (host_links(request) or [""])[0],  # what pods' packets come in through, in the convention's order
+        "mappings": mappings,
+        "ips": own_ips(request),
         "ports": plan_ports(mappings, own_ips(request)),
     }
+    if not state["ports"]:
+        return request.prev_result
     try:
-        change_ports(request.run_dir, run, new={ports_path(request): state})
+        change_ports(request.run_dir, {ports_path(request): state}, run)
     except Exception:
         best_effort(portmap_del, request, run)
         raise
@@ -1863,30 +1894,25 @@ def portmap_add(request, run):
 def portmap_del(request, run):
     """DEL: give the ports back. It needs neither prevResult nor namespace, and starts no command for a pod without host ports."""
     if os.path.exists(ports_path(request)):
-        change_ports(request.run_dir, run, drop=[ports_path(request)])
+        change_ports(request.run_dir, {ports_path(request): None}, run)
 
 
 def portmap_check(request, run):
     """CHECK: the host ports lead to the pod. CNIError 100 whose details list those that do not."""
-    wanted = {key: value for key, (value, _) in plan_ports(parse_portmap(request), own_ips(request)).items()}
-    report(request, diff_portmap(look_ports(request.run_dir), wanted, *look_portmap(run)) if wanted else [])
+    wanted = plan_ports(runtime_config(request, "portMappings", list, []), own_ips(request))
+    report(request, check_ports(look_ports(request.run_dir), wanted, run) if wanted else [])
 
 
-def look_portmap(run):
-    """({"MAP KEY": VALUE}, number of rules) of the table as it stands; ({}, 0) if there is none."""
+def check_ports(states, wanted, run):
+    """What is wrong with the table, given {"MAP KEY": (VALUE, ...)} that it has to hold, as a list of messages."""
     items, elements = look_nft(["table", "inet", "mncni_portmap"], run), {}
     for table_map in (item["map"] for item in items if "map" in item):
         for key, value in table_map.get("elem", []):
             words = [[PROTOCOLS.get(str(word), str(word)) for word in side["concat"]] for side in (key["elem"]["val"], value)]
             elements[f"{table_map['name']} {' . '.join(words[0])}"] = " . ".join(words[1])
-    return elements, sum("rule" in item for item in items)
-
-
-def diff_portmap(states, wanted, elements, rules):
-    """What is wrong with the table, given {"MAP KEY": VALUE} that it has to hold, as a list of messages."""
-    wrong = {key: value for key, value in wanted.items() if elements.get(key) != value}
+    wrong = {key: value for key, (value, _) in wanted.items() if elements.get(key) != value}
     problems = [f"host port {key} leads to {elements.get(key, 'nothing')}, not to {value}" for key, value in wrong.items()]
-    expected = PORTMAP_RULES + sum(map(len, plan_port_rules(states).values()))
+    rules, expected = sum("rule" in item for item in items), PORTMAP_RULES + len(plan_port_rules(states))
     return problems + ([f"nft table inet mncni_portmap has {rules} rules, not {expected}"] if rules != expected else [])
 
 
@@ -1896,11 +1922,7 @@ def portmap_gc(request, run):
     own = {path: tuple(state["owner"][1:]) for path, state in states.items() if state["owner"][0] == request.network}
     stale = [path for path, owner in own.items() if keep is not None and owner not in keep]
     if stale:
-        change_ports(request.run_dir, run, drop=stale)
-
-
-def portmap_status(request, run):
-    parse_portmap(request)
+        change_ports(request.run_dir, dict.fromkeys(stale), run)
 
 
 def restore_portmap(run_dir, run):
@@ -1910,8 +1932,8 @@ def restore_portmap(run_dir, run):
         return []
     with Locked(os.path.join(run_dir, "portmap", "lock")):
         states = look_ports(run_dir)
-        problems = diff_portmap(states, {key: value for key, (value, _) in winners(states).items()}, *look_portmap(run))
-        for device in sorted({state["device"] for state in states.values()} - {""}):
+        problems = check_ports(states, winners(states), run)
+        for device in sorted(devices_of(states)):
             if read_file(f"/proc/sys/net/ipv4/conf/{device}/route_localnet") == "0\n":
                 problems.append(f"{device} does not accept 127.0.0.1 (route_localnet)")
         if problems:
@@ -2273,7 +2295,7 @@ def nothing_to_do(request, run):
 
 PLUGINS = {
     "naivewg": dict(zip(VERBS, (naivewg_add, naivewg_del, naivewg_check, naivewg_gc, naivewg_status)), first=True),
-    "portmap": dict(zip(VERBS, (portmap_add, portmap_del, portmap_check, portmap_gc, portmap_status))),
+    "portmap": dict(zip(VERBS, (portmap_add, portmap_del, portmap_check, portmap_gc, nothing_to_do))),
     "bandwidth": dict(zip(VERBS, (bandwidth_add, bandwidth_del, bandwidth_check, bandwidth_gc, bandwidth_status))),
     "lat": dict(zip(VERBS, (lat_add, lat_del, lat_check, nothing_to_do, nothing_to_do))),
     "quickack": dict(zip(VERBS, (quickack_add, nothing_to_do, quickack_check, nothing_to_do, quickack_status))),

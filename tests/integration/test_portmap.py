@@ -366,6 +366,34 @@ def test_pods_do_not_reach_the_hosts_loopback(host, cluster):
     assert "packets 3 " in host.sh("nft list chain ip probe i")  # so it was the guard
 
 
+def test_the_way_to_the_hosts_loopback_closes_with_the_last_host_port(host, cluster):
+    """Without host ports there is no guard, and pods are not to reach 127.0.0.1 for that."""
+    path = "/proc/sys/net/ipv4/conf/mncni0/route_localnet"
+    cluster.add("one", mapping(port=1), serve=None)
+    cluster.add("two", mapping(port=2), serve=None)
+    cluster.delete("one")
+    assert host.sh(f"cat {path}") == "1\n"
+    cluster.delete("two")
+    assert host.sh(f"cat {path}") == "0\n"
+    assert table(host) == ""
+
+
+def test_torn_states_and_states_of_devices_that_are_gone_stop_nobody(host, cluster):
+    gone = {"owner": ["net", "gone", "eth0"], "since": 1, "device": "gone0", "ips": [{"address": "10.88.0.9/24"}]}
+    states = os.path.join(host.tmp, "run", "portmap")
+    os.makedirs(states)
+    for name, text in (("0" * 16, json.dumps({**gone, "mappings": [mapping(port=1)]})), ("1" * 16, '{"owner": ["net"')):
+        mncni.write_file(os.path.join(states, name), text)
+    cluster.add("server", mapping())
+    assert cluster.who(cluster.world, HOST[4]) == "server" and cluster.who("", "127.0.0.1") == "server"
+    host.sh("nft flush ruleset")
+    assert "restored: " in restore(host)
+    assert cluster.who(cluster.world, HOST[4]) == "server"
+    assert restore(host) == ""
+    cluster.host.cni("DEL", cluster.conf, "server")
+    assert "tcp . 1 " in table(host) and "8080" not in table(host)
+
+
 def test_a_failed_add_gives_the_port_back(host, cluster):
     conf = {
         **cluster.conf,
