@@ -719,7 +719,7 @@ class Locked:
 def read_file(path):
     """The text of a small file, None if there is none. What is not UTF-8 is replaced, so that it can be judged."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -1127,9 +1127,9 @@ def ipam_status(request, ipam, run):
             raise CNIError(NOT_AVAILABLE, error.msg, error.details) from None
 
 
-def delegate_type(request):
+def delegate_type(conf):
     """The plugin that "ipam" delegates to, "" where it is our own or there is none."""
-    ipam = request.conf.get("ipam")
+    ipam = conf.get("ipam")
     kind = ipam.get("type") if isinstance(ipam, dict) else None
     return kind if isinstance(kind, str) and kind not in ("mncni", "mncni.py") else ""
 
@@ -1140,7 +1140,7 @@ def delegate_call(request, run, verb):
     Its error is our error: CNIError with its code. CNIError 4 if it is nowhere on CNI_PATH. SPEC section 4. The verb is not always
     the request's own: a failed ADD ends with a DEL.
     """
-    kind = delegate_type(request)
+    kind = delegate_type(request.conf)
     if not kind:
         return ""
     if "/" in kind or kind in (".", ".."):
@@ -2354,9 +2354,7 @@ def precompile(root, bin_dir, run):
     Checked by content, not by time: images have times of their own. CNIError 4 if that system has no python3.
     """
     if not os.path.exists(os.path.join(root, "usr/bin/python3")):
-        raise CNIError(
-            BAD_ENVIRONMENT, f"there is no /usr/bin/python3 in {root}: install the package python3 there, mncni.py runs under it"
-        )
+        raise CNIError(BAD_ENVIRONMENT, f"there is no /usr/bin/python3 in {root}, which mncni.py runs under: install its package python3")
     compile_it = ["-m", "compileall", "-q", "--invalidation-mode", "checked-hash", os.path.join(bin_dir, "mncni.py")]
     apply([Command(["chroot", root, "/usr/bin/python3", "-IS", *compile_it])], run)
 
@@ -2383,24 +2381,17 @@ def chain(name, conf_dir, backup_dir, remove=False):
         listed = [without(conf, "name", "cniVersion"), CHAINED[name]]
         conflist = json.dumps({"cniVersion": conf.get("cniVersion"), "name": conf.get("name"), "plugins": listed}, indent=2)
         raise config_error(f"{path} is no list of plugins; put in its place a file {os.path.splitext(path)[0]}.conflist", conflist)
-    present = [index for index, plugin in enumerate(plugins) if name in plugin_names(plugin)]
-    ours = [
-        index
-        for index in present
-        if index and plugins[index].get("type") in ("mncni", "mncni.py") and plugin_names(plugins[index]) == [name]
-    ]
-    if bool(ours) == (not remove) or (remove and not present):
+    present = any(name in plugin_names(plugin) for plugin in plugins)
+    ours = [plugin for plugin in plugins[1:] if plugin_names(plugin) == [name] and plugin.get("type") in ("mncni", "mncni.py")]
+    if (remove and not present) or (ours and not remove):
         return ""
-    if present and not ours:
+    if not ours and present:
         raise config_error(f"{path} has a plugin {name} already, which is none that `install --chain` put there")
     check_version("ADD", str(conf.get("cniVersion")))
-    ends = list_item_ends(text)
-    if remove:
-        changed = text[: ends[ours[0] - 1]] + text[ends[ours[0]] :]
-    else:
-        changed = text[: ends[-1]] + ",\n    " + json.dumps(CHAINED[name]) + text[ends[-1] :]
+    wanted = [plugin for plugin in plugins if plugin is not ours[0]] if remove else [*plugins, CHAINED[name]]
+    added = "" if remove else ",\n    " + json.dumps(CHAINED[name])
     keep_backup(path, text, backup_dir)
-    write_file(path, changed, os.stat(path).st_mode & 0o777)
+    write_file(path, edited(text, {**conf, "plugins": wanted}, added), os.stat(path).st_mode & 0o777)
     return path
 
 
@@ -2410,35 +2401,30 @@ def plugin_names(plugin):
     return names if isinstance(names, list) else [names]
 
 
-def list_item_ends(text):
-    """Where each item of the array "plugins" of a JSON object ends in its text."""
-    decoder, place, ends = json.JSONDecoder(), text.index("{") + 1, []
-
-    def skip(place):
-        while text[place] in " \t\r\n,:":
-            place += 1
-        return place
-
-    key = ""
-    while key != "plugins":
-        key, place = decoder.raw_decode(text, skip(place))
-        start = skip(place)
-        _, place = decoder.raw_decode(text, start)
-    place = start + 1
-    while text[skip(place)] != "]":
-        place = decoder.raw_decode(text, skip(place))[1]
-        ends.append(place)
-    return ends
+def edited(text, wanted, added):
+    """The JSON text, changed in one place so that it says `wanted`: `added` comes behind a brace, or, added being "", what stands from a
+    comma to a brace goes. Every such place is tried: so all the rest stays, however it is written."""
+    ends = [place + 1 for place, char in enumerate(text) if char == "}"]
+    commas = [place for place, char in enumerate(text) if char == ","]
+    cuts = [(end, end) for end in ends] if added else [(comma, end) for comma in commas for end in ends if comma < end]
+    for start, end in cuts:
+        changed = text[:start] + added + text[end:]
+        try:
+            if json.loads(changed) == wanted:
+                return changed
+        except ValueError:
+            continue
+    return json.dumps(wanted, indent=2) + "\n"
 
 
 def keep_backup(path, text, backup_dir):
     """Keep a text as backup_dir/NAME.1, .2, ..., unless the last of them is the same: another network may write its file often."""
     os.makedirs(backup_dir, mode=0o700, exist_ok=True)
-    number = 1
-    while os.path.exists(os.path.join(backup_dir, f"{os.path.basename(path)}.{number}")):
+    backup, number = os.path.join(backup_dir, os.path.basename(path)), 1
+    while os.path.exists(f"{backup}.{number}"):
         number += 1
-    if read_file(os.path.join(backup_dir, f"{os.path.basename(path)}.{number - 1}")) != text:
-        write_file(os.path.join(backup_dir, f"{os.path.basename(path)}.{number}"), text, 0o600)
+    if read_file(f"{backup}.{number - 1}") != text:
+        write_file(f"{backup}.{number}", text, 0o600)
 
 
 def install_command(options, run):
@@ -2448,10 +2434,9 @@ def install_command(options, run):
     if options.remove and not options.chain:
         raise config_error("--remove takes a plugin out of a conflist: say which with --chain")
     if not options.remove:  # what is taken out of the list stays in place, for the pods that have it
-        for path in install(bin_dir, [name for name in options.names.split(",") if name], options.force):
-            print(path)
-    if options.root and not options.remove:
-        precompile(options.root, options.bin_dir, run)
+        print("\n".join(install(bin_dir, [name for name in options.names.split(",") if name], options.force)))
+        if options.root:
+            precompile(options.root, options.bin_dir, run)
     if options.chain:
         changed = chain(options.chain, conf_dir, backup_dir, options.remove)
         print(f"{changed}: {options.chain} {'taken out' if options.remove else 'added'}" if changed else f"{conf_dir} is as it should be")
@@ -2470,99 +2455,86 @@ EXPLAINED = {  # what the runtime asks for, where the conflist declares that it 
 
 
 class Explainer:
-    """A `run` that runs nothing: it prints each command, and answers as a host would that has nothing yet but `links`, names that grow
-    with each link that it is told to make, and a default route in every namespace."""
+    """A `run` that runs nothing: it notes each command in `script`, and answers as a host would that has nothing yet but the interfaces
+    of a result (or None), and a default route in every namespace."""
 
-    def __init__(self, say, links):
-        self.say, self.heading, self.links = say, "", links
+    def __init__(self, result):
+        self.script, self.heading = [], ""
+        self.links = ["lo", *(link["name"] for link in (result or {}).get("interfaces", []))]
 
     def __call__(self, command):
-        looks = "-json" in command.argv or "-j" in command.argv or "show" in command.argv
-        heading = "# It looks:" if looks else "# It changes:"
-        self.say(f"\n{heading}\n{command}" if heading != self.heading else str(command))
+        heading = "\n# It looks:" if {"-json", "-j", "show"} & set(command.argv) else "\n# It changes:"
+        self.script += [str(command)] if heading == self.heading else [heading, str(command)]
         self.heading = heading
         if "CNI_COMMAND" in command.environ:
-            self.say("# ... another plugin; the address below stands for the one that it gives.")
+            self.script.append("# ... another plugin; the address below stands for the one that it gives.")
             return Reply(0, json.dumps({"ips": [{"address": "192.0.2.2/24", "gateway": "192.0.2.1"}]}), "")
         if "route" in command.argv:
             return Reply(0, "default via 192.0.2.1\n" if "-4" in command.argv else "", "")
-        found = []
-        for words in map(str.split, command.stdin.splitlines()):
-            self.links += [words[place + 1] for place, word in enumerate(words) if words[:2] == ["link", "add"] and word == "name"]
-            found += [words[3]] if words[1:3] == ["show", "dev"] and words[3] in self.links else []
-        return Reply(0, "".join(json.dumps([self._link(name)]) + "\n" for name in found), "")
+        lines = [line.split() for line in command.stdin.splitlines()]
+        found = [words[3] for words in lines if words[1:3] == ["show", "dev"] and words[3] in self.links]
+        return Reply(0, "".join(json.dumps([self.link(name)]) + "\n" for name in found), "")
 
-    def _link(self, name):
-        number = self.links.index(name)  # of a veth pair the peer is made second
+    def link(self, name):
+        number = self.links.index(name)  # a veth pair stands in the result with the host's end first
         link = {"ifname": name, "ifindex": number, "link_index": number - 1, "mtu": 1500}
         return {**link, "address": "00:00:00:00:00:00", "flags": ["UP"], "addr_info": []}
 
 
 def explain_command(options, run):
     """`mncni.py explain`: a call of each plugin of a conflist as a shell script. It needs no root and changes nothing."""
+    import tempfile  # +20 ms, explain only
+
     text = read_file(options.conflist)
     if text is None:
         raise config_error(f"there is no file {options.conflist}")
     conflist = parse_json_object(text, options.conflist)
-    stages = typed(conflist, "plugins", list, [conflist])
-    if not stages:
-        raise config_error(f'"plugins" of {options.conflist} is empty: the network has no plugin')
-    offered = [conflist.get("cniVersion"), *typed(conflist, "cniVersions", list, [])]
-    spoken = [version for version in offered if version in CNI_VERSIONS]
-    if not spoken:
-        check_version("", str(offered[0]))
-    shared = {"name": conflist.get("name", ""), "cniVersion": max(spoken)}
+    plugins = typed(conflist, "plugins", list, [conflist])
+    if not plugins or not all(isinstance(conf, dict) for conf in plugins):
+        raise config_error(f'"plugins" of {options.conflist} is empty, or holds what is no plugin')
+    versions = [conflist.get("cniVersion") or "0.1.0", *typed(conflist, "cniVersions", list, [])]
+    shared = {"name": conflist.get("name"), "cniVersion": max((one for one in versions if one in CNI_VERSIONS), default=versions[0])}
     print(f"# What CNI_COMMAND={options.command} runs for {options.conflist}: container c1, namespace /run/netns/c1, interface eth0,")
     print("# on a host that has nothing of it yet, or only what an ADD made. Leases are files, not commands, so they do not show.")
-    result, links = None, ["lo"]
-    for conf in stages:
+    result = None
+    for conf in plugins:
         print(f"\n# ---- type {conf.get('type')}, plugin {json.dumps(conf.get('plugin', conf.get('type')))} ----")
-        result = explain_stage({**conf, **shared}, result, options.command, links)
+        if "plugin" not in conf and conf.get("type") not in (*PLUGINS, "mncni", "mncni.py"):
+            print("# Not a plugin of MNCNI's.")
+            continue
+        with tempfile.TemporaryDirectory() as root:
+            result = explain_plugin({**conf, **shared}, result, options.command, root)
 
 
-def explain_stage(conf, prev_result, command, links):
-    """Print what one plugin of a list runs, given the ADD result (or None) of the one before it and the links made so far. Returns
-    its ADD result."""
-    import tempfile  # +20 ms, explain only
-
-    if "plugin" not in conf and conf.get("type") not in (*PLUGINS, "mncni", "mncni.py"):
-        print("# Not a plugin of MNCNI's.")
-        return prev_result
-    conf = parse_conf(json.dumps(conf))
-    asked = {name: value for name, value in EXPLAINED.items() if any_case(conf.get("capabilities"), name)}
-    if asked:
-        print(f"# The runtime asks for {json.dumps(asked)}.")
-        conf["runtimeConfig"] = asked
-    with tempfile.TemporaryDirectory() as directory:
-        environ = {"CNI_CONTAINERID": "c1", "CNI_NETNS": "/run/netns/c1", "CNI_IFNAME": "eth0", "MNCNI_RUN_DIR": directory}
-        request = Request({**environ, "CNI_COMMAND": command}, conf)
-        if delegate_type(request):  # wherever it may be on the node: here only its name counts
-            environ["CNI_PATH"] = directory
-            write_file(os.path.join(directory, delegate_type(request)), "")
-        elif typed(conf, "ipam", dict, {}):
-            conf["ipam"]["dataDir"] = directory
-        conf.update({"ready": "", "logFile": "", "cni.dev/valid-attachments": []})
-        stages = choose_plugins(conf, conf.get("type"), PLUGINS)
-
-        def say(text):
-            print(text.replace(directory, DEFAULT_BIN_DIR))
-
-        run = Explainer(say if command == "ADD" else lambda text: None, links)
-        result = explain_call("ADD", environ, {**conf, "prevResult": prev_result}, stages, run)
-        if command != "ADD":
-            run = Explainer(say, links)
-            explain_call(command, environ, {**conf, "prevResult": result}, stages, run)
-        print("" if run.heading else "# It starts no command.")
+def explain_plugin(conf, prev_result, command, root):
+    """Print what one plugin of a list runs after others gave prev_result (or None). root: an empty directory for the host's files.
+    Returns the result of its ADD."""
+    conf.update({"ready": "", "logFile": "", "cni.dev/valid-attachments": []})
+    conf["runtimeConfig"] = {name: value for name, value in EXPLAINED.items() if any_case(conf.get("capabilities"), name)}
+    if conf["runtimeConfig"]:
+        print(f"# The runtime asks for {json.dumps(conf['runtimeConfig'])}.")
+    delegate = delegate_type(conf)
+    if typed(conf, "ipam", dict, {}) and not delegate:
+        conf["ipam"] = {**conf["ipam"], "dataDir": root}
+    for path in ("/run/netns/c1", *([f"{DEFAULT_BIN_DIR}/{delegate}"] if delegate else [])):
+        os.makedirs(os.path.dirname(root + path))
+        write_file(root + path, "")
+    script, result = explain_call("ADD", {**conf, "prevResult": prev_result}, root)
+    if command != "ADD":
+        script, _ = explain_call(command, {**conf, "prevResult": result}, root)
+    print("\n".join(script).replace(root, "") or "# It starts no command.")
     return result
 
 
-def explain_call(command, environ, conf, stages, run):
-    """The result of one call as the Explainer lets it run. CHECK is bound to find everything missing: that is no error here."""
-    try:
-        return VERBS[command](Request({**environ, "CNI_COMMAND": command}, conf), stages, run)
-    except CNIError as error:
-        if command != "CHECK" or error.code != COMMAND_FAILED:
-            raise
+def explain_call(command, conf, root):
+    """(the commands of one call, its result or {}). CHECK is bound to find everything missing: that is no error here."""
+    run, names = Explainer(conf["prevResult"]), {"CNI_CONTAINERID": "c1", "CNI_NETNS": f"{root}/run/netns/c1", "CNI_IFNAME": "eth0"}
+    environ = {**names, "CNI_COMMAND": command, "CNI_PATH": root + DEFAULT_BIN_DIR, "MNCNI_RUN_DIR": root + DEFAULT_RUN_DIR}
+    exit_code, stdout = answer(environ, json.dumps(conf), run, called_as=conf.get("type"))
+    reply = json.loads(stdout or "{}")
+    if exit_code and (command, reply["code"]) != ("CHECK", COMMAND_FAILED):
+        raise CNIError(reply["code"], reply["msg"], reply.get("details", ""))
+    return run.script, reply
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -75,6 +75,18 @@ def test_taken_out_again_the_file_is_as_it_was(node):
     assert node.chain("lat", remove=True) == ""
 
 
+def test_what_stands_around_it_stays_however_it_is_written(node):
+    text = '{"name": "n", "cniVersion": "1.0.0", "x": [{"a": ","}],\r\n "plugins": [{"type": "bridge", "ipam": {}}\t,{"type":"x"}], "y": {}}\r\n'
+    path = node.conf_dir / "10-flannel.conflist"
+    path.write_bytes(text.encode())
+    node.chain()
+    assert plugins(node.read()) == ["bridge", "x", "lat"]
+    spread = path.read_bytes().replace(b'{"type": "mncni", ', b'{\r\n\t"type" : "mncni",\r\n')
+    path.write_bytes(spread)
+    node.chain("lat", remove=True)
+    assert path.read_bytes() == text.encode()
+
+
 def test_what_was_there_is_kept_under_a_number_once(node):
     node.chain()
     node.write("10-flannel.conflist", FLANNEL)  # the other network writes its own again
