@@ -180,6 +180,14 @@ def kind_of(value):
     return names.get(type(value), "null")
 
 
+def number(mapping, key, default, lowest, highest):
+    """mapping[key], an integer, or default where it is absent or null. CNIError 7 if it is none, or either is out of bounds."""
+    value = typed(mapping, key, int, default)
+    if value is not None and not lowest <= value <= highest:
+        raise config_error(f'"{key}" must be {lowest} to {highest}, not {value}')
+    return value
+
+
 def typed(mapping, key, kind, default):
     """mapping[key], or default where it is absent or null. CNIError 7 if it is not of the given JSON type (dict, list, str, bool, int)."""
     value = mapping.get(key)
@@ -241,7 +249,7 @@ def result_to_version(result, version):
     result = {**result, "cniVersion": version}
     if version != "1.1.0":
         result["interfaces"] = [without(link, "mtu", "socketPath", "pciID") for link in result.get("interfaces") or []]
-        result["routes"] = [without(route, "mtu", "advmss", "priority", "table", "scope") for route in result.get("routes") or []]
+        result["routes"] = [without(route, *ROUTE_WORDS) for route in result.get("routes") or []]
     if version.startswith("0."):
         result["ips"] = [{"version": "6" if ":" in ip["address"] else "4", **ip} for ip in result.get("ips") or []]
     return {key: value for key, value in result.items() if value or key == "cniVersion"}
@@ -428,13 +436,8 @@ def choose_plugins(conf, called_as, plugins):
 
 def check_version(command, version):
     """Refuse a version that we do not speak, or one that has no such command: code 1; an unreadable one: 6 or 1, as in libcni's skel."""
-    try:
-        parts = [int(part) for part in version.split(".")]
-        readable = len(parts) <= 3
-    except ValueError:
-        readable = False
     since = {"CHECK": "0.4.0", "GC": "1.1.0", "STATUS": "1.1.0"}.get(command)
-    if since and not readable:
+    if since and not (all(part.isdigit() for part in version.split(".")) and version.count(".") <= 2):
         raise CNIError(DECODE_FAILURE, f'cannot read "cniVersion" {version!r}')
     if version not in CNI_VERSIONS:
         what = '"cniVersion" is missing, or 0.1.0, which' if version == "0.1.0" else f'"cniVersion" {version!r}'
@@ -903,14 +906,11 @@ def host_ifname(prefix, *attachment):
 
 
 def parse_ipam(request):
-    """{"type", "range_sets", "routes", "dns", "leases"} of the configuration's "ipam"; None where there is none. CNIError 7, or 5 for
-    a resolvConf that cannot be read."""
+    """{"type", "range_sets", "routes", "dns"} of the configuration's "ipam", and with ranges "leases"; all empty where there is none.
+    type: the plugin that it delegates to. CNIError 7, or 5 for a resolvConf that cannot be read."""
     ipam = typed(request.conf, "ipam", dict, {})
-    if not ipam:
-        return None
-    kind = typed(ipam, "type", str, "")
-    if kind not in ("", "mncni", "mncni.py"):
-        return {"type": kind}
+    if not ipam or typed(ipam, "type", str, "") not in ("", "mncni", "mncni.py"):
+        return {"type": delegate_type(request.conf), "range_sets": [], "routes": [], "dns": {}}
     sets = [parse_range_set(ranges) for ranges in range_sets_of(request, ipam)]
     by_runtime = request.command == "STATUS" and any_case(request.conf.get("capabilities"), "ipRanges") is True
     if not sets and not by_runtime:  # STATUS gets no runtimeConfig
@@ -978,6 +978,9 @@ def refuse_overlaps(ranges):
             raise config_error(f'two "ranges" overlap: {one["subnet"]} and {other["subnet"]}')
 
 
+ROUTE_WORDS = {"mtu": "mtu", "advmss": "advmss", "priority": "metric", "table": "table", "scope": "scope"}  # key of a result -> of `ip`
+
+
 def parse_route(route):
     """A route of "ipam.routes" as a result has it: dst, and gw, mtu, advmss, priority, table, scope where given. CNIError 7."""
     if not isinstance(route, dict):
@@ -987,13 +990,8 @@ def parse_route(route):
         parsed["gw"] = str(parse_address(route["gw"], ipaddress.ip_address, '"gw" of a route'))
         if family_of(parsed["gw"]) != family_of(parsed["dst"]):
             raise config_error(f"the route to {parsed['dst']} has a gateway of the other family: {parsed['gw']}")
-    for key in ("mtu", "advmss", "priority", "table", "scope"):
-        value = typed(route, key, int, None)
-        if value is not None and not 0 <= value < 2 ** (8 if key == "scope" else 32):
-            raise config_error(f'"{key}" of the route to {parsed["dst"]} is out of range: {value}')
-        if value is not None:
-            parsed[key] = value
-    return parsed
+    attributes = {key: number(route, key, None, 0, 2 ** (8 if key == "scope" else 32) - 1) for key in ROUTE_WORDS}
+    return {**parsed, **{key: value for key, value in attributes.items() if value is not None}}
 
 
 def parse_resolv_conf(path):
@@ -1002,13 +1000,11 @@ def parse_resolv_conf(path):
     if text is None:
         raise config_error(f'"resolvConf" {path} does not exist')
     dns = {}
-    for words in (line.split() for line in text.splitlines()):
-        if len(words) > 1 and words[0] == "nameserver":
-            dns.setdefault("nameservers", []).append(words[1])
-        elif len(words) > 1 and words[0] in ("search", "options"):
-            dns[words[0]] = words[1:]
-        elif len(words) > 1 and words[0] == "domain":
-            dns["domain"] = words[1]
+    for key, *values in (line.split() for line in text.splitlines() if len(line.split()) > 1):
+        if key == "nameserver":
+            dns.setdefault("nameservers", []).append(values[0])
+        elif key in ("search", "options", "domain"):
+            dns[key] = values[0] if key == "domain" else values
     return dns
 
 
@@ -1023,12 +1019,11 @@ def requested_ips(request):
 
 def ipam_add(request, ipam, run):
     """An IPAM result for this attachment, {} of no IPAM. CNIError 11 when every address is taken."""
-    if ipam is None:
-        return {"ips": [], "routes": [], "dns": {}}
     if ipam["type"]:
         return delegate_add(request, ipam["type"], run)
-    leases = ipam["leases"]
-    asked = requested_ips(request)
+    if not ipam["range_sets"]:
+        return {"ips": [], "routes": [], "dns": {}}
+    leases, asked = ipam["leases"], requested_ips(request)
     with leases.lock:
         leases.release(request.container_id, request.ifname)  # of an ADD that died; a live attachment was refused before
         chosen = choose_addresses(leases, ipam["range_sets"], asked)
@@ -1099,7 +1094,7 @@ def ipam_del(request, run):
 
 def ipam_check(request, ipam, run):
     """What is wrong with the leases, as a list of messages. A delegate's CHECK is passed on."""
-    if ipam is None or ipam["type"]:
+    if not ipam["range_sets"]:
         delegate_call(request, run, "CHECK")
         return []
     held = ipam["leases"].addresses(request.container_id, request.ifname)
@@ -1118,13 +1113,12 @@ def ipam_gc(request, run):
 
 def ipam_status(request, ipam, run):
     """CNIError 50 when no address is left."""
-    if ipam is None or ipam["type"]:
-        return delegate_call(request, run, "STATUS")
-    for index, ranges in enumerate(ipam["range_sets"]):
-        try:
+    delegate_call(request, run, "STATUS")
+    try:
+        for index, ranges in enumerate(ipam["range_sets"]):
             next_free(ipam["leases"], ranges, index)
-        except CNIError as error:
-            raise CNIError(NOT_AVAILABLE, error.msg, error.details) from None
+    except CNIError as error:
+        raise CNIError(NOT_AVAILABLE, error.msg, error.details) from None
 
 
 def delegate_type(conf):
@@ -1218,8 +1212,7 @@ def parse_naivewg(request):
     if parsed["mtu"] and not 68 <= parsed["mtu"] <= 65534:  # plan_bridge needs room for one more
         raise config_error(f'"mtu" {parsed["mtu"]} is out of range: 68 to 65534, or 0 for the kernel\'s')
     parsed["ipam"] = parse_ipam(request)
-    range_sets = (parsed["ipam"] or {}).get("range_sets", [])
-    if 0 < parsed["mtu"] < 1280 and any(ranges[0]["subnet"].version == 6 for ranges in range_sets):
+    if 0 < parsed["mtu"] < 1280 and any(ranges[0]["subnet"].version == 6 for ranges in parsed["ipam"]["range_sets"]):
         raise config_error(f'"mtu" {parsed["mtu"]} is too small for IPv6, which needs 1280')
     requested_ips(request)  # judged before anything is changed
     return parsed
@@ -1427,40 +1420,33 @@ def plan_attach(request, conf, ipam, mac):
 def route_line(route, ifname):
     """A route of a result as a line for `ip -batch`. prepend: another attachment's route to the same place stays behind it."""
     words = ["route", "prepend", route["dst"]] + (["via", route["gw"]] if "gw" in route else []) + ["dev", ifname]
-    for key, word in (("mtu", "mtu"), ("advmss", "advmss"), ("priority", "metric"), ("table", "table"), ("scope", "scope")):
+    for key, word in ROUTE_WORDS.items():
         words += [word, str(route[key])] if key in route else []
     return " ".join(words)
 
 
-def masq_names(network):
-    """(chain, set of IPv4 subnets, set of IPv6 subnets) of a network in table inet mncni_masq."""
-    key = short_hash(network)
-    return f"net_{key}", f"pods4_{key}", f"pods6_{key}"
-
-
 def look_masq(request, conf, run):
     """The stamp of the masquerade rules as they stand, "" if they are not whole. To look is cheaper than a transaction."""
-    if not conf["ipMasq"]:
-        return ""
-    rules = [item["rule"] for item in look_nft(["chain", "inet", "mncni_masq", masq_names(request.network)[0]], run) if "rule" in item]
-    stamps = {rule.get("comment", "").rpartition(" ")[2] for rule in rules}
-    return stamps.pop() if len(rules) == 2 and len(stamps) == 1 else ""
+    items = look_nft(["chain", "inet", "mncni_masq", f"net_{short_hash(request.network)}"], run) if conf["ipMasq"] else []
+    stamps = [item["rule"].get("comment", "").rpartition(" ")[2] for item in items if "rule" in item]
+    return stamps[0] if len(stamps) == 2 and stamps[0] == stamps[1] else ""
 
 
 def plan_masq(network, conf, ips, present=""):
     """Commands, none if the rules with the stamp `present` are these: one nft transaction by which traffic from the network's subnets
     to anything but them, the clusterCIDRs and multicast leaves with the host's address. One static rule a family, whatever the pods:
     nothing to take back per pod, so nothing to leak."""
-    chain, *sets = masq_names(network)
-    subnets = [entry["subnet"] for ranges in (conf["ipam"] or {}).get("range_sets", []) for entry in ranges]
+    key = short_hash(network)
+    chain = f"net_{key}"
+    subnets = [entry["subnet"] for ranges in conf["ipam"]["range_sets"] for entry in ranges]
     subnets += [ipaddress.ip_interface(ip["address"]).network for ip in ips]
     lines = [
         "add table inet mncni_masq",
         f"add chain inet mncni_masq {chain} {{ type nat hook postrouting priority srcnat; policy accept; }}",
         f"flush chain inet mncni_masq {chain}",
     ]
-    families = ((4, "ip", "ipv4_addr", "224.0.0.0/4"), (6, "ip6", "ipv6_addr", "ff00::/8"))
-    for (version, protocol, kind, multicast), name in zip(families, sets):
+    for version, protocol, kind, multicast in ((4, "ip", "ipv4_addr", "224.0.0.0/4"), (6, "ip6", "ipv6_addr", "ff00::/8")):
+        name = f"pods{version}_{key}"
         own = ipaddress.collapse_addresses(subnet for subnet in subnets if subnet.version == version)
         cluster = [cidr for cidr in conf["cluster_cidrs"] if cidr.version == version]
         spared = ipaddress.collapse_addresses([*cluster, ipaddress.ip_network(multicast)])
@@ -1470,15 +1456,6 @@ def plan_masq(network, conf, ips, present=""):
         lines.append(f'add rule inet mncni_masq {chain} {match} masquerade comment "{network[:80]} STAMP"')
     stamp = short_hash(*lines)
     return [] if stamp == present else [Command(["nft", "-f", "-"], "\n".join(lines).replace("STAMP", stamp) + "\n")]
-
-
-def check_masq(network, ips, run):
-    """What is wrong with the masquerade rules, as a list of messages."""
-    chain, *sets = masq_names(network)
-    rules = [json.dumps(item) for item in look_nft(["chain", "inet", "mncni_masq", chain], run) if "rule" in item]
-    complete = {name for name in sets for rule in rules if f"@{name}" in rule and "masquerade" in rule}
-    wanted = {sets[1] if ":" in ip["address"] else sets[0] for ip in ips}
-    return [f"no masquerade rule for {name} in nft table inet mncni_masq, chain {chain}" for name in sorted(wanted - complete)]
 
 
 def naivewg_result(request, conf, ipam, bridge_mac, mac):
@@ -1577,7 +1554,8 @@ def naivewg_check(request, run):
         problems.append(f"link {own_veth(request)} is no port of bridge {conf['bridge']}")
     problems += check_pod(request, ips, run)
     problems += ipam_check(request, conf["ipam"], run)
-    problems += check_masq(request.network, ips, run) if conf["ipMasq"] and ips else []
+    if conf["ipMasq"] and ips and not look_masq(request, conf, run):
+        problems.append("the masquerade rules in nft table inet mncni_masq are not whole")
     report(request, problems)
 
 
@@ -1677,9 +1655,7 @@ def parse_mapping(mapping):
     if not isinstance(mapping, dict):
         raise config_error('"portMappings" must hold objects like {"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}')
     mapping = {key: any_case(mapping, key) for key in ("protocol", "hostIP", "hostPort", "containerPort")}
-    ports = [typed(mapping, key, int, 0) for key in ("hostPort", "containerPort")]
-    if not all(0 < port < 2**16 for port in ports):
-        raise config_error(f'"hostPort" and "containerPort" must be 1 to 65535, not {ports[0]} and {ports[1]}')
+    ports = [number(mapping, key, 0, 1, 65535) for key in ("hostPort", "containerPort")]
     protocol = (typed(mapping, "protocol", str, "") or "tcp").lower()
     if protocol not in PROTOCOLS.values():
         raise config_error(f'"protocol" of host port {ports[0]} must be one of {", ".join(PROTOCOLS.values())}, not {protocol!r}')
@@ -1795,7 +1771,7 @@ def apply_ports(before, after, run):
     changed = [key.partition(" ")[2] for key in {**old, **new} if old.get(key) != new.get(key)]
     flows = sorted({key.replace("udp . ", "").replace(" . ", "/") for key in changed if "udp . " in key})
     if flows:
-        best_effort(apply, [Command(["mncni.py", "forget-flows", *flows])], run)
+        best_effort(run, Command(["mncni.py", "forget-flows", *flows]))
 
 
 def switch_localnet(devices, value, run):
@@ -1952,20 +1928,19 @@ NO_BURST = 2**32 - 1  # what containerd sends when the annotation names a rate a
 
 
 def parse_bandwidth(request):
-    """{"ingress": (rate, burst) or None, "egress": ...}, rate in bit/s, burst in bits, None for one that is not given. Ingress is
-    towards the pod. Keys of the configuration win over the runtime's, as a whole. CNIError 7."""
+    """{"ingress": (rate, burst), "egress": ...}, those that are asked for: rate in bit/s, burst in bits, None for one that is not given.
+    Ingress is towards the pod. Keys of the configuration win over the runtime's, as a whole. CNIError 7."""
     keys = ("ingressRate", "ingressBurst", "egressRate", "egressBurst")
-    values = request.conf if any(key in request.conf for key in keys) else runtime_config(request, "bandwidth", dict, {})
-    parsed = {}
+    source = request.conf if any(key in request.conf for key in keys) else runtime_config(request, "bandwidth", dict, {})
+    values = {key: number({key: any_case(source, key)}, key, 0, 0, 2**63 - 1) for key in keys}
+    limits = {}
     for direction in ("ingress", "egress"):
-        rate, burst = (typed({key: any_case(values, key)}, key, int, 0) for key in (f"{direction}Rate", f"{direction}Burst"))
-        for key, value in ((f"{direction}Rate", rate), (f"{direction}Burst", burst)):
-            if not 0 <= value < 2**63:
-                raise config_error(f'"{key}" is out of range: {value}')
+        rate, burst = values[f"{direction}Rate"], values[f"{direction}Burst"]
         if burst and not rate:
             raise config_error(f'"{direction}Burst" without "{direction}Rate" limits nothing')
-        parsed[direction] = (rate, burst if burst not in (0, NO_BURST) else None) if rate else None
-    return parsed
+        if rate:
+            limits[direction] = (rate, burst if burst not in (0, NO_BURST) else None)
+    return limits
 
 
 def tbf(rate, burst, mtu):
@@ -1994,9 +1969,9 @@ def plan_bandwidth(request, limits, peer, qdiscs):
     """Commands that set the limits on the host's end `peer`, which has these queueing disciplines."""
     name, mtu, ifb = peer["ifname"], peer["mtu"], own_ifb(request)
     plan, lines = [], []
-    if limits["ingress"]:
+    if "ingress" in limits:
         lines.append(f"qdisc replace dev {name} root {tbf(*limits['ingress'], mtu)}")
-    if limits["egress"]:
+    if "egress" in limits:
         plan.append(ip_batch([f"link add name {ifb} mtu {mtu} type ifb", f"link set dev {ifb} alias {link_alias(request)} up"]))
         if not any(qdisc["kind"] in ("ingress", "clsact") for qdisc in qdiscs):  # one of somebody else's serves as well
             lines.append(f"qdisc add dev {name} ingress")
@@ -2009,7 +1984,7 @@ def bandwidth_add(request, run):
     """ADD: limit the pod's traffic. Returns prevResult with the ifb, if there is one. Its undo is bandwidth_del."""
     limits = parse_bandwidth(request)
     require_prev_result(request, "bandwidth")
-    if not any(limits.values()):
+    if not limits:
         return request.prev_result
     peer = request.new_peer or look_peer(request, run)
     try:
@@ -2018,7 +1993,7 @@ def bandwidth_add(request, run):
     except Exception:
         best_effort(bandwidth_del, request, run)
         raise
-    ifb = [{"name": own_ifb(request)}] if limits["egress"] else []
+    ifb = [{"name": own_ifb(request)}] if "egress" in limits else []
     return {**request.prev_result, "interfaces": [*request.prev_result["interfaces"], *ifb]}
 
 
@@ -2029,7 +2004,7 @@ def bandwidth_del(request, run):
 
 def bandwidth_check(request, run):
     """CHECK: the limits stand as they were asked for. CNIError 100 naming what does not."""
-    limits = {direction: limit for direction, limit in parse_bandwidth(request).items() if limit}
+    limits = parse_bandwidth(request)
     if not limits:
         return
     peer, ifb, problems = look_peer(request, run)["ifname"], own_ifb(request), []
@@ -2054,33 +2029,22 @@ def bandwidth_status(request, run):
 # lat: a bad network for a pod, from its annotation                                                          tc-netem(8)
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Each word of a netem expression, and the kinds of its values: those behind "|" may be left out. The values are judged in order.
+# Each word of a netem expression, and the kinds of its values; all but the first may be left out.
 NETEM = {
-    "delay": ("time", "|", "time", "percent"),
-    "loss": ("percent", "|", "percent"),
-    "duplicate": ("percent", "|", "percent"),
-    "corrupt": ("percent", "|", "percent"),
-    "reorder": ("percent", "|", "percent"),
-    "rate": ("rate",),
-    "limit": ("number",),
-    "distribution": ("table",),
-    "slot": ("time", "|", "time"),
+    "delay": ("time", "time", "percent"),
+    **dict.fromkeys(("loss", "duplicate", "corrupt", "reorder"), ("percent", "percent")),
+    **{"rate": ("rate",), "limit": ("number",), "distribution": ("table",)},
+    "slot": ("time", "time"),
 }
-NETEM_UNITS = {  # kind of value -> its units, as multiples of the one that the bounds are in
-    "time": {"us": 1, "usec": 1, "usecs": 1, "ms": 1e3, "msec": 1e3, "msecs": 1e3, "s": 1e6, "sec": 1e6, "secs": 1e6},
-    "percent": {"%": 1},
-    "rate": {"bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "bps": 8, "kbps": 8e3, "mbps": 8e6, "gbps": 8e9},
-    "number": {"": 1},
+# Kind of value -> what it is called, the lowest, the highest, and its units, as multiples of the one that these are in. Beyond the bounds
+# tc says nothing, and sets a short time, or no rate. Jitter is uniform without a table.
+NETEM_KINDS = {
+    "time": ("a time up to 274s", 0, 274e6, dict(us=1, usec=1, usecs=1, ms=1e3, msec=1e3, msecs=1e3, s=1e6, sec=1e6, secs=1e6)),
+    "percent": ("a percentage up to 100%", 0, 100, {"%": 1}),
+    "rate": ("a rate from 8bit", 8, 1e19, dict(bit=1, kbit=1e3, mbit=1e6, gbit=1e9, bps=8, kbps=8e3, mbps=8e6, gbps=8e9)),
+    "number": ("a number", 0, 1e9, {"": 1}),
+    "table": ("one of normal, pareto, paretonormal", 0, 0, ("normal", "pareto", "paretonormal")),
 }
-# Kind of value -> the lowest, the highest, and what it is called. Beyond them tc says nothing, and sets a short time, or no rate.
-NETEM_BOUNDS = {
-    "time": (0, 274e6, "a time up to 274s"),
-    "percent": (0, 100, "a percentage up to 100%"),
-    "rate": (8, 1e19, "a rate from 8bit"),
-    "number": (0, 1e9, "a number"),
-    "table": (0, 0, "one of normal, pareto, paretonormal"),
-}
-NETEM_TABLES = ("normal", "pareto", "paretonormal")  # jitter is uniform without one
 
 
 def parse_lat(request):
@@ -2091,32 +2055,16 @@ def parse_lat(request):
 
 def parse_netem(words):
     """The words, if they are a netem expression. CNIError 7."""
-    place, seen = 0, {}
-    while place < len(words):
-        word, place = words[place], place + 1
-        if word not in NETEM or word in seen:
-            what = "stands twice" if word in seen else f"is none of: {', '.join(NETEM)}; nor a time like 50ms"
-            raise config_error(f'annotation "lat": "{word[:40]}" {what}')
-        seen[word] = []
-        required = True
-        for kind in NETEM[word]:
-            text = words[place] if place < len(words) else ""
-            value = None if kind == "|" else netem_value(kind, text)
-            if kind == "|":
-                required = False
-            elif value is not None:
-                seen[word].append(value)
-                place += 1
-            elif required or (text and text not in NETEM):
-                raise config_error(f'annotation "lat": "{word}" needs {NETEM_BOUNDS[kind][2]}, not "{text[:40]}"')
-            else:
-                break
-    refuse_alone(seen)
-    return words
-
-
-def refuse_alone(values):
-    """CNIError 7 for words, {word: its values}, that mean nothing without another one, or the wrong way round."""
+    texts, word = {}, ""  # the texts behind each word so far, and the word that is open
+    for text in words:
+        if text in NETEM and text not in texts:
+            texts[text], word = [], text
+        elif text in texts or not word or len(texts[word]) == len(NETEM[word]):
+            what = "stands twice" if text in texts else f"is none of: {', '.join(NETEM)}; nor a time like 50ms"
+            raise config_error(f'annotation "lat": "{text[:40]}" {what}')
+        else:
+            texts[word].append(text)
+    values = {word: [netem_value(word, *pair) for pair in zip(NETEM[word], texts[word] or [""])] for word in texts}
     delay, jitter = (values.get("delay", []) + [0, 0])[:2]
     if "reorder" in values and not delay:
         raise config_error('annotation "lat": "reorder" needs a "delay"')
@@ -2124,18 +2072,20 @@ def refuse_alone(values):
         raise config_error('annotation "lat": "distribution" needs a "delay" with a jitter, as in: delay 100ms 10ms distribution normal')
     if values.get("slot", []) != sorted(values.get("slot", [])):
         raise config_error('annotation "lat": "slot" needs its shorter time first')
+    return words
 
 
-def netem_value(kind, text):
-    """A word as a value of a kind: a number in the unit of its bounds; None if it is none, or out of bounds. 0 for the name of a table."""
-    if kind == "table":
-        return 0 if text in NETEM_TABLES else None
+def netem_value(word, kind, text):
+    """A value of a word, in the unit of its kind's bounds, 0 for a table. CNIError 7."""
+    what, lowest, highest, units = NETEM_KINDS[kind]
     number = text.rstrip("abcdefghijklmnopqrstuvwxyz%")
-    unit = NETEM_UNITS[kind].get(text[len(number) :])
-    if unit is None or not number.replace(".", "", 1).isdigit() or not text.isascii() or len(number) > 9:
-        return None
-    lowest, highest, _ = NETEM_BOUNDS[kind]
-    return float(number) * unit if lowest <= float(number) * unit <= highest else None
+    if kind == "table" and text in units:
+        return 0
+    if text.isascii() and number.replace(".", "", 1).isdigit() and len(number) < 10 and text[len(number) :] in units and kind != "table":
+        value = float(number) * units[text[len(number) :]]
+        if lowest <= value <= highest:
+            return value
+    raise config_error(f'annotation "lat": "{word}" needs {what}, not "{text[:40]}"')
 
 
 def plan_lat(request, words):
@@ -2223,12 +2173,9 @@ def is_quick(words):
 def plan_quickack(routes):
     """Lines for `ip -batch` that set quickack on the routes that lack it."""
     lines = []
-    for words in routes:
-        if "quickack" in words:
-            place = words.index("quickack")
-            words = words[:place] + words[place + 2 :] if not is_quick(words) else words
-        if not is_quick(words):
-            lines.append(" ".join(["route", "replace", *words, "quickack", "1"]))
+    for words in [words for words in routes if not is_quick(words)]:
+        place = words.index("quickack") if "quickack" in words else len(words)
+        lines.append(" ".join(["route", "replace", *words[:place], *words[place + 2 :], "quickack", "1"]))
     return lines
 
 
@@ -2607,28 +2554,25 @@ def main(plugins=None):
         sys.stderr.write(ABOUT)
         sys.exit(0)
 
-    def trace(command):
-        print(f"+ {command}", file=sys.stderr, flush=True)
-
-    run = make_run(environ, trace if environ.get("CNI_TRACE") == "1" else None)
-    try:
-        stdin_text = read_stdin()
-    except OSError as error:
-        if environ["CNI_COMMAND"] != "VERSION":
-            sys.stdout.write(error_reply(CNIError(IO_FAILURE, f"cannot read stdin: {error.strerror}"), NEWEST))
-            sys.exit(1)
-        stdin_text = ""
-    exit_code, text = answer(environ, stdin_text, run, plugins, os.path.basename(sys.argv[0]), at_once=True)
+    run = make_run(environ, print_trace if environ.get("CNI_TRACE") == "1" else None)
+    exit_code, text = answer(environ, read_stdin(), run, plugins, os.path.basename(sys.argv[0]), at_once=True)
     sys.stdout.write(text)
     sys.stdout.flush()
     sys.exit(exit_code)
 
 
+def print_trace(command):
+    print(f"+ {command}", file=sys.stderr, flush=True)
+
+
 def read_stdin():
-    """stdin as text; bytes that are no UTF-8 survive as surrogates, which parse_json_object refuses. "" from a terminal or none at all."""
-    if sys.stdin is None or sys.stdin.isatty():
+    """stdin as text; bytes that are no UTF-8 survive as surrogates, which parse_json_object refuses. "" from a terminal, from none at all,
+    and where it cannot be read: VERSION answers all the same."""
+    try:
+        return "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    except OSError as error:
+        tell(f"cannot read stdin: {error.strerror}")
         return ""
-    return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def test_taken_out_again_the_file_is_as_it_was(node):
 
 
 def test_what_stands_around_it_stays_however_it_is_written(node):
-    text = '{"name": "n", "cniVersion": "1.0.0", "x": [{"a": ","}],\r\n "plugins": [{"type": "bridge", "ipam": {}}\t,{"type":"x"}], "y": {}}\r\n'
+    text = '{"name": "n", "cniVersion": "1.0.0", "x": ["},"],\r\n"plugins": [{"type": "bridge", "ipam": {}}\t,{"type":"x"}], "y": 1}\r\n'
     path = node.conf_dir / "10-flannel.conflist"
     path.write_bytes(text.encode())
     node.chain()
