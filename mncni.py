@@ -223,13 +223,10 @@ def valid_attachments(request):
     key = next((key for key in ("cni.dev/valid-attachments", "cni.dev/attachments") if key in request.conf), None)
     if key is None:
         return None
-    keep = set()
-    for entry in typed(request.conf, key, list, []):
-        pair = (entry.get("containerID"), entry.get("ifname")) if isinstance(entry, dict) else (None, None)
-        if not all(isinstance(item, str) and item for item in pair):
-            raise config_error(f'"{key}" must list objects with "containerID" and "ifname", not {json.dumps(entry)[:80]}')
-        keep.add(pair)
-    return keep
+    pairs = [(any_case(entry, "containerID"), any_case(entry, "ifname")) for entry in typed(request.conf, key, list, [])]
+    if not all(isinstance(item, str) and item for pair in pairs for item in pair):
+        raise config_error(f'"{key}" must list objects with "containerID" and "ifname"', json.dumps(request.conf[key]))
+    return set(pairs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,11 +277,9 @@ def merge_results(prev_result, own):
         return own
     offset = len(prev_result.get("interfaces") or [])
     ips = [{**ip, "interface": ip["interface"] + offset} for ip in own["ips"]]
-    merged = {**prev_result, "ips": (prev_result.get("ips") or []) + ips}
-    for key in ("interfaces", "routes"):
-        merged[key] = (prev_result.get(key) or []) + own[key]
-    if own["dns"]:
-        merged["dns"] = own["dns"]
+    merged = {**prev_result, "dns": own["dns"] or prev_result.get("dns")}
+    for key, items in (("interfaces", own["interfaces"]), ("ips", ips), ("routes", own["routes"])):
+        merged[key] = (prev_result.get(key) or []) + items
     return merged
 
 
@@ -330,15 +325,13 @@ def answer(environ, stdin_text, run, plugins=None, called_as="mncni", at_once=Fa
 def call_add(request, stages, run):
     """Run each stage on the result of the one before it. When one fails, those before it are undone, last first."""
     request.prev_result = parse_prev_result(request.conf)
-    done = []
-    for stage in stages:
+    for position, stage in enumerate(stages):
         try:
             request.prev_result = stage["ADD"](request, run)
         except Exception:
-            for earlier in reversed(done):
+            for earlier in reversed(stages[:position]):
                 best_effort(earlier["DEL"], request, run)
             raise
-        done.append(stage)
     return request.prev_result
 
 
@@ -489,8 +482,6 @@ Reply = namedtuple("Reply", "exit_code stdout stderr")
 class Command:
     """A process to start: argv (list of str), stdin (text), environ (variables to set on top of ours)."""
 
-    __slots__ = ("argv", "environ", "stdin")
-
     def __init__(self, argv, stdin="", environ=None):
         self.argv, self.stdin, self.environ = argv, stdin, environ or {}
 
@@ -498,8 +489,7 @@ class Command:
         """The command as a person would paste it into a shell."""
         import shlex  # +0.4 ms, tracing and errors only
 
-        words = [f"{name}={shlex.quote(value)}" for name, value in self.environ.items()] + [shlex.quote(word) for word in self.argv]
-        text = " ".join(words)
+        text = " ".join([*(f"{name}={shlex.quote(value)}" for name, value in self.environ.items()), shlex.join(self.argv)])
         return f"{text} <<'E'\n{self.stdin.rstrip()}\nE" if self.stdin else text
 
 
@@ -955,19 +945,15 @@ def parse_range(entry):
     subnet = parse_address(entry.get("subnet"), ipaddress.ip_network, '"subnet"')
     if subnet.num_addresses < 4:
         raise config_error(f'"subnet" {subnet} is too small: it needs room for a gateway and a pod')
-    first, last = int(subnet.network_address) + 1, int(subnet.broadcast_address) - (subnet.version == 4)
+    first, last = subnet[1], subnet[-2 if subnet.version == 4 else -1]
     bounds = {"rangeStart": first, "rangeEnd": last, "gateway": first}
-    for key in bounds:
-        if entry.get(key) is None:
-            continue
-        address = parse_address(entry[key], ipaddress.ip_address, f'"{key}"')
-        if address.version != subnet.version or not first <= int(address) <= last:
-            raise config_error(f'"{key}" {address} is no host address of "subnet" {subnet}')
-        bounds[key] = int(address)
+    for key in [key for key in bounds if entry.get(key) is not None]:
+        bounds[key] = parse_address(entry[key], ipaddress.ip_address, f'"{key}"')
+        if bounds[key].version != subnet.version or not first <= bounds[key] <= last:
+            raise config_error(f'"{key}" {bounds[key]} is no host address of "subnet" {subnet}')
     if bounds["rangeStart"] > bounds["rangeEnd"]:
-        raise config_error(f'"rangeStart" {entry.get("rangeStart")} is after "rangeEnd" {entry.get("rangeEnd")}')
-    gateway = subnet.network_address + (bounds["gateway"] - int(subnet.network_address))
-    return {"subnet": subnet, "start": bounds["rangeStart"], "end": bounds["rangeEnd"], "gateway": gateway}
+        raise config_error(f'"rangeStart" {bounds["rangeStart"]} is after "rangeEnd" {bounds["rangeEnd"]}')
+    return {"subnet": subnet, "start": int(bounds["rangeStart"]), "end": int(bounds["rangeEnd"]), "gateway": bounds["gateway"]}
 
 
 def refuse_overlaps(ranges):
@@ -1076,7 +1062,7 @@ def next_free(leases, ranges, set_index):
     spans += [(ranges[begin], ranges[begin]["start"], last)]
     for entry, start, end in spans:
         for value in range(start, end + 1):
-            address = entry["subnet"].network_address + (value - int(entry["subnet"].network_address))
+            address = entry["subnet"][value - int(entry["subnet"].network_address)]
             if address != entry["gateway"] and not leases.holder(address):
                 return address, entry
     subnets = ", ".join(str(entry["subnet"]) for entry in ranges)
@@ -1137,13 +1123,12 @@ def delegate_call(request, run, verb):
     kind = delegate_type(request.conf)
     if not kind:
         return ""
-    if "/" in kind or kind in (".", ".."):
+    if "/" in kind:
         raise config_error(f'"type" of "ipam" must be the name of a program, not {kind!r}')
     found = [os.path.join(part, kind) for part in request.path if os.path.isfile(os.path.join(part, kind))]
     if not found:
         raise CNIError(BAD_ENVIRONMENT, f'cannot find the IPAM plugin "{kind}" in CNI_PATH {":".join(request.path)!r}')
-    conf = {**request.conf, "cniVersion": request.version}
-    reply = run(Command([found[0]], json.dumps(conf), {"CNI_COMMAND": verb}))
+    reply = run(Command([found[0]], json.dumps({**request.conf, "cniVersion": request.version}), {"CNI_COMMAND": verb}))
     if reply.stderr:
         tell(f"{kind}: {reply.stderr.strip()}")
     if reply.exit_code == 0:
@@ -1158,8 +1143,8 @@ def delegate_call(request, run, verb):
 
 def delegate_add(request, kind, run):
     """The delegate's ADD as an IPAM result. When it fails, whoever called undoes it with a DEL, as SPEC section 4 asks."""
-    result = parse_json_object(delegate_call(request, run, "ADD"))
-    result = parse_prev_result({"prevResult": {"ips": [], **result}, "cniVersion": request.version})
+    result = parse_json_object(delegate_call(request, run, "ADD"), f"the result of the IPAM plugin {kind}")
+    result = parse_prev_result({"prevResult": {"ips": [], **result}})
     if not result["ips"]:
         raise CNIError(COMMAND_FAILED, f"the IPAM plugin {kind} returned no address")
     routes = [parse_route(route) for route in result.get("routes") or []]
@@ -1198,22 +1183,19 @@ def parse_naivewg(request):
     conf = request.conf
     parsed = {
         "bridge": typed(conf, "bridge", str, "mncni0"),
-        "mtu": typed(conf, "mtu", int, 0),
         "cluster_cidrs": [parse_address(cidr, ipaddress.ip_network, '"clusterCIDRs"') for cidr in typed(conf, "clusterCIDRs", list, [])],
         "ready": typed(conf, "ready", str, ""),
         "dns": typed(conf, "dns", dict, {}),
         "mac": requested_mac(request),
+        "ipam": parse_ipam(request),
     }
     switches = {"hairpinMode": True, "isDefaultGateway": True, "forceAddress": False, "adoptBridge": False, "ipMasq": False}
-    for key, default in switches.items():
-        parsed[key] = typed(conf, key, bool, default)
+    parsed.update({key: typed(conf, key, bool, default) for key, default in switches.items()})
     if not is_ifname(parsed["bridge"]):
         raise config_error(f'"bridge" {parsed["bridge"]!r} cannot name an interface')
-    if parsed["mtu"] and not 68 <= parsed["mtu"] <= 65534:  # plan_bridge needs room for one more
-        raise config_error(f'"mtu" {parsed["mtu"]} is out of range: 68 to 65534, or 0 for the kernel\'s')
-    parsed["ipam"] = parse_ipam(request)
-    if 0 < parsed["mtu"] < 1280 and any(ranges[0]["subnet"].version == 6 for ranges in parsed["ipam"]["range_sets"]):
-        raise config_error(f'"mtu" {parsed["mtu"]} is too small for IPv6, which needs 1280')
+    parsed["ranges"] = [entry for ranges in parsed["ipam"]["range_sets"] for entry in ranges]
+    smallest = 1280 if any(entry["subnet"].version == 6 for entry in parsed["ranges"]) else 68
+    parsed["mtu"] = number(conf, "mtu", 0, smallest, 65534) if conf.get("mtu") else 0  # plan_bridge needs room for one more
     requested_ips(request)  # judged before anything is changed
     return parsed
 
@@ -1232,19 +1214,17 @@ def require_ready(conf, absent, broken):
     path = conf["ready"]
     if not path:
         return
-    text = read_file(path)
     try:
-        ready = json.loads(text or "{}")
-        device, ok, reason = ready.get("device", ""), ready.get("ok"), ready.get("reason", "")
-    except (ValueError, AttributeError):
-        raise CNIError(absent, f"the agent's ready file {path} is unreadable", (text or "")[:200]) from None
+        ready = parse_json_object(read_file(path) or "{}", f"the agent's ready file {path}")
+    except CNIError as error:
+        raise CNIError(absent, error.msg) from None
     if ready.get("bootID") != boot_id():
-        what = "is of an earlier boot" if text else "is not there"
+        what = "is of an earlier boot" if ready else "is not there"
         raise CNIError(absent, f"the node's network is not up yet: the agent's ready file {path} {what}")
-    if ok is not True:
-        raise CNIError(broken, f"the node's network is down: {reason or 'the agent gives no reason'}")
-    if not is_ifname(device) or not os.path.exists(f"/sys/class/net/{device}"):
-        raise CNIError(broken, f"the node's network is down: its device {device!r} is gone")
+    if ready.get("ok") is not True:
+        raise CNIError(broken, f"the node's network is down: {ready.get('reason') or 'the agent gives no reason'}")
+    if not is_ifname(ready.get("device")) or not os.path.exists(f"/sys/class/net/{ready['device']}"):
+        raise CNIError(broken, f"the node's network is down: its device {ready.get('device')!r} is gone")
 
 
 def own_veth(request):
@@ -1282,8 +1262,7 @@ def look_pod(request, run):
 def refuse_if_attached(request, veth, taken):
     """CNIError 4 if this attachment stands already, or its interface's name is taken in the pod. Nothing has been changed yet."""
     if veth is not None:
-        what = f"{request.ifname} is {veth['ifname']} on the host"
-        raise CNIError(BAD_ENVIRONMENT, f"container {request.container_id} is attached already: {what}")
+        raise CNIError(BAD_ENVIRONMENT, f"{request.ifname} of container {request.container_id} is attached already: {veth['ifname']}")
     if taken is not None:
         raise CNIError(BAD_ENVIRONMENT, f'CNI_IFNAME "{request.ifname}" exists already in {request.netns}')
 
@@ -1312,31 +1291,20 @@ def plan_bridge(conf, bridge, gateways):
     if "UP" not in bridge.get("flags", []):
         lines.append(f"link set dev {name} up")
     present = addresses_of(bridge, "global")
-    for gateway in gateways:
-        lines += plan_gateway_address(conf, gateway, present - set(gateways) - configured_gateways(conf))
-        if gateway not in present:
-            lines.append(f"address replace {gateway} dev {name}{' nodad' if ':' in gateway else ''}")
-    return lines
-
-
-def configured_gateways(conf):
-    """The gateways of all ranges of the configuration: the pods of one set may have several."""
-    ranges = [entry for ranges in (conf.get("ipam") or {}).get("range_sets", []) for entry in ranges]
-    return {f"{entry['gateway']}/{entry['subnet'].prefixlen}" for entry in ranges}
-
-
-def plan_gateway_address(conf, gateway, others):
-    """Lines that clear the way for a gateway address: none, unless forceAddress has another one removed. CNIError 7 if it must not be."""
-    wanted, lines = ipaddress.ip_interface(gateway), []
-    for other in sorted(others):
-        present = ipaddress.ip_interface(other)
-        if present.version != wanted.version or (wanted.version == 6 and not wanted.network.overlaps(present.network)):
-            continue  # IPv6 links have several addresses by nature; only one that overlaps is in the way
-        if not conf["forceAddress"]:
-            what = f'bridge "{conf["bridge"]}" has the address {other}, this network\'s gateway is {gateway}'
+    configured = {f"{entry['gateway']}/{entry['subnet'].prefixlen}" for entry in conf.get("ranges", [])}  # a set may have several
+    for other in sorted(present - set(gateways) - configured):
+        blocked = [gateway for gateway in gateways if is_in_the_way(other, gateway)]
+        if blocked and not conf["forceAddress"]:
+            what = f'bridge "{name}" has the address {other}, this network\'s gateway is {blocked[0]}'
             raise config_error(f'{what}; set "forceAddress": true to replace it, or "bridge" to another name')
-        lines.append(f"address delete {other} dev {conf['bridge']}")
-    return lines
+        lines += [f"address delete {other} dev {name}"] if blocked else []
+    return lines + [f"address replace {one} dev {name}{' nodad' if ':' in one else ''}" for one in gateways if one not in present]
+
+
+def is_in_the_way(other, gateway):
+    """Whether a bridge with one address cannot have the other. IPv6 links have several by nature: only one that overlaps is in the way."""
+    other, gateway = ipaddress.ip_interface(other), ipaddress.ip_interface(gateway)
+    return other.version == gateway.version and (other.version == 4 or other.network.overlaps(gateway.network))
 
 
 def ensure_bridge(request, conf, bridge, gateways, run):
@@ -1438,7 +1406,7 @@ def plan_masq(network, conf, ips, present=""):
     nothing to take back per pod, so nothing to leak."""
     key = short_hash(network)
     chain = f"net_{key}"
-    subnets = [entry["subnet"] for ranges in conf["ipam"]["range_sets"] for entry in ranges]
+    subnets = [entry["subnet"] for entry in conf["ranges"]]
     subnets += [ipaddress.ip_interface(ip["address"]).network for ip in ips]
     lines = [
         "add table inet mncni_masq",
@@ -1515,12 +1483,8 @@ def with_gateways(conf, ipam):
     """An IPAM result in which each address has a gateway, if the bridge is to be one: where IPAM names none, the first of its subnet."""
     if not conf["isDefaultGateway"]:
         return ipam
-    return {**ipam, "ips": [ip if ip.get("gateway") else derive_gateway(ip) for ip in ipam["ips"]]}
-
-
-def derive_gateway(ip):
-    network = ipaddress.ip_interface(ip["address"]).network
-    return {**ip, "gateway": str(network[1])} if network.num_addresses > 2 else ip
+    ips = [(ip, ipaddress.ip_interface(ip["address"]).network) for ip in ipam["ips"]]
+    return {**ipam, "ips": [ip if ip.get("gateway") or net.num_addresses < 3 else {**ip, "gateway": str(net[1])} for ip, net in ips]}
 
 
 def naivewg_del(request, run):
@@ -2088,22 +2052,18 @@ def netem_value(word, kind, text):
     raise config_error(f'annotation "lat": "{word}" needs {what}, not "{text[:40]}"')
 
 
-def plan_lat(request, words):
-    return [Command(in_netns(request.netns, ["tc", "qdisc", "replace", "dev", request.ifname, "root", "netem", *words]))]
-
-
 def lat_add(request, run):
     """ADD: netem on the pod's interface, so for what the pod sends. Returns what it was given. CNIError 4 where the kernel has none."""
     words = parse_lat(request)
     require_prev_result(request, "lat")
     if words:
-        try:
-            apply(plan_lat(request, words), run)
-        except CNIError as error:
-            if "qdisc kind is unknown" in error.details:
-                what = "this kernel has no netem: load the module sch_netem (package linux-modules-extra-* on Ubuntu)"
-                raise CNIError(BAD_ENVIRONMENT, what, error.details) from None
-            raise
+        command = Command(in_netns(request.netns, ["tc", "qdisc", "replace", "dev", request.ifname, "root", "netem", *words]))
+        reply = run(command)
+        if "qdisc kind is unknown" in reply.stderr:
+            what = "this kernel has no netem: load the module sch_netem (package linux-modules-extra-* on Ubuntu)"
+            raise CNIError(BAD_ENVIRONMENT, what, reply.stderr.strip())
+        if reply.exit_code != 0:
+            raise command_failed(command, reply)
     return request.prev_result
 
 
@@ -2419,13 +2379,10 @@ class Explainer:
         if "route" in command.argv:
             return Reply(0, "default via 192.0.2.1\n" if "-4" in command.argv else "", "")
         lines = [line.split() for line in command.stdin.splitlines()]
-        found = [words[3] for words in lines if words[1:3] == ["show", "dev"] and words[3] in self.links]
-        return Reply(0, "".join(json.dumps([self.link(name)]) + "\n" for name in found), "")
-
-    def link(self, name):
-        number = self.links.index(name)  # a veth pair stands in the result with the host's end first
-        link = {"ifname": name, "ifindex": number, "link_index": number - 1, "mtu": 1500}
-        return {**link, "address": "00:00:00:00:00:00", "flags": ["UP"], "addr_info": []}
+        found = [(words[3], self.links.index(words[3])) for words in lines if words[1:3] == ["show", "dev"] and words[3] in self.links]
+        other = {"mtu": 1500, "address": "00:00:00:00:00:00", "flags": ["UP"]}  # of a veth pair a result names the host's end first
+        links = [{"ifname": name, "ifindex": index, "link_index": index - 1, **other} for name, index in found]
+        return Reply(0, json.dumps(links) if links else "", "")
 
 
 def explain_command(options, run):
@@ -2527,12 +2484,10 @@ def command_line(arguments):
     options = build_parser().parse_args(arguments)
     try:
         options.act(options, make_run(dict(os.environ)))
-    except PermissionError as error:
-        print(f"mncni.py {options.action}: no permission for {error.filename}: run it with sudo", file=sys.stderr)
-        return 1
     except (CNIError, OSError) as error:
+        hint = ": run it with sudo" if isinstance(error, PermissionError) else ""
         details = f"\n{error.details}" if getattr(error, "details", "") else ""
-        print(f"mncni.py {options.action}: {error}{details}", file=sys.stderr)
+        print(f"mncni.py {options.action}: {error}{hint}{details}", file=sys.stderr)
         return 1
     return 0
 
