@@ -327,6 +327,8 @@ def call_add(request, stages, run):
     request.prev_result = parse_prev_result(request.conf)
     for position, stage in enumerate(stages):
         try:
+            if stage.get("chained") and request.prev_result is None:
+                raise config_error("a chained plugin works on the result of one before it: put it behind one that makes the interface")
             request.prev_result = stage["ADD"](request, run)
         except Exception:
             for earlier in reversed(stages[:position]):
@@ -1547,10 +1549,8 @@ def check_pod(request, ips, run):
 
 def is_route(route, present):
     """Whether a route of `ip -json` is the given one of a result. Only what the result names is compared."""
-    if present.get("dst", "") == "default":
-        same = str(route["dst"]) in ("0.0.0.0/0", "::/0")
-    else:
-        same = ipaddress.ip_network(present["dst"], strict=False) == ipaddress.ip_network(route["dst"], strict=False)
+    dst = default_route(route["dst"]) if present["dst"] == "default" else present["dst"]
+    same = ipaddress.ip_network(dst, strict=False) == ipaddress.ip_network(route["dst"], strict=False)
     gateways = [hop.get("gateway") for hop in present.get("nexthops") or [present]]
     same = same and (not route.get("gw") or str(ipaddress.ip_address(route["gw"])) in gateways)
     same = same and (not route.get("priority") or present.get("metric", 0) == route["priority"])
@@ -1812,7 +1812,6 @@ def ports_path(request):
 def portmap_add(request, run):
     """ADD: lead host ports to the pod. Returns what it was given. Its undo is portmap_del."""
     mappings = runtime_config(request, "portMappings", list, [])
-    require_prev_result(request, "portmap")
     state = {
         "owner": [request.network, request.container_id, request.ifname],
         "since": time.monotonic_ns(),
@@ -1947,7 +1946,6 @@ def plan_bandwidth(request, limits, peer, qdiscs):
 def bandwidth_add(request, run):
     """ADD: limit the pod's traffic. Returns prevResult with the ifb, if there is one. Its undo is bandwidth_del."""
     limits = parse_bandwidth(request)
-    require_prev_result(request, "bandwidth")
     if not limits:
         return request.prev_result
     peer = request.new_peer or look_peer(request, run)
@@ -2055,7 +2053,6 @@ def netem_value(word, kind, text):
 def lat_add(request, run):
     """ADD: netem on the pod's interface, so for what the pod sends. Returns what it was given. CNIError 4 where the kernel has none."""
     words = parse_lat(request)
-    require_prev_result(request, "lat")
     if words:
         command = Command(in_netns(request.netns, ["tc", "qdisc", "replace", "dev", request.ifname, "root", "netem", *words]))
         reply = run(command)
@@ -2142,7 +2139,6 @@ def plan_quickack(routes):
 def quickack_add(request, run):
     """ADD: set quickack on the pod's routes. Returns what it was given. Undoing is nothing: the routes go with the interface."""
     conf = parse_quickack(request)
-    require_prev_result(request, "quickack")
     lines = plan_quickack(chosen_routes(conf, look_routes(request, run)))
     apply([ip_batch(lines, request.netns)] if lines else [], run)
     return request.prev_result
@@ -2156,12 +2152,6 @@ def quickack_check(request, run):
 
 def quickack_status(request, run):
     parse_quickack(request)
-
-
-def require_prev_result(request, name):
-    """CNIError 7 unless there is an interface to work on: a chained plugin cannot come first."""
-    if request.prev_result is None:
-        raise config_error(f"{name} needs the result of a plugin before it: put it behind one that makes the interface")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2198,14 +2188,15 @@ def nothing_to_do(request, run):
 # ---------------------------------------------------------------------------------------------------------------------
 # The plugin table
 # ---------------------------------------------------------------------------------------------------------------------
-# A column a verb, in the order of VERBS: ADD, DEL, CHECK, GC, STATUS. first: it may only stand first in a list.
+# A column a verb, in the order of VERBS: ADD, DEL, CHECK, GC, STATUS. first: it may only stand first in a list. chained: it needs the
+# result of a plugin before it.
 
 PLUGINS = {
     "naivewg": dict(zip(VERBS, (naivewg_add, naivewg_del, naivewg_check, naivewg_gc, naivewg_status)), first=True),
-    "portmap": dict(zip(VERBS, (portmap_add, portmap_del, portmap_check, portmap_gc, nothing_to_do))),
-    "bandwidth": dict(zip(VERBS, (bandwidth_add, bandwidth_del, bandwidth_check, bandwidth_gc, bandwidth_status))),
-    "lat": dict(zip(VERBS, (lat_add, lat_del, lat_check, nothing_to_do, nothing_to_do))),
-    "quickack": dict(zip(VERBS, (quickack_add, nothing_to_do, quickack_check, nothing_to_do, quickack_status))),
+    "portmap": dict(zip(VERBS, (portmap_add, portmap_del, portmap_check, portmap_gc, nothing_to_do)), chained=True),
+    "bandwidth": dict(zip(VERBS, (bandwidth_add, bandwidth_del, bandwidth_check, bandwidth_gc, bandwidth_status)), chained=True),
+    "lat": dict(zip(VERBS, (lat_add, lat_del, lat_check, nothing_to_do, nothing_to_do)), chained=True),
+    "quickack": dict(zip(VERBS, (quickack_add, nothing_to_do, quickack_check, nothing_to_do, quickack_status)), chained=True),
     "loopback": dict(zip(VERBS, (loopback_add, loopback_del, loopback_check, nothing_to_do, nothing_to_do)), first=True),
 }
 
