@@ -870,10 +870,9 @@ def default_route(address):
 def parse_mac(text, what):
     """A MAC address in lower case. CNIError 7 unless it is six bytes, unicast and not zero."""
     parts = text.lower().split(":") if isinstance(text, str) else []
-    if len(parts) != 6 or not all(len(part) == 2 and set(part) <= set("0123456789abcdef") for part in parts):
-        raise config_error(f"{what} must be a MAC address like 0a:58:0a:f4:01:05, not {json.dumps(text)}")
-    if int(parts[0], 16) & 1 or set(parts) == {"00"}:
-        raise config_error(f"{what} {text} is no unicast MAC address")
+    is_mac = len(parts) == 6 and all(len(part) == 2 and set(part) <= set("0123456789abcdef") for part in parts)
+    if not is_mac or int(parts[0], 16) & 1 or set(parts) == {"00"}:
+        raise config_error(f"{what} must be a unicast MAC address like 0a:58:0a:f4:01:05, not {json.dumps(text)}")
     return ":".join(parts)
 
 
@@ -1044,10 +1043,8 @@ def choose_addresses(leases, range_sets, asked):
 
 def range_of(ranges, address):
     """The range that an address lies in, or None."""
-    for entry in ranges:
-        if entry["subnet"].version == address.version and entry["start"] <= int(address) <= entry["end"]:
-            return entry
-    return None
+    same_family = [entry for entry in ranges if entry["subnet"].version == address.version]
+    return next((entry for entry in same_family if entry["start"] <= int(address) <= entry["end"]), None)
 
 
 def next_free(leases, ranges, set_index):
@@ -2352,6 +2349,12 @@ EXPLAINED = {  # what the runtime asks for, where the conflist declares that it 
 }
 
 
+FOREIGN_RESULT = {  # what another plugin may have made, on the host and in the pod
+    "interfaces": [{"name": "veth0"}, {"name": "eth0", "sandbox": "/run/netns/c1"}],
+    "ips": [{"address": "192.0.2.2/24", "gateway": "192.0.2.1", "interface": 1}],
+}
+
+
 class Explainer:
     """A `run` that runs nothing: it notes each command in `script`, and answers as a host would that has nothing yet but the interfaces
     of a result (or None), and a default route in every namespace."""
@@ -2366,7 +2369,7 @@ class Explainer:
         self.heading = heading
         if "CNI_COMMAND" in command.environ:
             self.script.append("# ... another plugin; the address below stands for the one that it gives.")
-            return Reply(0, json.dumps({"ips": [{"address": "192.0.2.2/24", "gateway": "192.0.2.1"}]}), "")
+            return Reply(0, json.dumps({"ips": [without(FOREIGN_RESULT["ips"][0], "interface")]}), "")
         if "route" in command.argv:
             return Reply(0, "default via 192.0.2.1\n" if "-4" in command.argv else "", "")
         lines = [line.split() for line in command.stdin.splitlines()]
@@ -2395,7 +2398,8 @@ def explain_command(options, run):
     for conf in plugins:
         print(f"\n# ---- type {conf.get('type')}, plugin {json.dumps(conf.get('plugin', conf.get('type')))} ----")
         if "plugin" not in conf and conf.get("type") not in (*PLUGINS, "mncni", "mncni.py"):
-            print("# Not a plugin of MNCNI's.")
+            print("# Not a plugin of MNCNI's. The interface and the address below stand for its own.")
+            result = result or FOREIGN_RESULT
             continue
         with tempfile.TemporaryDirectory() as root:
             result = explain_plugin({**conf, **shared}, result, options.command, root)

@@ -45,6 +45,14 @@ def test_explain_takes_a_delegate_and_foreign_plugins(tmp_path):
     assert "# Not a plugin of MNCNI's." in script
 
 
+def test_explain_shows_what_chained_plugins_run_on_top_of_another_network(tmp_path):
+    path = tmp_path / "x.conflist"
+    path.write_text(json.dumps({"cniVersion": "1.0.0", "name": "x", "plugins": [{"type": "flannel"}, *mncni.CHAINED.values()]}))
+    exit_code, script, stderr = explain(path)
+    assert exit_code == 0, stderr
+    assert "root netem delay 50ms" in script and "root tbf rate 8000000bit" in script and "quickack 1" in script
+
+
 @pytest.mark.parametrize("text, said", [("{", "cannot decode"), ('{"name": "x", "plugins": 3}', '"plugins"'), ('{"plugins": []}', "empty")])
 def test_explain_says_what_is_wrong_with_a_conflist(tmp_path, text, said):
     path = tmp_path / "x.conflist"
