@@ -15,7 +15,7 @@ from tests import manifests
 
 ACCOUNT_DIR = "/run/secrets/kubernetes.io/serviceaccount"
 VOLUMES = "var/lib/kubelet/volumes"  # on the node
-PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin"  # the distribution's python3 first
 
 
 class Container:
