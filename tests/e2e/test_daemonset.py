@@ -19,7 +19,6 @@ from tests.e2e.flow import Flow
 
 pytestmark = [
     pytest.mark.root,
-    pytest.mark.vm,
     pytest.mark.skipif(bool(manifests.yaml_missing()), reason=manifests.yaml_missing()),
 ]
 
@@ -116,8 +115,11 @@ class Cluster:
             raise AssertionError(f"{error}\n{said}") from None
 
 
-# Where there is no real one, tests/e2e/test_install.py says what it needs.
-@pytest.fixture(scope="module", params=[Double] if kubernetes.missing() else [Double, Real], ids=lambda kind: kind.__name__.lower())
+# Where there is no real one, tests/e2e/test_install.py says what it needs. In the virtual machine it would take minutes to start.
+SERVERS = [pytest.param(Double, id="double", marks=pytest.mark.vm), *([] if kubernetes.missing() else [pytest.param(Real, id="real")])]
+
+
+@pytest.fixture(scope="module", params=SERVERS)
 def cluster(request, tmp_path_factory):
     """Nodes that have booted and registered, without pod CIDRs."""
     lab = labs.Lab(f"mncni-daemonset-{os.getpid()}", verbose=False)
