@@ -28,7 +28,7 @@ main() {
     # HOME: no settings of whoever runs this. pdeathsig and kill-child: nothing of it outlives this script.
     # Its own output is for the console alone, because virtme-ng loses parts of what it passes on. The log is a file on a shared directory.
     HOME=$scratch/home PATH=$PWD/.venv/bin:$PATH setpriv --pdeathsig KILL unshare --pid --fork --kill-child --mount-proc \
-        timeout "$LIMIT_S" vng --run "$kernel" --disable-kvm --force-9p --cpus 2 --memory 2G --user root \
+        timeout "$LIMIT_S" vng --run "$kernel" --verbose --disable-kvm --force-9p --cpus 2 --memory 2G --user root \
         --rwdir=/mnt="$scratch/results" --exec "tests/vm.sh --inside $words" </dev/null >"$scratch/console" 2>&1 &
     vm=$!
     tail --pid="$vm" --lines=+1 --follow "$scratch/results/log"
@@ -43,9 +43,10 @@ newest_kernel() { find /boot -name 'vmlinuz-*-amd64' ! -name '*-cloud-amd64' ! -
 verdict() {
     local status=$1 kernel=$2 seconds=$3 tests=$scratch/results/status
     if [[ ! -e $tests ]]; then
+        echo
         tail -n 40 "$scratch/console" >&2
-        if ((status == 124)); then status="it took longer than $LIMIT_S s"; else status="exit status $status"; fi
-        echo "vm: FAILED: Linux $kernel ended before the tests did, $status after $seconds s; above, the end of its console" >&2
+        if ((status == 124)); then status="it was ended, for it may take $LIMIT_S s"; else status="exit status $status"; fi
+        echo "vm: FAILED: Linux $kernel ended after $seconds s, before the tests did: $status; above, the end of its console" >&2
         exit 1
     fi
     echo "vm: Linux $kernel: $(counts), pytest's exit status $(<"$tests"), virtme-ng's $status, $seconds s in all"
