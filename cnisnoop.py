@@ -148,7 +148,7 @@ tracepoint:syscalls:sys_exit_%(call)s /@stream[tid]/ {
   $s = @stream[tid]; $p = @buffer[tid]; $n = args->ret; $o = 0;
   if ($n > 0 && ($s & 3) %(direction)s) {
     printf("size|%%llu|%%d|%%d|%%d", nsecs, @in[pid], $s, $n);
-    $room = %(limit)d - @sent[$s]; @sent[$s] = @sent[$s] + $n; $n = $n > $room ? $room : $n;
+    $room = @sent[$s] < %(limit)d ? %(limit)d - @sent[$s] : 0; @sent[$s] = @sent[$s] + $n; $n = $n > $room ? $room : $n;
     %(piece)s
   }
   if (!@left[tid]) { delete(@stream[tid]); delete(@buffer[tid]); }
@@ -617,7 +617,8 @@ class Calls:
 # ---------------------------------------------------------------------------------------------------------------------
 SECRET = r"passw|secret|token|credential|private.?key|preshared|psk|api.?key|access.?key|client.?key|authorization"
 SECRET_NAME = re.compile(SECRET, re.IGNORECASE)
-SECRET_VALUE = re.compile(rf"""([\w.-]*(?:{SECRET})[\w.-]*["']?\s*[=:]\s*)("(?:[^"\\]|\\.)*"?|[^\s;,"]+)""", re.IGNORECASE)
+# Bounded: a plugin's output may be 64 KB of anything, and no pattern may take longer than reading it.
+SECRET_VALUE = re.compile(rf"""((?:{SECRET})[\w.-]{{0,40}}["']?\s{{0,9}}[=:]\s{{0,9}})("(?:[^"\\]|\\.)*"?|[^\s;,"]+)""", re.IGNORECASE)
 HIDDEN = "***"
 BOLD, DIM, RED, GREEN, YELLOW = "1", "2", "31", "32", "33"
 WIDTH = 110  # of a line of JSON
@@ -644,7 +645,7 @@ def mask_text(text):
 
 def mask_call(call):
     """A call without secrets. `masked` says whether there were any."""
-    masked = {**call, "env": {name: mask_text(value) for name, value in call["env"].items()},
+    masked = {**call, "env": {name: mask_text(value) if name == "CNI_ARGS" else value for name, value in call["env"].items()},
               "delegates": [mask_call(entry) for entry in call["delegates"]],
               "argv": [mask_text(word) for word in call["argv"]],
               "commands": [{**entry, "argv": [mask_text(word) for word in entry["argv"]], "stdin": mask_text(entry["stdin"]),
@@ -653,7 +654,7 @@ def mask_call(call):
         masked[name] = mask_text(call[name])
         if masked[name] != call[name]:
             masked.pop(f"{name}_base64", None)
-    masked["masked"] = masked != call
+    masked["masked"] = call.get("masked", False) or masked != call
     return masked
 
 
@@ -1061,7 +1062,7 @@ class Tracer:
 
     def __init__(self, name, argv, environ, parse, early):
         self.name, self.parse, self.early = name, parse, early
-        self.is_ready, self.stopped_at, self.canaries, self.deadline = False, 0, set(), time.monotonic() + 60
+        self.is_ready, self.stopped_at, self.is_asked, self.canaries, self.deadline = False, 0, False, set(), time.monotonic() + 60
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the backend
         # In a session of its own: Ctrl-C is for us, and we end it.
         self.process = subprocess.Popen([*WITH_PARENT, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.stderr,
@@ -1071,13 +1072,17 @@ class Tracer:
         return time.clock_gettime_ns(CLOCKS[self.name])
 
     def stop(self):
-        """Ask it to end, once; what it has still to say comes yet."""
-        if not self.stopped_at:
-            self.stopped_at = time.monotonic()
+        """It ends when it has told what it knows."""
+        self.stopped_at = self.stopped_at or time.monotonic()
+
+    def ask(self):
+        """Ask it to end, once: bpftrace throws away what it has not yet read."""
+        if not self.is_asked:
+            self.is_asked = True
             self.process.send_signal(signal.SIGINT)
 
     def close(self):
-        self.stop()
+        self.ask()
         try:
             self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -1098,7 +1103,9 @@ class Tracer:
                 # Idle: it has told all it knows. Else what is two seconds old, for then every processor's events are here.
                 yield from ordered.take(self.now() - 2 * 10**9) if data else ordered.take()
                 yield None
-                if not self.is_ready and not self.stopped_at:
+                if self.stopped_at and (data is None or time.monotonic() - self.stopped_at > 3):
+                    self.ask()
+                elif not self.is_ready:
                     self.get_ready()
 
     def look(self, event):
@@ -1429,7 +1436,7 @@ def look_host():
             findings.append((f"chain {what} drops what is forwarded, unless one of its rules accepts it",
                              f"is it Docker's or a firewall's? Accept pods there: nft insert rule {what} ip saddr POD-CIDR accept"))
     if "-P FORWARD DROP" in run(["iptables-legacy", "-S", "FORWARD"])[1]:
-        findings.append(("iptables-legacy drops what is forwarded: -P FORWARD DROP", "accept pods, or iptables-legacy -P FORWARD ACCEPT"))
+        findings.append(("iptables-legacy drops what is forwarded: -P FORWARD DROP", "accept pods there: iptables-legacy -I FORWARD ..."))
     return findings
 
 

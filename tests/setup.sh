@@ -2,7 +2,7 @@
 # Set-up for the Makefile: checks what a target needs and, as root with apt-get, installs what is missing.
 #
 #   tests/setup.sh demo      system tools of the demo and the lab
-#   tests/setup.sh test      the same, the reference CNI plugins to compare with, PyYAML, and .venv with pytest
+#   tests/setup.sh test      the same, the reference CNI plugins to compare with, PyYAML, bpftrace, strace, and .venv with pytest
 #   tests/setup.sh runtimes  the same, containerd, podman, and what tests need to drive them
 #   tests/setup.sh lint      shellcheck, and .venv with ruff
 #   tests/setup.sh venv      .venv alone
@@ -24,7 +24,7 @@ main() {
     case ${1:-} in
         demo) need_lab_tools; provide || exit 1
               need_wireguard; provide || exit 1 ;;
-        test) need_lab_tools; need openssl openssl; need_reference_plugins; need_yaml; need_venv_module; provide || go_on
+        test) need_lab_tools; need openssl openssl; need_reference_plugins; need_tracers; need_yaml; need_venv_module; provide || go_on
               need_wireguard; provide || go_on
               make_venv ;;
         runtimes) need_lab_tools; need_reference_plugins; need_runtimes; need_venv_module; provide || go_on
@@ -71,6 +71,13 @@ need_reference_plugins() {
     [[ -x /opt/cni/bin/host-local || -x /usr/lib/cni/host-local ]] || note_missing "reference CNI plugins" containernetworking-plugins
     # Reads the agent's metrics as Prometheus does. Of the distribution's python3, like PyYAML below.
     /usr/bin/python3 -c 'import prometheus_client' 2>/dev/null || note_missing "a parser of metrics" python3-prometheus-client
+}
+
+# What cnisnoop.py traces with. Only root can.
+need_tracers() {
+    if ! is_root; then return; fi
+    need bpftrace bpftrace
+    need strace strace
 }
 
 # Where podman has its CNI backend: before 5. The last two are for a CRI client.

@@ -100,22 +100,35 @@ def write_plugins(directory):
 
 
 def environment(directory, command, container_id="c1"):
-    return {"PATH": "/usr/bin:/bin", "CNI_COMMAND": command, "CNI_CONTAINERID": container_id, "CNI_IFNAME": "eth0", "CNI_ARGS": ARGS,
-            "CNI_NETNS": "/run/netns/nowhere", "CNI_PATH": f"{directory}:/usr/lib/cni"}
+    return {
+        "PATH": "/usr/bin:/bin",
+        "CNI_COMMAND": command,
+        "CNI_CONTAINERID": container_id,
+        "CNI_IFNAME": "eth0",
+        "CNI_ARGS": ARGS,
+        "CNI_NETNS": "/run/netns/nowhere",
+        "CNI_PATH": f"{directory}:/usr/lib/cni",
+    }
 
 
 def make_calls(directory, steps=STEPS, container_id="c1"):
     for plugin, command, stdin in steps:
         with contextlib.suppress(OSError, BrokenPipeError):  # "lost" cannot be executed
-            subprocess.run([f"{directory}/{plugin}"], input=stdin, env=environment(directory, command, container_id), capture_output=True,
-                           check=False, timeout=30)
+            subprocess.run(
+                [f"{directory}/{plugin}"],
+                input=stdin,
+                env=environment(directory, command, container_id),
+                capture_output=True,
+                check=False,
+                timeout=30,
+            )
 
 
 def caller(directory):
     """A process that makes the calls when it is given a line: something that strace can attach to."""
     argv = ["/usr/bin/python3", "-m", "tests.snoop", "call", str(directory)]
-    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
-                               env={"PATH": "/usr/bin:/bin"})
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/", env=env)
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -129,11 +142,12 @@ def check_calls(calls, directory):
         assert (call["path"], call["argv"][-1]) == (f"{directory}/{call['plugin']}", f"{directory}/{call['plugin']}")
         assert call["parent"]["pid"] > 0 and not call["incomplete"] and not call["running"]
     assert {call["plugin"]: call["exit"] for call in (reader, meta, saver, silent, last)} == dict.fromkeys(
-        ("reader", "meta", "saver", "silent", "last"), 0)
+        ("reader", "meta", "saver", "silent", "last"), 0
+    )
     assert reader["stdin"] == json.dumps(CONF) and json.loads(reader["stdout"]) == RESULT and reader["duration_ms"] >= 50
     assert json.loads(meta["stdin"])["prevResult"] == RESULT and json.loads(meta["stdout"]) == RESULT
     assert meta["stderr"] == "a word of the delegate\n"
-    delegate, = meta["delegates"]
+    (delegate,) = meta["delegates"]
     assert (delegate["plugin"], delegate["command"], delegate["exit"]) == ("ipam", "ADD", 0)
     assert delegate["stdin"].strip() == meta["stdin"] and json.loads(delegate["stdout"]) == RESULT
     assert [(entry["argv"][0], entry["exit"]) for entry in meta["commands"]] == [("cat", 0), ("grep", 1)]
@@ -197,7 +211,9 @@ def main(words):
     elif words == ["record"]:
         for backend in ("bpftrace", "strace"):
             record(backend)
-            check_calls([call for call in calls_of(recorded(backend)) if call["path"].startswith("/tmp/cni-plugins/")], "/tmp/cni-plugins")
+            check_calls(
+                [call for call in calls_of(recorded(backend)) if call["path"].startswith("/tmp/cni-plugins/")], "/tmp/cni-plugins"
+            )
     else:
         sys.exit(__doc__)
 
