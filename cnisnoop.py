@@ -1062,7 +1062,7 @@ class Tracer:
 
     def __init__(self, name, argv, environ, parse, early):
         self.name, self.parse, self.early = name, parse, early
-        self.is_ready, self.stopped_at, self.is_asked, self.canaries, self.deadline = False, 0, False, set(), time.monotonic() + 60
+        self.is_ready, self.stopped_at, self.is_asked, self.canaries, self.deadline = False, 0, False, set(), time.monotonic() + 120
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the backend
         # In a session of its own: Ctrl-C is for us, and we end it.
         self.process = subprocess.Popen([*WITH_PARENT, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.stderr,

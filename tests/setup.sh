@@ -36,7 +36,7 @@ main() {
               make_venv ;;
         matrix) need_matrix_tools; provide || exit 1
               need_wireguard; provide || exit 1 ;;
-        vm)   need_lab_tools; need_vm_tools; need_venv_module; provide || exit 1
+        vm)   need_lab_tools; need_tracers; need_vm_tools; need_venv_module; provide || exit 1
               make_venv
               add_virtme ;;
         ci)   need make make; need shellcheck shellcheck; need_matrix_tools; need_runtimes

@@ -180,6 +180,18 @@ def recorded(backend):
     return [event for line in lines for event in parser.feed(line.decode("latin-1"))]
 
 
+def own_lines(backend, caller_pid, lines):
+    """Without what bpftrace told of other processes of the machine."""
+    if backend == "strace":
+        return lines
+    events = [(line, cnisnoop.parse_bpftrace(line)) for line in lines]
+    own = {event[2] for _, event in events if event and event[0] == "begin" and event[4] == caller_pid}
+    for _, event in events:
+        if event and event[0] == "begin" and event[3] in own:
+            own.add(event[2])
+    return [line for line, event in events if event and (event[2] >> 3 if event[0] == "data" else event[2]) in own]
+
+
 def record(backend):
     """Make the calls under a backend and keep what it wrote, behind a line with the process ID of the caller."""
     directory = Path("/tmp/cni-plugins")
@@ -196,9 +208,9 @@ def record(backend):
         tracer.send_signal(signal.SIGINT)
         tracer.wait(timeout=20)
         out.seek(0)
-        own = f"\n{process.pid}\n".encode()
+        lines = [str(process.pid).encode(), *own_lines(backend, process.pid, out.read().splitlines())]
         RECORDINGS.mkdir(exist_ok=True)
-        (RECORDINGS / f"calls.{backend}.gz").write_bytes(gzip.compress(own.strip() + b"\n" + out.read(), mtime=0))
+        (RECORDINGS / f"calls.{backend}.gz").write_bytes(gzip.compress(b"\n".join(lines), mtime=0))
     shutil.rmtree(directory)
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.root
 PROGRAM = os.path.realpath(cnisnoop.__file__)
 REFERENCE = next((path for path in ("/usr/lib/cni", "/opt/cni/bin") if os.access(f"{path}/bridge", os.X_OK)), "")
 needs_reference = pytest.mark.skipif(not REFERENCE, reason="needs the reference plugins: apt-get install containernetworking-plugins")
-READY_S, END_S = 90, 30  # bounds, not expectations
+READY_S, END_S = 300, 30  # bounds, not expectations
 
 
 def require(backend):
@@ -103,6 +103,7 @@ def descendants(pid):
     return found
 
 
+@pytest.mark.vm  # whose kernel has another verifier of BPF programs
 def test_every_call_is_seen_complete_and_nested(backend, tmp_path):
     with calling(tmp_path) as caller, tracing(backend, "--show-secrets", "--pid", str(caller.pid)) as running:
         caller.communicate("go\n", timeout=60)
