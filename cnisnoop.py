@@ -1011,7 +1011,7 @@ def plan_tracefs(argv):
 def bpftrace_backend(_options):
     """(argv, environment, parse(line) -> events) of bpftrace. SnoopError if it cannot be used here, with the reason."""
     need_tools("tracing", "bpftrace")
-    version = re.search(r"(\d+)\.(\d+)", run(["bpftrace", "--version"])[1])
+    version = re.search(r"(\d+)\.(\d+)", run(["bpftrace", "--version"], timeout_s=60)[1])
     if not version or (int(version[1]), int(version[2])) < (0, 17):
         raise SnoopError(f"bpftrace {version[0] if version else '?'} is too old, 0.17 is needed")
     code, listed, stderr = run(plan_tracefs([find_tool("bpftrace"), "-l", "tracepoint:syscalls:sys_enter_*"]), timeout_s=60)
@@ -1037,7 +1037,7 @@ def strace_backend(options):
         if pid not in process_of:
             raise SnoopError(f"--pid {pid}: there is no such process")
     parser = Strace(process_of)
-    argv = [find_tool("strace"), *STRACE, "-o", "/dev/stdout", *(word for pid in pids for word in ("-p", str(pid)))]
+    argv = [find_tool("strace"), *STRACE, "-o", "/proc/self/fd/1", *(word for pid in pids for word in ("-p", str(pid)))]
     return argv, {}, lambda line: parser.feed(line.decode("latin-1"))
 
 
