@@ -7,15 +7,16 @@ export PYTHON
 export PATH := $(PATH):/usr/sbin:/sbin
 
 SHELL_SCRIPTS = $(wildcard .ci/run *.sh */*.sh */*/*.sh)
+FAULT_TESTS = tests/faults tests/e2e/test_healing.py tests/e2e/test_kubernetes.py tests/integration/test_add_faults.py
 NEED_ROOT = test "$$(id -u)" = 0 || { echo "needs root: sudo make $@" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo lab lab-down test kubernetes test-runtimes test-matrix test-vm bench bench-agent lint golden record clean
+.PHONY: help demo lab lab-down test kubernetes test-faults test-runtimes test-matrix test-vm bench bench-agent lint golden record clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo 'More words for the command behind demo, lab, test, test-runtimes, test-matrix, test-vm: ARGS="...", for example  make test ARGS="-k lease -x"'
+	@echo 'More words for the command behind demo, lab, test, test-faults, test-runtimes, test-matrix, test-vm: ARGS="...", for example  make test ARGS="-k lease -x"'
 
 demo: ## two nodes and four pods on this machine: pings over WireGuard, and proof that nothing goes in clear (root)
 	@$(NEED_ROOT)
@@ -44,6 +45,11 @@ test: ## all tests; as an ordinary user those that need no root
 
 kubernetes: ## a real kube-apiserver, etcd and kubectl for `make test`, which leaves out some tests without them (needs go; 10 minutes)
 	@tests/kubernetes.sh
+
+test-faults: ## what faults cost, as one table: crashes, storms, traffic through faults, hostile input (root; 20 minutes)
+	@$(NEED_ROOT)
+	@tests/setup.sh test
+	@.venv/bin/python -m pytest $(FAULT_TESTS) $(ARGS)
 
 test-runtimes: ## tests under real container runtimes: containerd by ctr and by CRI, podman (root; installs them)
 	@$(NEED_ROOT)

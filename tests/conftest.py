@@ -57,9 +57,21 @@ def pytest_runtest_makereport(item):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Figures that tests measured, for people: see the fixture `figure`."""
+    """Figures that tests measured, for people: see the fixtures `figure` and `fault`."""
     for text in getattr(terminalreporter.config, "figures", []):
         terminalreporter.write_line(f"measured: {text}")
+    faults = getattr(terminalreporter.config, "faults", [])
+    for line in format_table([FAULT_COLUMNS, *faults]) if faults else []:
+        terminalreporter.write_line(line)
+
+
+FAULT_COLUMNS = ("fault", "packets lost", "in clear", "time to heal", "leaks")
+
+
+def format_table(rows):
+    """Lines of a table: the first column on the left, the others, which are numbers, on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join([row[0].ljust(widths[0]), *(map(str.rjust, row[1:], widths[1:]))]) for row in rows]
 
 
 @pytest.fixture
@@ -67,3 +79,19 @@ def figure(request):
     """figure("text"): print a measured figure at the end of the run."""
     request.config.figures = getattr(request.config, "figures", [])
     return request.config.figures.append
+
+
+@pytest.fixture
+def fault(request):
+    """fault("agent killed", lost=0, sent=10_000, clear=0, heal_s=1.2, leaks=0): a row of the table of faults at the end of the run.
+
+    lost, sent, clear: packets; heal_s: seconds until all was as before; leaks: objects and files left behind. Leave out the unmeasured.
+    """
+    request.config.faults = getattr(request.config, "faults", [])
+
+    def row(name, lost=None, sent=None, clear=None, heal_s=None, leaks=None):
+        of = f" of {sent}" if sent else ""
+        cells = (lost if lost is None else f"{lost}{of}", clear, heal_s if heal_s is None else f"{heal_s:.1f} s", leaks)
+        request.config.faults.append((name, *("" if cell is None else str(cell) for cell in cells)))
+
+    return row
