@@ -13,7 +13,7 @@ import agent
 import mncni
 from tests.apiserver import ApiServer, realistic_node
 from tests.integration import big_cluster
-from tests.unit.agent_data import FakeWireGuard, key_of, parse
+from tests.unit.agent_data import FakeWireGuard, key_of, parse, record
 
 USER = "system:serviceaccount:kube-system:mncni-agent"
 NODES = 3  # n1, which is the agent's, n2 and n3
@@ -34,15 +34,7 @@ def node_of(number, record=True, **changes):
 
 def record_of(number, **changes):
     """A good record of node n<number> as text, less its keys that are changed to `...`."""
-    fields = {
-        "v": 1,
-        "podCIDRs": [f"10.244.{number}.0/24"],
-        "uid": f"uid-{number}",
-        "endpoints": [f"192.0.2.{number}"],
-        "slots": {"0": {"key": key_of(number), "port": 28384}},
-        "gen": 1,
-    }
-    return json.dumps({key: value for key, value in {**fields, **changes}.items() if value is not ...})
+    return json.dumps(record(number, **{"created": ..., **changes}))
 
 
 def own_only(user, operation, old, new):
