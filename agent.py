@@ -698,6 +698,51 @@ Facts = collections.namedtuple("Facts", "uid created pod_cidrs")  # texts of a N
 Seen = collections.namedtuple("Seen", "text facts")  # text: the record, None for none
 
 
+def follow_nodes(api, parse, take, tell, stopping, params=None, is_whole=lambda: True):
+    """Thread: list the Nodes, then watch them, until the event `stopping` is set: take("LIST", objects), then take(type, [object]) for
+    each change, of each object what parse() makes of it. is_whole() -> whether that takes whole Nodes or metadata alone. Whatever goes
+    wrong costs a pause, and what was seen last stays: tell(what) if it lasts, tell("") when it is over."""
+    version, listed, failures = None, None, 0
+    while not stopping.is_set():
+        wish, opened = 0, False
+        try:
+            whole = is_whole()
+            if version is None or whole != listed:
+                objects, version = api.list(NODES, params, JSON if whole else METADATA_LIST, parse)
+                take("LIST", objects)
+                listed = whole
+            events = api.watch(NODES, version, params, JSON if whole else METADATA)
+            opened = True
+            tell("")
+            for kind, item in events:
+                if stopping.is_set():
+                    return
+                if is_older(item["metadata"]["resourceVersion"], version):
+                    raise ApiError(410, "Disorder", "the API server told of changes in the wrong order")
+                version, failures = item["metadata"]["resourceVersion"], 0
+                if kind != "BOOKMARK":
+                    take(kind, [parse(item)])
+        except Exception as error:
+            status, wish = getattr(error, "status", 410), wish_s(error)
+            if status in (400, 410) or (status and failures > 5):  # a list shows how things stand
+                version = None
+            if failures >= (4 if opened else 1):  # the first is everyday: servers restart
+                tell(f"the API server: {error}")
+        failures += 1
+        stopping.wait(pause_s(failures, wish))
+
+
+def wish_s(error):
+    """How long the API server wishes us to wait after an error. What neither it nor the store has to say is a defect, and logged."""
+    if not isinstance(error, (ApiError, StoreError)):
+        log.exception("a defect of the agent, please report it")
+    return getattr(error, "retry_after_s", None) or 0
+
+
+def start_thread(act, *arguments, **options):
+    threading.Thread(target=act, args=arguments, kwargs=options, daemon=True).start()
+
+
 class KubernetesStore(Store):
     """Node records as annotations of Node objects. Two threads follow the API server, one writes: a pass never waits for it.
 
@@ -721,9 +766,11 @@ class KubernetesStore(Store):
 
     def start(self):
         gc.set_threshold(100_000)  # cycles are few here, and to look for them among 5,000 nodes takes longer than a pass
-        only_own = {"fieldSelector": f"metadata.name={self.node_name}"}
-        for act, *arguments in ((self._follow, "nodes", {}), (self._follow, "own", only_own), (self._write,)):
-            threading.Thread(target=act, args=arguments, daemon=True).start()
+        only_own, never = {"fieldSelector": f"metadata.name={self.node_name}"}, threading.Event()
+        tell_nodes, tell_own = (functools.partial(self._tell, what) for what in ("nodes", "own"))
+        start_thread(follow_nodes, self.api, self._parse_node, self._take_nodes, tell_nodes, never, is_whole=self._is_whole)
+        start_thread(follow_nodes, self.api, self._parse_own, self._take_own, tell_own, never, only_own)
+        start_thread(self._write)
 
     @property
     def trouble(self):
@@ -775,97 +822,60 @@ class KubernetesStore(Store):
         self.work.set()
 
     def _tell(self, what, trouble):
-        if self.troubles.get(what, "") != trouble:
-            self.troubles[what], self.news = trouble, True
-            self.wake()
-
-    def _follow(self, what, params):
-        """Thread: list, then watch, for ever. Whatever goes wrong costs a pause; what was seen last stays."""
-        version, failures, whole = None, 0, True
-        while True:
-            wish, opened = 0, False
-            try:
-                if what == "nodes" and self.guard is None:
-                    self.guard = self._test_guard()
-                    version = None
-                whole = what == "own" or not self.guard
-                if version is None:
-                    version = self._list(what, params, whole)
-                events = self.api.watch(NODES, version, params, JSON if whole else METADATA)
-                opened = True
-                self._tell(what, "")
-                for kind, item in events:
-                    if is_older(item["metadata"]["resourceVersion"], version):
-                        raise ApiError(410, "Disorder", "the API server told of changes in the wrong order")
-                    version, failures = item["metadata"]["resourceVersion"], 0
-                    if kind != "BOOKMARK":
-                        self._change(what, kind, *self._extract(what, item))
-            except Exception as error:
-                status = getattr(error, "status", 0)
-                if status in (400, 410) or (status and failures > 5) or (what == "own" and not self.own):
-                    version = None
-                wish = self._failed(what, error, failures >= (4 if opened else 1))  # the first is everyday: servers restart
-            failures += 1
-            time.sleep(pause_s(failures, wish))
-
-    def _failed(self, what, error, tell):
-        """Tell what went wrong. Returns how many seconds the server wishes us to wait."""
-        if not isinstance(error, ApiError):
-            log.exception("a defect of the agent, please report it")
-        if tell:
-            self._tell(what, f"the API server: {error}")
-        return getattr(error, "retry_after_s", None) or 0
-
-    def _extract(self, what, item):
-        """(name, what we keep) of a Node or of its metadata. Whatever may be absent in a Node may be null, too."""
-        metadata, spec, status = item["metadata"], item.get("spec") or {}, item.get("status") or {}
-        text, facts = (metadata.get("annotations") or {}).get(RECORD), (metadata.get("uid"), metadata.get("creationTimestamp"))
-        if what == "nodes":
-            return metadata["name"], Seen(text, Facts(*facts, None if self.guard else tuple(spec.get("podCIDRs") or ())))
-        found = [entry for entry in status.get("conditions") or () if entry.get("type") == "NetworkUnavailable"]
-        own = {"uid": facts[0], "podCIDRs": spec.get("podCIDRs") or [], "record": text, "version": metadata["resourceVersion"]}
-        own["condition"] = {key: found[0].get(key) for key in ("status", "reason", "lastTransitionTime")} if found else {}
-        own["addresses"] = [entry.get("address") for entry in status.get("addresses") or ()]
-        return metadata["name"], own
-
-    def _list(self, what, params, whole):
-        """Read and take over a whole list. Returns its version."""
-        items, version = self.api.list(NODES, params, JSON if whole else METADATA_LIST, lambda item: self._extract(what, item))
-        found = dict(items)
-        if what == "own":
-            self._change(what, "MODIFIED" if found else "DELETED", self.node_name, found.get(self.node_name, {}))
-        else:
-            with self.lock:
-                changed, self.nodes = found != self.nodes, found
-            self._announce(changed)
-        return version
-
-    def _change(self, what, kind, name, seen):
-        """Take over one object. One that says nothing new to us, like a kubelet's sign of life, is no news."""
-        gone = kind == "DELETED"
-        with self.lock:
-            if what == "nodes":
-                changed = name in self.nodes if gone else self.nodes.get(name) != seen
-                if gone:
-                    self.nodes.pop(name, None)
-                else:
-                    self.nodes[name] = seen
-            elif not gone and self.own and is_older(seen["version"], self.own["version"]):
-                return  # it was sent before what we wrote was there
-            else:
-                seen = {} if gone else seen
-                changed = self.own is None or {**seen, "version": ""} != {**self.own, "version": ""}
-                self.own = seen
+        changed, self.troubles[what] = self.troubles.get(what, "") != trouble, trouble
         self._announce(changed)
-        if what == "own":
-            self.work.set()
-            if gone:
-                raise ApiError(0, "NotFound", f"the cluster has no node {self.node_name}: is --node-name right?")
 
     def _announce(self, changed):
         if changed:
             self.news = True
             self.wake()
+
+    def _parse_node(self, item):
+        """(name, Seen) of a Node or of its metadata. Whatever may be absent in a Node may be null, too."""
+        metadata, cidrs = item["metadata"], None if self.guard else tuple((item.get("spec") or {}).get("podCIDRs") or ())
+        facts = Facts(metadata.get("uid"), metadata.get("creationTimestamp"), cidrs)
+        return metadata["name"], Seen((metadata.get("annotations") or {}).get(RECORD), facts)
+
+    def _parse_own(self, item):
+        """The same of our own Node: (name, see self.own)."""
+        name, (text, facts) = self._parse_node(item)
+        spec, status = item.get("spec") or {}, item.get("status") or {}
+        found = [entry for entry in status.get("conditions") or () if entry.get("type") == "NetworkUnavailable"]
+        own = {"uid": facts.uid, "podCIDRs": spec.get("podCIDRs") or [], "record": text, "version": item["metadata"]["resourceVersion"]}
+        own["condition"] = {key: found[0].get(key) for key in ("status", "reason", "lastTransitionTime")} if found else {}
+        own["addresses"] = [entry.get("address") for entry in status.get("addresses") or ()]
+        return name, own
+
+    def _take_nodes(self, kind, items):
+        """Take over one node, or (LIST) all. One that says nothing new to us, like a kubelet's sign of life, is no news."""
+        with self.lock:
+            if kind == "LIST":
+                changed, self.nodes = dict(items) != self.nodes, dict(items)
+            elif kind == "DELETED":
+                changed = self.nodes.pop(items[0][0], None) is not None
+            else:
+                name, seen = items[0]
+                changed, self.nodes[name] = self.nodes.get(name) != seen, seen
+        self._announce(changed)
+
+    def _take_own(self, kind, items):
+        """The same of our own Node. StoreError if the cluster has none."""
+        own = {} if kind == "DELETED" else dict(items).get(self.node_name, {})
+        with self.lock:
+            if own and self.own and is_older(own["version"], self.own["version"]):
+                return  # it was sent before what we wrote was there
+            changed = self.own is None or {**own, "version": ""} != {**self.own, "version": ""}
+            self.own = own
+        self._announce(changed)
+        self.work.set()
+        if not own:
+            raise StoreError(f"the cluster has no node {self.node_name}: is --node-name right?")
+
+    def _is_whole(self):
+        """Whether metadata is not enough of other nodes: so it is unless something keeps one from writing another's record."""
+        if self.guard is None:
+            self.guard = self._test_guard()
+        return not self.guard
 
     def _test_guard(self):
         """Whether an admission policy bites: a change of another node's record, tried without effect (dryRun), is to be refused. None if
@@ -890,7 +900,8 @@ class KubernetesStore(Store):
             self.work.clear()
             try:
                 if self.looking:
-                    self._list("nodes", {}, not self.guard)
+                    accept = METADATA_LIST if self.guard else JSON
+                    self._take_nodes("LIST", self.api.list(NODES, None, accept, self._parse_node)[0])
                     self.looking = False
                 self._write_own()
                 if self.notes and time.monotonic() >= next_note:
@@ -901,7 +912,8 @@ class KubernetesStore(Store):
             except Exception as error:
                 failures += 1
                 missing = min(failures, 60) if getattr(error, "status", 0) == 403 else 0  # a right is given by a person, some time
-                time.sleep(pause_s(failures, max(missing, self._failed("write", error, True))))
+                self._tell("write", f"the API server: {error}")
+                time.sleep(pause_s(failures, max(missing, wish_s(error))))
                 self.work.set()
 
     def _write_own(self):
@@ -913,7 +925,7 @@ class KubernetesStore(Store):
         path, metadata = f"{NODES}/{self.node_name}", {"uid": own["uid"]}
         if record and record != own["record"] and json.loads(record)["uid"] == own["uid"]:
             body = {"metadata": {**metadata, "annotations": {RECORD: record}}}
-            self._change("own", "MODIFIED", *self._extract("own", self.api.request("PATCH", path, body, None, MERGE_PATCH)))
+            self._take_own("MODIFIED", [self._parse_own(self.api.request("PATCH", path, body, None, MERGE_PATCH))])
         there = own["condition"]
         if condition and condition[:2] != (there.get("status"), there.get("reason")):
             now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -921,7 +933,7 @@ class KubernetesStore(Store):
             words = dict(zip(("status", "reason", "message"), condition))
             entry = {"type": "NetworkUnavailable", **words, "lastTransitionTime": since, "lastHeartbeatTime": now}
             body = {"metadata": metadata, "status": {"conditions": [entry]}}
-            self._change("own", "MODIFIED", *self._extract("own", self.api.request("PATCH", f"{path}/status", body, None, STRATEGIC_PATCH)))
+            self._take_own("MODIFIED", [self._parse_own(self.api.request("PATCH", f"{path}/status", body, None, STRATEGIC_PATCH))])
 
     def _send_event(self, name, reason):
         what, kind = ("RecordRefused", "Warning") if reason else ("RecordAccepted", "Normal")
@@ -2209,7 +2221,7 @@ def run_agent(settings, environ):
         log.error("%s", error)
         return FAILED
     agent, monitors, event = Agent(settings, store, run), Monitors(settings.netns), False
-    threading.Thread(target=serve_http, args=(settings.listen, agent_pages(agent)), daemon=True).start()
+    start_thread(serve_http, settings.listen, agent_pages(agent))
     while not stopping:
         agent.tick(event)
         for daemon in agent.context.daemons:
@@ -2454,6 +2466,7 @@ class NodeIpam:
 
     def __init__(self, api, pools, election, clock, follow):
         self.api, self.pools, self.election, self.clock, self.follow = api, pools, election, clock, follow
+        self.trouble = ""  # why we do not hear of nodes
         self.counters = dict.fromkeys(("allocated", "conflicts", "failures", "nodes", "waiting", "foreign", "terms"), 0)
         self.stopping = threading.Event()
         self.begin()
@@ -2480,6 +2493,12 @@ class NodeIpam:
                 self.observe(*self.events.get_nowait())
         if self.claims is not None and self.clock() >= max(self.next_pass, self.not_before) and self.election.leads(self.term):
             self.allocate()
+
+    def tell(self, trouble):
+        """What keeps us from hearing of nodes, "" for nothing."""
+        if trouble not in ("", self.trouble):
+            log.warning("cannot follow the nodes: %s", trouble)
+        self.trouble = trouble
 
     def observe(self, kind, claims):
         """Take in what the API said of one node, or (LIST) of all."""
@@ -2552,32 +2571,6 @@ class NodeIpam:
                 send_event(self.api, claim.name, claim.uid, message, **words)
 
 
-def follow_nodes(api, put, stopping):
-    """put("LIST", [Claim]), which no cache answers, then put(type, [Claim]) for each change, until the event `stopping` is set."""
-    version, failures = None, 0
-    while not stopping.is_set():
-        wish = 0
-        try:
-            if version is None:
-                claims, version = api.list(NODES, take=parse_claim)
-                put("LIST", claims)
-            for kind, item in api.watch(NODES, version):
-                if stopping.is_set():
-                    return
-                if is_older(item["metadata"]["resourceVersion"], version):
-                    raise ApiError(410, "Disorder", "the API server told of changes in the wrong order")
-                version, failures = item["metadata"]["resourceVersion"], 0
-                if kind != "BOOKMARK":
-                    put(kind, [parse_claim(item)])
-        except Exception as error:  # whatever it is, a list shows how things stand
-            version = None if getattr(error, "status", 410) in (400, 410) or failures > 5 else version
-            wish = getattr(error, "retry_after_s", None) or 0
-            if failures == 1:  # one failure is everyday: servers restart, versions expire
-                log.warning("cannot follow the nodes: %s", error)
-        failures += 1
-        stopping.wait(pause_s(failures, wish))
-
-
 def parse_pools(parser, options, environ):
     """{family: (prefix length of a node's range, cluster CIDRs)}; the first CIDR's family comes first. Exit status 2 if they cannot be."""
     cidrs, pools = parse_list(parser, options, environ, "cluster_cidr", network), {}
@@ -2611,13 +2604,13 @@ def run_nodeipam(options, pools, environ):
         signal.signal(number, lambda number, frame: stopping.append(number))
 
     def follow(put, stopping):
-        threading.Thread(target=follow_nodes, args=(patient, put, stopping), daemon=True).start()
+        start_thread(follow_nodes, patient, parse_claim, put, ipam.tell, stopping)
 
     clock = functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)  # goes on while the machine sleeps
     election = Election(quick, options.lease, f"{socket.gethostname()}_{uuid.uuid4()}", clock)
     ipam = NodeIpam(quick, pools, election, clock, follow)
     ipam.beat = clock()
-    threading.Thread(target=serve_http, args=(options.listen_nodeipam, nodeipam_pages(ipam)), daemon=True).start()
+    start_thread(serve_http, options.listen_nodeipam, nodeipam_pages(ipam))
     while not stopping:
         ipam.beat = clock()
         ipam.tick(POLL_S)

@@ -305,13 +305,12 @@ def test_bare_nodes_are_neither_peers_nor_suspects(cluster):
     assert cluster.agent.quarantine == {} and "bare" in cluster.store.nodes
 
 
-@pytest.mark.parametrize("what", ["nodes", "own"])
 @pytest.mark.parametrize("rest", [{}, {"spec": None, "status": None}, {"status": {"conditions": None, "addresses": None}}])
-def test_what_a_node_need_not_have_may_be_absent_or_null(what, rest):
+def test_what_a_node_need_not_have_may_be_absent_or_null(rest):
+    store = agent.KubernetesStore(None, "n1")
     for metadata in ({}, {"annotations": None}, {"annotations": {}}):
         item = {"metadata": {"name": "n", "resourceVersion": "1", **metadata}, **rest}
-        name, _ = agent.KubernetesStore(None, "n1")._extract(what, item)
-        assert name == "n"
+        assert store._parse_node(item)[0] == store._parse_own(item)[0] == "n"
 
 
 def test_the_older_of_two_nodes_is_the_one_that_the_cluster_made_first(cluster):

@@ -82,7 +82,7 @@ class WatchFeed:
 
     def event(self, kind, name, uid, text):
         metadata = {"name": name, "uid": uid, "annotations": {agent.RECORD: text}, "creationTimestamp": "2024-01-01T00:00:00Z"}
-        self.store._change("nodes", kind, *self.store._extract("nodes", {"metadata": {**metadata, "resourceVersion": "1"}}))
+        self.store._take_nodes(kind, [self.store._parse_node({"metadata": {**metadata, "resourceVersion": "1"}})])
 
     def tell(self, model, number, there):
         for _ in range(model.random.choice([1, 1, 2])):
