@@ -52,7 +52,7 @@ if __name__ == "__main__":
     sys.path.append(os.path.dirname(os.path.realpath(__file__)))  # -I leaves it out; mncni.py ships beside this file
 
 import mncni
-from mncni import CNIError, Command, apply, in_netns, ip_batch, look_ip, look_link, write_file
+from mncni import CNIError, Command, apply, ask, in_netns, ip_batch, look_ip, look_link, write_file
 
 log = logging.getLogger("mncni-agent")
 
@@ -419,10 +419,7 @@ def read_kubeconfig(path, run):
             if shutil.which("kubectl", path=mncni.search_path(os.environ)) is None:
                 what = f"kubeconfig {path} is no JSON, and there is no kubectl to read YAML"
                 raise CNIError(mncni.BAD_CONFIG, f"{what}; where there is one, do: {' '.join(command.argv)} > FILE, and give that file")
-            reply = run(command)
-            if reply.exit_code != 0:
-                raise mncni.command_failed(command, reply)
-            text = reply.stdout
+            text = ask(command, run, may_be_gone=False).stdout
         config = json.loads(text)
         parts = {kind: {entry["name"]: entry[kind] for entry in config.get(f"{kind}s") or []} for kind in ("context", "cluster", "user")}
         context = parts["context"][config["current-context"]]
@@ -487,23 +484,17 @@ class Api:
             return answer
 
     def list(self, path, params=None, accept=JSON, take=lambda item: item):
-        """(items, resourceVersion), fetched in pages, so that a server and we can bear it. ApiError; a list that expires while it is
-        read (410) is begun again, twice. take: what to keep of an item; all of a large cluster is too much."""
-        for again in (True, True, False):
-            items, query = [], {**(params or {}), "limit": 500}
-            try:
-                while True:
-                    page = self.request("GET", path, params=query, accept=accept)
-                    with self._told("GET", path):
-                        refuse_kind(path, page["kind"], "List")
-                        items += [take(item) for item in page["items"] or ()]
-                        version, rest = page["metadata"]["resourceVersion"], page["metadata"].get("continue")
-                    if not rest:
-                        return items, version
-                    query["continue"] = rest
-            except ApiError as error:
-                if error.status != 410 or not again:
-                    raise
+        """(items, resourceVersion), fetched in pages, so that a server and we can bear it. ApiError: 410 when the list expires while it
+        is read. take: what to keep of an item; all of a large cluster is too much."""
+        items, query = [], {**(params or {}), "limit": 500}
+        while True:
+            page = self.request("GET", path, params=query, accept=accept)
+            with self._told("GET", path):
+                refuse_kind(path, page["kind"], "List")
+                items += [take(item) for item in page["items"] or ()]
+                version, query["continue"] = page["metadata"]["resourceVersion"], page["metadata"].get("continue")
+            if not query["continue"]:
+                return items, version
 
     def watch(self, path, resource_version, params=None, accept=JSON):
         """An iterator over (type, object) of every change since resource_version, BOOKMARK among the types, until the server ends it.
@@ -513,29 +504,21 @@ class Api:
         return self._events(path, *self._exchange("GET", path, None, query, JSON, accept, self.SILENCE_S))
 
     def _events(self, path, connection, response):
-        rest = b""
-        try:
-            while True:
-                with self._told("watch", path):
-                    data = response.read1(1 << 16)
-                    self.counts.add("mncni_api_received_bytes_total", len(data))
-                    *lines, rest = (rest + data).split(b"\n")
-                    events = [json.loads(line) for line in lines if line.strip()]
-                    if not data and rest:
-                        raise ValueError("cut")
-                for event in events:
-                    with self._told("watch", path):
-                        kind, item = event["type"], event["object"]
-                        if kind != "ERROR":
-                            refuse_kind(path, item["kind"])
-                            item["metadata"]["resourceVersion"]  # the least that it has to say
+        data, rest = b"\n", b""
+        with contextlib.closing(connection), self._told("watch", path):
+            while data:
+                data = response.read1(1 << 16)
+                self.counts.add("mncni_api_received_bytes_total", len(data))
+                *lines, rest = (rest + data).split(b"\n")
+                for event in map(json.loads, filter(bytes.strip, lines)):
+                    kind, item = event["type"], event["object"]
                     if kind == "ERROR":
                         raise ApiError(int(item.get("code") or 500), str(item.get("reason")), str(item.get("message")))
+                    refuse_kind(path, item["kind"])
+                    item["metadata"]["resourceVersion"]  # the least that it has to say
                     yield kind, item
-                if not data:
-                    return
-        finally:
-            connection.close()
+            if rest:
+                raise ValueError("cut")
 
     @contextlib.contextmanager
     def _told(self, method, path):
@@ -674,19 +657,9 @@ def refusal(method, path, response, data):
         reason, message = str(said.get("reason") or response.reason), str(said.get("message"))
     except (ValueError, AttributeError):
         reason, message = response.reason, data[:200].decode("utf-8", "replace")
-    message = f"{method} {path.split('?')[0]}: {' '.join(message.split())[:1000]}"
-    if response.status == 403:
-        message += f"; the account needs the right to {right_to(method, path)}"
+    message = f"{method} {path}: {' '.join(message.split())[:1000]}"
     after = response.headers.get("Retry-After") or ""
     return ApiError(response.status, reason, message, float(after) if after.isascii() and after.isdigit() else None)
-
-
-def right_to(method, path):
-    """The verb and the resource of a request, as RBAC names them: "patch nodes/status"."""
-    words = path.split("/")[3 if path.startswith("/api/") else 4 :]
-    words = words[2:] if words[0] == "namespaces" and len(words) > 2 else words
-    verbs = {"GET": "get" if len(words) > 1 else "list and watch", "POST": "create", "PUT": "update"}
-    return f"{verbs.get(method, method.lower())} {'/'.join([words[0], *words[2:]])}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1618,11 +1591,7 @@ def ensure_firewall(context, where, text_of):
 
 
 def look_firewall(run, netns):
-    command = Command(in_netns(netns, ["nft", "-j", "list", "table", "inet", "mncni"]))
-    reply = run(command)
-    if reply.exit_code != 0 and not mncni.is_gone(reply):
-        raise mncni.command_failed(command, reply)
-    return parse_nft(reply.stdout)
+    return parse_nft(ask(Command(in_netns(netns, ["nft", "-j", "list", "table", "inet", "mncni"])), run).stdout)
 
 
 def ensure_namespace(context):
@@ -1771,10 +1740,7 @@ def wait_until(is_so, timeout_s, what):
 def look_device(context):
     """parse_dump of our device."""
     command = Command(in_netns(context.settings.netns, ["wg", "show", DEVICE, "dump"]))
-    reply = context.run(command)
-    if reply.exit_code != 0:
-        raise mncni.command_failed(command, reply)
-    return parse_dump(reply.stdout)
+    return parse_dump(ask(command, context.run, may_be_gone=False).stdout)
 
 
 def wg_set(context, words):

@@ -86,22 +86,11 @@ def test_a_refusal_has_the_servers_status_reason_and_words(server, client, code,
     assert "GET /api/v1/nodes" in str(error)
 
 
-@pytest.mark.parametrize(
-    "method, path, right",
-    [
-        ("GET", "/api/v1/nodes", "list and watch nodes"),
-        ("GET", "/api/v1/nodes/n1", "get nodes"),
-        ("PATCH", "/api/v1/nodes/n1", "patch nodes"),
-        ("PATCH", "/api/v1/nodes/n1/status", "patch nodes/status"),
-        ("POST", "/api/v1/namespaces/default/events", "create events"),
-        ("PUT", "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases/x", "update leases"),
-    ],
-)
-def test_a_403_names_the_verb_and_the_resource_that_are_missing(server, client, method, path, right):
+def test_a_403_names_the_verb_and_the_resource_that_are_missing(server, client):
     server.create_node("n1")
     server.rbac = []
-    error = refused(client.request, method, path, None if method == "GET" else {}, content_type=agent.MERGE_PATCH)
-    assert error.status == 403 and f"the account needs the right to {right}" in str(error)
+    error = refused(client.request, "PATCH", "/api/v1/nodes/n1/status", {}, content_type=agent.MERGE_PATCH)
+    assert error.status == 403 and 'cannot patch resource "nodes/status"' in str(error)
 
 
 @pytest.mark.parametrize("kind, options", [("reset", {}), ("close", {}), ("truncate", {}), ("bad_json", {}), ("hang", {})])
@@ -156,24 +145,9 @@ def test_metadata_alone_is_a_fraction_of_the_whole(server, client):
     assert sizes[1] < sizes[0] / 2
 
 
-def test_a_list_that_expires_in_the_middle_is_begun_again(server, client):
+def test_a_list_that_expires_in_the_middle_is_a_410(server, client):
     server.create_nodes(600)
-    taken = []
-
-    def take(item):
-        taken.append(item)
-        if len(taken) == 500:
-            server.fault("status", code=410)
-        return item["metadata"]["name"]
-
-    items, _ = client.list("/api/v1/nodes", take=take)
-    assert len(items) == 600 and len(taken) == 1100
-
-
-def test_a_list_that_always_expires_is_given_up(server, client):
-    server.fault("status", times=None, code=410)
-    assert refused(client.list, "/api/v1/nodes").status == 410
-    assert server.count("list") == 3
+    assert refused(client.list, "/api/v1/nodes", take=lambda item: server.fault("status", code=410)).status == 410
 
 
 def test_a_list_of_another_kind_is_no_list(server, client):

@@ -506,13 +506,13 @@ def test_a_glitch_that_hides_many_nodes_is_put_right_by_the_second_look(cluster)
 def test_missing_rights_are_named(cluster):
     cluster.server.rbac = [(USER, verb, "nodes") for verb in ("list", "watch", "get")]
     cluster.start()
-    cluster.tick(lambda: "the right to patch nodes" in cluster.agent.store_trouble)
+    cluster.tick(lambda: 'cannot patch resource "nodes"' in cluster.agent.store_trouble)
     assert cluster.peers() == [2, 3] and cluster.agent.reason == ""
     cluster.server.rbac += [(USER, "patch", "nodes")]
-    cluster.tick(lambda: "the right to patch nodes/status" in cluster.agent.store_trouble)
+    cluster.tick(lambda: 'cannot patch resource "nodes/status"' in cluster.agent.store_trouble)
     cluster.server.rbac = []
     cluster.server.close_watches()
-    cluster.tick(lambda: "the right to list and watch nodes" in cluster.agent.store_trouble, always=lambda: cluster.peers() == [2, 3])
+    cluster.tick(lambda: 'cannot watch resource "nodes"' in cluster.agent.store_trouble, always=lambda: cluster.peers() == [2, 3])
 
 
 # ---- speed ----
