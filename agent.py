@@ -45,14 +45,14 @@ import sys
 import threading
 import time
 import uuid
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 
 if __name__ == "__main__":
     sys.path.append(os.path.dirname(os.path.realpath(__file__)))  # -I leaves it out; mncni.py ships beside this file
 
 import mncni
-from mncni import CNIError, Command, apply, ask, in_netns, ip_batch, look_ip, look_link, write_file
+from mncni import CNIError, Command, apply, ask, config_error, in_netns, ip_batch, look_ip, look_link, write_file
 
 log = logging.getLogger("mncni-agent")
 
@@ -100,7 +100,7 @@ class Settings:
     bin_dir: str
     state_dir: str
     run_dir: str
-    listen: tuple = ("127.0.0.1", 28386)
+    listen: tuple
 
     @property
     def netns(self):
@@ -177,15 +177,8 @@ FLAGS = (
     ("--bin-dir", str, mncni.DEFAULT_BIN_DIR, False, "where the CNI plugin goes"),
     ("--state-dir", str, "/var/lib/mncni", False, "state that outlives a boot: the key, the last good list of nodes"),
     ("--run-dir", str, mncni.DEFAULT_RUN_DIR, False, "state that does not"),
-    (
-        "--listen",
-        listen_address,
-        "127.0.0.1:28386",
-        False,
-        "where /healthz, /readyz, /metrics are; other hosts get metrics only",
-    ),
+    ("--listen", listen_address, "127.0.0.1:28386", False, "where /healthz, /readyz, /metrics are; other hosts get metrics only"),
 )
-
 
 NODEIPAM_FLAGS = (
     ("--kubeconfig", str, "", False, "the cluster; without it, the pod's own"),
@@ -232,32 +225,33 @@ def parse_list(parser, options, environ, key, kind):
 
 def parse_settings(parser, options, environ):
     """Settings from parsed options. Leaves with exit status 2 and a message that names the flag."""
-    kinds = (("cluster_cidr", network), ("pod_cidr", network), ("endpoint", address))
-    lists = {key: parse_list(parser, options, environ, key, kind) for key, kind in kinds}
-    trouble = pod_cidr_trouble("--pod-cidr", lists["pod_cidr"], lists["cluster_cidr"])
-    if trouble:
+    given = {**vars(options), "ports": options.port}
+    for key, kind in (("cluster_cidr", network), ("pod_cidr", network), ("endpoint", address)):
+        given[f"{key}s"] = parse_list(parser, options, environ, key, kind)
+    settings = Settings(**{each.name: given[each.name] for each in fields(Settings)})
+    service, least = environ.get("KUBERNETES_SERVICE_HOST", "").split(","), smallest_mtu(settings.pod_cidrs)
+    troubles = [
+        pod_cidr_trouble("--pod-cidr", settings.pod_cidrs, settings.cluster_cidrs),
+        address_trouble("--endpoint", settings.endpoints, settings.cluster_cidrs),
+        address_trouble("the cluster's service KUBERNETES_SERVICE_HOST", addresses_in(service), settings.cluster_cidrs),
+    ]
+    if settings.mtu and not least <= settings.mtu <= 65000:
+        troubles.append(f"--mtu {settings.mtu} is out of range: {least} to 65000, or 0")
+    if not mncni.is_identifier(settings.node_name):
+        troubles.append(f"--node-name {settings.node_name!r} must be letters, digits, '_', '.', '-'")
+    for trouble in filter(None, troubles):
         parser.error(trouble)
-    hosts = environ.get("KUBERNETES_SERVICE_HOST", "").split(",")
-    hosts = [address(host) for host in hosts if mncni.is_address(host, ipaddress.ip_address)]
-    for what, addresses in (("--endpoint", lists["endpoint"]), ("the cluster's service KUBERNETES_SERVICE_HOST", hosts)):
-        for inner in addresses:
-            if is_in(inner, lists["cluster_cidr"]):
-                parser.error(f"{what} {inner} is inside --cluster-cidr: nodes, services and pods need addresses of their own")
-    least = smallest_mtu(lists["pod_cidr"])
-    if options.mtu and not least <= options.mtu <= 65000:
-        parser.error(f"--mtu {options.mtu} is out of range: {least} to 65000, or 0")
-    if not mncni.is_identifier(options.node_name):
-        parser.error(f"--node-name {options.node_name!r} must be letters, digits, '_', '.', '-'")
-    names = ("node_name", "nodes_dir", "kubeconfig", "bridge", "namespace", "mtu", "masquerade", "conf_dir", "bin_dir", "state_dir")
-    return Settings(
-        cluster_cidrs=lists["cluster_cidr"],
-        pod_cidrs=lists["pod_cidr"],
-        endpoints=lists["endpoint"],
-        ports=options.port,
-        run_dir=options.run_dir,
-        listen=options.listen,
-        **{name: getattr(options, name) for name in names},
-    )
+    return settings
+
+
+def address_trouble(what, addresses, cluster_cidrs):
+    """What is wrong with addresses that are not pods', "" if nothing is."""
+    inside = [each for each in addresses if is_in(each, cluster_cidrs)]
+    return f"{what} {inside[0]} is inside --cluster-cidr: nodes, services and pods need addresses of their own" if inside else ""
+
+
+def addresses_in(texts):
+    return [ipaddress.ip_address(text) for text in texts if mncni.is_address(text, ipaddress.ip_address)]
 
 
 def pod_cidr_trouble(what, pod_cidrs, cluster_cidrs):
@@ -403,7 +397,7 @@ def in_cluster(environ, directory=SERVICE_ACCOUNT):
     """What Api needs, from what Kubernetes gives every pod. The host may be a comma-separated list. CNIError 7 outside a cluster."""
     hosts, port = environ.get("KUBERNETES_SERVICE_HOST"), environ.get("KUBERNETES_SERVICE_PORT", "443")
     if not hosts:
-        raise CNIError(mncni.BAD_CONFIG, "KUBERNETES_SERVICE_HOST is not set, so this is no pod of a cluster: give --kubeconfig")
+        raise config_error("KUBERNETES_SERVICE_HOST is not set, so this is no pod of a cluster: give --kubeconfig")
     servers = [f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}" for host in hosts.split(",")]
     files = {"certificate-authority": "ca.crt", "tokenFile": "token"}
     return {"server": ",".join(servers), **{key: os.path.join(directory, name) for key, name in files.items()}}
@@ -413,12 +407,12 @@ def read_kubeconfig(path, run):
     """What Api needs, of the current context, under a kubeconfig's own keys: {"server", "token", ...}. CNIError 7."""
     text, command = mncni.read_file(path), Command(["kubectl", "config", "view", "--raw", "--minify", "-o", "json", "--kubeconfig", path])
     if text is None:
-        raise CNIError(mncni.BAD_CONFIG, f"there is no kubeconfig {path}")
+        raise config_error(f"there is no kubeconfig {path}")
     try:
         if not text.lstrip().startswith("{"):
             if shutil.which("kubectl", path=mncni.search_path(os.environ)) is None:
                 what = f"kubeconfig {path} is no JSON, and there is no kubectl to read YAML"
-                raise CNIError(mncni.BAD_CONFIG, f"{what}; where there is one, do: {' '.join(command.argv)} > FILE, and give that file")
+                raise config_error(f"{what}; where there is one, do: {' '.join(command.argv)} > FILE, and give that file")
             text = ask(command, run, may_be_gone=False).stdout
         config = json.loads(text)
         parts = {kind: {entry["name"]: entry[kind] for entry in config.get(f"{kind}s") or []} for kind in ("context", "cluster", "user")}
@@ -426,12 +420,12 @@ def read_kubeconfig(path, run):
         access = {**parts["cluster"][context["cluster"]], **parts["user"].get(context.get("user"), {})}
         servers = access["server"].split(",")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CNIError(mncni.BAD_CONFIG, f"kubeconfig {path} has no usable current context: {type(error).__name__} {error}") from None
+        raise config_error(f"kubeconfig {path} has no usable current context: {type(error).__name__} {error}") from None
     for key in ("exec", "auth-provider"):
         if access.get(key):
-            raise CNIError(mncni.BAD_CONFIG, f'kubeconfig {path}: "{key}" is not supported: give a user with a token or a certificate')
+            raise config_error(f'kubeconfig {path}: "{key}" is not supported: give a user with a token or a certificate')
     if not all(server.startswith(("https://", "http://")) for server in servers):
-        raise CNIError(mncni.BAD_CONFIG, f"kubeconfig {path}: the server {access['server']!r} is no http(s):// address")
+        raise config_error(f"kubeconfig {path}: the server {access['server']!r} is no http(s):// address")
     for key in ("certificate-authority", "client-certificate", "client-key", "tokenFile"):
         if access.get(key):
             access[key] = os.path.join(os.path.dirname(os.path.abspath(path)), access[key])
@@ -1534,28 +1528,26 @@ def look_routes(run, netns=""):
 def ensure_endpoints(context):
     """Find out the node's addresses, where the operator did not say. CNIError 7 for one that the floor would cut off."""
     context.endpoints = context.settings.endpoints or look_endpoints(context.run)
-    for endpoint in context.endpoints:
-        if is_in(endpoint, context.settings.cluster_cidrs):
-            what = f"this node's address {endpoint} is inside --cluster-cidr"
-            raise CNIError(mncni.BAD_CONFIG, f"{what}: nodes and pods need addresses of their own")
+    trouble = address_trouble("this node's address", context.endpoints, context.settings.cluster_cidrs)
+    if trouble:
+        raise config_error(trouble)
 
 
 def ensure_mtu(context):
     """Find out the pods' MTU, where the operator did not say. CNIError 7 if it cannot be known."""
     settings, context.mtu = context.settings, context.settings.mtu
     if not context.endpoints:
-        raise CNIError(mncni.BAD_CONFIG, "no default route tells this node's address: give it with --endpoint")
+        raise config_error("no default route tells this node's address: give it with --endpoint")
     if context.mtu:
         return
     commands = [f"address show to {address}" for address in context.endpoints]
     links = [link for link in look_ip(commands, context.run) if link.get("addr_info")]
     if not links:
-        raise CNIError(mncni.BAD_CONFIG, f"no interface has the address --endpoint {', '.join(map(str, context.endpoints))}; is it up?")
+        raise config_error(f"no interface has the address --endpoint {', '.join(map(str, context.endpoints))}; is it up?")
     overhead = max(UNDERLAY_OVERHEAD[endpoint.version] for endpoint in context.endpoints)
     context.mtu = min(link["mtu"] for link in links) - overhead
     if context.mtu < smallest_mtu(settings.pod_cidrs):
-        what = f"the underlay's MTU leaves {context.mtu} bytes for pods, too little"
-        raise CNIError(mncni.BAD_CONFIG, f"{what}; set --mtu, or raise the underlay's")
+        raise config_error(f"the underlay's MTU leaves {context.mtu} bytes for pods, too little; set --mtu, or raise the underlay's")
 
 
 def look_endpoints(run):
@@ -1613,8 +1605,7 @@ def refuse_foreign_namespace(settings, facts):
     """CNIError 7 if the namespace has links that are not ours."""
     foreign = sorted(link["ifname"] for link in facts if "ifname" in link and link["ifname"] not in ("lo", DEVICE, NS_VETH))
     if foreign:
-        what = f'namespace "{settings.namespace}" is somebody else\'s: it has {", ".join(foreign)}'
-        raise CNIError(mncni.BAD_CONFIG, f"{what}; set --namespace")
+        raise config_error(f'namespace "{settings.namespace}" is somebody else\'s: it has {", ".join(foreign)}; set --namespace')
 
 
 def look_namespace(context):
@@ -1661,8 +1652,7 @@ def ensure_links(context):
 def refuse_foreign(link, way_out="rename or remove it"):
     """CNIError 7 unless a link is absent or ours."""
     if link is not None and link.get("ifalias") != mncni.OWNER_ALIAS:
-        what = f'link "{link["ifname"]}" is somebody else\'s: it lacks the alias "{mncni.OWNER_ALIAS}"'
-        raise CNIError(mncni.BAD_CONFIG, f"{what}; {way_out}")
+        raise config_error(f'link "{link["ifname"]}" is somebody else\'s: it lacks the alias "{mncni.OWNER_ALIAS}"; {way_out}')
 
 
 def plan_veth(settings, mtu, host, inside):
@@ -1689,7 +1679,7 @@ def move_device(context, device):
     if device is None:
         create_device(context)
     elif device.get("linkinfo", {}).get("info_kind") not in ("wireguard", "tun"):
-        raise CNIError(mncni.BAD_CONFIG, f'link "{DEVICE}" is somebody else\'s: it is no WireGuard device; rename or remove it')
+        raise config_error(f'link "{DEVICE}" is somebody else\'s: it is no WireGuard device; rename or remove it')
     apply(
         [ip_batch([f"link set dev {DEVICE} alias {mncni.OWNER_ALIAS}", f"link set dev {DEVICE} netns {context.settings.netns}"])],
         context.run,
@@ -1995,7 +1985,7 @@ class Agent:
         for stage in FLOOR if look or adopted or trouble else ():
             stage(context)
         if trouble:
-            raise CNIError(mncni.BAD_CONFIG, trouble)
+            raise config_error(trouble)
         for stage in STAGES if look or adopted else ():
             stage(context)
         if context.sent is None:  # after a restart: what the agent before us sent
@@ -2026,12 +2016,9 @@ class Agent:
         if not own.get("podCIDRs"):
             waiting = "this node has no pod CIDR yet (spec.podCIDRs), which the controller manager or `agent.py nodeipam` gives"
             return False, self.store.trouble or waiting
-        addresses = [ipaddress.ip_address(text) for text in own["addresses"] if mncni.is_address(text, ipaddress.ip_address)]
-        inside = [str(address) for address in addresses if is_in(address, self.settings.cluster_cidrs)]
-        if inside:
-            return False, f"this node's address {inside[0]} is inside --cluster-cidr: nodes and pods need addresses of their own"
-        cidrs = tuple(ipaddress.ip_network(text, strict=False) for text in own["podCIDRs"])
-        trouble = pod_cidr_trouble("spec.podCIDRs", cidrs, self.settings.cluster_cidrs)
+        cluster_cidrs, cidrs = self.settings.cluster_cidrs, tuple(ipaddress.ip_network(text, strict=False) for text in own["podCIDRs"])
+        trouble = address_trouble("this node's address", addresses_in(own["addresses"]), cluster_cidrs)
+        trouble = trouble or pod_cidr_trouble("spec.podCIDRs", cidrs, cluster_cidrs)
         if trouble or cidrs == self.settings.pod_cidrs:
             return False, trouble
         self.context.settings = self.roster.settings = replace(self.settings, pod_cidrs=cidrs)
@@ -2331,9 +2318,8 @@ def format_used(pools, taken):
 
 def parse_used(text, pools, until):
     """{span: until} from format_used's text: what may be in use, as far as anybody but the last leader can know."""
-    addresses = [ipaddress.ip_address(part) for part in text.split(",") if mncni.is_address(part, ipaddress.ip_address)]
     cidrs = [cidr for _, cidrs in pools.values() for cidr in cidrs]
-    return {(cidr.version, int(cidr[0]), int(address)): until for address in addresses for cidr in cidrs if address in cidr}
+    return {(cidr.version, int(cidr[0]), int(last)): until for last in addresses_in(text.split(",")) for cidr in cidrs if last in cidr}
 
 
 class Election:
@@ -2824,7 +2810,7 @@ def uninstall(settings, run, force):
     leases = mncni.Leases(mncni.DEFAULT_DATA_DIR, NETWORK)
     attached = leases.attachments()
     if attached and not force:
-        raise CNIError(mncni.BAD_CONFIG, f"{len(attached)} pods are attached, {attached[0][0]} for one; drain the node, or give --force")
+        raise config_error(f"{len(attached)} pods are attached, {attached[0][0]} for one; drain the node, or give --force")
     for path in (os.path.join(settings.conf_dir, CONFLIST), os.path.join(settings.run_dir, "ready")):
         mncni.remove_file(path)
     links = look_ip(["link show"], run)

@@ -378,7 +378,7 @@ def test_a_node_without_a_default_route_yet_gets_its_floor_before_it_complains()
 
 def test_a_node_whose_own_address_is_inside_the_cluster_cidr_is_refused_before_the_floor_cuts_it_off():
     error = raised(agent.ensure_endpoints, underlay({ROUTE_4: [{"prefsrc": "10.244.3.3"}]}))
-    assert error.msg == "this node's address 10.244.3.3 is inside --cluster-cidr: nodes and pods need addresses of their own"
+    assert error.msg == "this node's address 10.244.3.3 is inside --cluster-cidr: nodes, services and pods need addresses of their own"
 
 
 @pytest.mark.parametrize(
