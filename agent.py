@@ -25,7 +25,6 @@ import binascii
 import bisect
 import collections
 import contextlib
-import fcntl
 import functools
 import gc
 import glob
@@ -70,7 +69,6 @@ POLL_S = 0.5  # how often the directory store is looked at
 EVENT_S = 0.25  # the least time between passes that events ask for: a pass notices its own changes, and pods come in storms
 GLANCE_S = 1.5  # how often the tunnel's peers and firewall are looked at: no monitor tells of them
 AUDIT_S = 10  # a full look at the kernel, whether or not anything seems to have happened
-PASS_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)  # of the histogram of passes
 STUCK_S = 120  # a loop that has not come round for so long hangs: commands have 30 s each
 HOLD_S = 60  # how long a mass disappearance of nodes is doubted
 UNDERLAY_OVERHEAD = {4: 60, 6: 80}  # IP header, UDP header, WireGuard's 32 bytes
@@ -1948,17 +1946,9 @@ class Agent:
                 log.exception("a defect of the agent, please report it")
             self.say(reason)
         self.write_status()
-        self.count_pass(self.clock() - begin)
+        for name, amount in (("passes", 1), ("seconds", self.clock() - begin), ("errors", bool(self.reason))):
+            self.counts.add(f"mncni_reconcile_{name}_total", amount)
         return not self.reason
-
-    def count_pass(self, took_s):
-        """For /metrics: a histogram of passes, and how many failed."""
-        name = "mncni_reconcile_duration_seconds"
-        for bound in (*PASS_BUCKETS_S, "+Inf"):
-            self.counts.add(f"{name}_bucket", bound == "+Inf" or took_s <= bound, le=bound)
-        self.counts.add(f"{name}_sum", took_s)
-        self.counts.add(f"{name}_count")
-        self.counts.add("mncni_reconcile_errors_total", bool(self.reason))
 
     def is_tunnel_changed(self):
         """Whether WireGuard or the namespace's firewall are otherwise than we left them: no monitor says so. Asked every GLANCE_S."""
@@ -2147,16 +2137,7 @@ class Agent:
 
 
 def run_agent(settings, environ):
-    """The exit code of `agent.py run`: it returns when it is told to stop, and leaves everything standing."""
-    try:
-        os.makedirs(settings.run_dir, exist_ok=True)
-        lock = take_lock(os.path.join(settings.run_dir, "agent.lock"), timeout_s=1)  # `status` holds it for a moment
-    except OSError as error:
-        log.error("cannot use --run-dir: %s", error)
-        return FAILED
-    if lock is None:
-        log.error("another agent runs here: it holds %s/agent.lock", settings.run_dir)
-        return RUNNING_ALREADY
+    """The exit code of `agent.py run`: it returns when it is told to stop, and leaves everything standing. CNIError if it cannot begin."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)
@@ -2165,16 +2146,11 @@ def run_agent(settings, environ):
         signal.signal(number, lambda number, frame: stopping.append(number))
     run = mncni.make_run(environ, trace=lambda command: log.debug("+ %s", command))
     if shutil.which("setpriv", path=mncni.search_path(os.environ)) is None:
-        log.error("%s", mncni.missing_tool("setpriv"))
-        return FAILED
-    try:
-        store = make_store(settings, environ, run, lambda: wake(writer))
-        store.start()
-    except CNIError as error:
-        log.error("%s", error)
-        return FAILED
+        raise mncni.missing_tool("setpriv")
+    store = make_store(settings, environ, run, lambda: wake(writer))
+    store.start()
     agent, monitors, event = Agent(settings, store, run), Monitors(settings.netns), False
-    start_thread(serve_http, settings.listen, agent_pages(agent))
+    start_thread(serve_http, settings.listen, pages(agent, agent_figures))
     while not stopping:
         agent.tick(event)
         for daemon in agent.context.daemons:
@@ -2200,19 +2176,9 @@ def wake(writer):
         os.write(writer, b"!")
 
 
-def take_lock(path, timeout_s=0):
-    """An open, locked file, or None if another process holds it. The kernel drops the lock with the process, however it ends."""
-    lock = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)  # who can open it can lock it
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                os.close(lock)
-                return None
-        time.sleep(0.01)  # flock has no deadline of its own
+def agent_lock(settings, timeout_s=0):
+    """`with agent_lock(settings):` no other agent of this node. CNIError 11. The kernel drops it with the process, however it ends."""
+    return mncni.Locked(os.path.join(settings.run_dir, "agent.lock"), timeout_s)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2419,6 +2385,7 @@ class NodeIpam:
     def __init__(self, api, pools, election, clock, follow):
         self.api, self.pools, self.election, self.clock, self.follow = api, pools, election, clock, follow
         self.trouble = ""  # why we do not hear of nodes
+        self.reason = ""  # why we are not ready: a replica that waits for its turn is ready, too
         self.counters = dict.fromkeys(("allocated", "conflicts", "failures", "nodes", "waiting", "foreign", "terms"), 0)
         self.stopping = threading.Event()
         self.begin()
@@ -2544,12 +2511,8 @@ def parse_pools(parser, options, environ):
 
 
 def run_nodeipam(options, pools, environ):
-    """The exit code of `agent.py nodeipam`: it returns when it is told to stop."""
-    try:
-        patient = open_api(options.kubeconfig, environ, mncni.make_run(environ))
-    except CNIError as error:
-        log.error("%s", error)
-        return FAILED
+    """The exit code of `agent.py nodeipam`: it returns when it is told to stop. CNIError 7 without a cluster."""
+    patient = open_api(options.kubeconfig, environ, mncni.make_run(environ))
     quick, stopping = Api(patient.access), []
     quick.READ_S = RENEW_S / 2  # a request that takes longer must not cost us the Lease
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -2562,7 +2525,7 @@ def run_nodeipam(options, pools, environ):
     election = Election(quick, options.lease, f"{socket.gethostname()}_{uuid.uuid4()}", clock)
     ipam = NodeIpam(quick, pools, election, clock, follow)
     ipam.beat = clock()
-    start_thread(serve_http, options.listen_nodeipam, nodeipam_pages(ipam))
+    start_thread(serve_http, options.listen_nodeipam, pages(ipam, nodeipam_figures))
     while not stopping:
         ipam.beat = clock()
         ipam.tick(POLL_S)
@@ -2581,10 +2544,11 @@ def look_status(settings, run):
     status = load_json(os.path.join(settings.run_dir, "status.json"))
     if not status:
         return {"node": settings.node_name, "ok": False, "running": False, "reason": "no agent has run here since the boot", "peers": []}
-    lock = take_lock(os.path.join(settings.run_dir, "agent.lock"))
-    status["running"] = lock is None
-    if lock is not None:
-        os.close(lock)
+    try:
+        with agent_lock(settings):
+            status["running"] = False
+    except CNIError:
+        status["running"] = True
     try:
         present = look_device(Context(settings, run, ""))["peers"]
     except CNIError as error:
@@ -2642,15 +2606,13 @@ METRICS = {  # name: (type, help)
     "mncni_peers": ("gauge", "Other nodes whose record is believed."),
     "mncni_quarantined_nodes": ("gauge", "Nodes whose record is not believed."),
     "mncni_node_quarantined": ("gauge", "1 for each node whose record is not believed, with the reason."),
-    "mncni_peer_last_handshake_seconds": (
-        "gauge",
-        "When the last handshake was, in Unix time; 0: never. An idle peer has an old one.",
-    ),
+    "mncni_peer_last_handshake_seconds": ("gauge", "When the last handshake was, in Unix time; 0: never. An idle peer has an old one."),
     "mncni_peer_receive_bytes_total": ("counter", "Bytes received from a node."),
     "mncni_peer_transmit_bytes_total": ("counter", "Bytes sent to a node."),
     "mncni_leaked_packets_total": ("counter", "Packets for the cluster that were on their way out in clear, and were dropped."),
     "mncni_leases": ("gauge", "Pods attached to the network."),
-    "mncni_reconcile_duration_seconds": ("histogram", "How long passes took."),
+    "mncni_reconcile_seconds_total": ("counter", "How long passes took, all together."),
+    "mncni_reconcile_passes_total": ("counter", "Passes."),
     "mncni_reconcile_errors_total": ("counter", "Passes that could not make the network stand."),
     "mncni_api_requests_total": ("counter", "Requests to the API server, by verb and HTTP status; none: no answer."),
     "mncni_nodeipam_leader": ("gauge", "Whether this replica leads."),
@@ -2662,54 +2624,43 @@ METRICS = {  # name: (type, help)
 }
 
 
-def agent_pages(agent):
-    """{path: function that returns (HTTP status, text)} of a running agent."""
+def pages(loop, look_figures):
+    """{path: function that returns (HTTP status, text)} of a running Agent or NodeIpam. look_figures(loop): see plan_metrics."""
 
     def healthz():
-        silent_s = agent.clock() - agent.beat
-        return (200, "ok\n") if silent_s < STUCK_S else (503, f"the agent's loop has not come round for {silent_s:.0f} s\n")
-
-    def readyz():
-        return (503, agent.reason + "\n") if agent.reason else (200, "ok\n")
-
-    def metrics():
-        status = look_status(agent.settings, agent.context.run)
-        with contextlib.suppress(CNIError):
-            status["leaked"] = look_firewall(agent.context.run, "")[1][0]
-        status["up"] = not agent.reason
-        status["leases"] = len(mncni.Leases(mncni.DEFAULT_DATA_DIR, NETWORK).attachments())
-        figures = dict(agent.counts.figures)
-        if agent.settings.nodes_dir == "":
-            figures.update(agent.store.api.counts.figures)
-        return 200, format_metrics({**plan_metrics(status), **figures})
-
-    return {"/healthz": healthz, "/readyz": readyz, "/metrics": metrics}
-
-
-def nodeipam_pages(ipam):
-    """The same of a running NodeIpam. A replica that waits for its turn is ready, too."""
-
-    def healthz():
-        silent_s = ipam.clock() - ipam.beat
+        silent_s = loop.clock() - loop.beat
         return (200, "ok\n") if silent_s < STUCK_S else (503, f"the loop has not come round for {silent_s:.0f} s\n")
 
-    def metrics():
-        counters = dict(ipam.counters)
-        figures = {("mncni_build_info", (("version", mncni.PROGRAM_VERSION),)): 1, ("mncni_nodeipam_leader", ()): ipam.election.ours}
-        for state, name in (("all", "nodes"), ("waiting", "waiting"), ("foreign", "foreign")):
-            figures["mncni_nodeipam_nodes", (("state", state),)] = counters[name]
-        for cause, name in (("conflict", "conflicts"), ("other", "failures")):
-            figures["mncni_nodeipam_write_failures_total", (("cause", cause),)] = counters[name]
-        figures["mncni_nodeipam_ranges_given_total", ()] = counters["allocated"]
-        figures["mncni_nodeipam_terms_total", ()] = counters["terms"]
-        return 200, format_metrics({**figures, **ipam.api.counts.figures})
+    def readyz():
+        return (503, loop.reason + "\n") if loop.reason else (200, "ok\n")
 
-    return {"/healthz": healthz, "/readyz": healthz, "/metrics": metrics}
+    return {"/healthz": healthz, "/readyz": readyz, "/metrics": lambda: (200, format_metrics(look_figures(loop)))}
+
+
+def agent_figures(agent):
+    status = look_status(agent.settings, agent.context.run)
+    with contextlib.suppress(CNIError):
+        status["leaked"] = look_firewall(agent.context.run, "")[1][0]
+    status["up"] = not agent.reason
+    status["leases"] = len(mncni.Leases(mncni.DEFAULT_DATA_DIR, NETWORK).attachments())
+    requests = {} if agent.settings.nodes_dir else agent.store.api.counts.figures
+    return {**plan_metrics(status), **agent.counts.figures, **requests}
+
+
+def nodeipam_figures(ipam):
+    counters = ipam.counters
+    figures = {("mncni_nodeipam_leader", ()): ipam.election.ours}
+    for state, name in (("all", "nodes"), ("waiting", "waiting"), ("foreign", "foreign")):
+        figures["mncni_nodeipam_nodes", (("state", state),)] = counters[name]
+    for cause, name in (("conflict", "conflicts"), ("other", "failures")):
+        figures["mncni_nodeipam_write_failures_total", (("cause", cause),)] = counters[name]
+    figures["mncni_nodeipam_ranges_given_total", ()] = counters["allocated"]
+    figures["mncni_nodeipam_terms_total", ()] = counters["terms"]
+    return {**figures, **ipam.api.counts.figures}
 
 
 def plan_metrics(status):
     """{(name, ((label, value), ...)): figure} of what look_status says."""
-    figures = {("mncni_build_info", (("version", mncni.PROGRAM_VERSION),)): 1}
     plain = {
         "mncni_network_up": status["up"],
         "mncni_store_trouble": bool(status.get("store")),
@@ -2719,7 +2670,7 @@ def plan_metrics(status):
         "mncni_leaked_packets_total": status.get("leaked"),
         "mncni_admission_guard": status.get("admission_guard"),
     }
-    figures.update({(name, ()): figure for name, figure in plain.items() if figure is not None})
+    figures = {(name, ()): figure for name, figure in plain.items() if figure is not None}
     for name, reason in status["quarantine"].items():
         figures["mncni_node_quarantined", (("node", name), ("reason", reason))] = 1
     for peer in status["peers"]:
@@ -2729,16 +2680,16 @@ def plan_metrics(status):
 
 
 def format_metrics(figures):
-    """The figures as Prometheus reads them, those of one name together."""
+    """The figures as Prometheus reads them, those of one name together; and the version of this program."""
+    figures = {("mncni_build_info", (("version", mncni.PROGRAM_VERSION),)): 1, **figures}
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     lines = []
     for family, (kind, text) in METRICS.items():
-        suffixes = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
-        own = [(name, labels, figure) for (name, labels), figure in figures.items() if name in [family + suffix for suffix in suffixes]]
+        own = [(labels, figure) for (name, labels), figure in figures.items() if name == family]
         lines += [f"# HELP {family} {text}", f"# TYPE {family} {kind}"] if own else []
-        for name, labels, figure in own:
+        for labels, figure in own:
             words = ",".join(f'{label}="{str(value).translate(escapes)}"' for label, value in labels)
-            lines.append(f"{name}{{{words}}} {float(figure):.15g}" if words else f"{name} {float(figure):.15g}")
+            lines.append(f"{family}{{{words}}} {float(figure):.15g}" if words else f"{family} {float(figure):.15g}")
     return "\n".join(lines) + "\n"
 
 
@@ -2780,7 +2731,6 @@ def serve_http(listen, pages):
 
     class Server(ThreadingHTTPServer):
         address_family = socket.AF_INET6 if ":" in listen[0] else socket.AF_INET
-        daemon_threads = True
 
     said = False
     while True:
@@ -2873,10 +2823,6 @@ def remove_plugins(settings):
 
 def run_uninstall(settings, run, force):
     """The exit code of `agent.py uninstall`."""
-    lock_path = os.path.join(settings.run_dir, "agent.lock")
-    if os.path.exists(lock_path) and take_lock(lock_path, timeout_s=1) is None:
-        log.error("an agent is running here: stop it first, it would build everything again")
-        return RUNNING_ALREADY
     try:
         notes = uninstall(settings, run, force)
     except (CNIError, OSError) as error:
@@ -2899,6 +2845,16 @@ def main(arguments, environ):
     options = parser.parse_args(arguments)
     level = logging.DEBUG if environ.get("MNCNI_DEBUG") == "1" else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        return run_command(parser, options, environ)
+    except (CNIError, OSError) as error:
+        locked = getattr(error, "code", 0) == mncni.TRY_AGAIN
+        log.error("%s", f"another agent runs here: stop it first ({error})" if locked else error)
+        return RUNNING_ALREADY if locked else FAILED
+
+
+def run_command(parser, options, environ):
+    """The exit code. CNIError: 11 while another agent runs here."""
     if options.command == "nodeipam":  # it touches no node, so it needs no root
         return run_nodeipam(options, parse_pools(parser, options, environ), environ)
     settings = parse_settings(parser, options, environ)
@@ -2915,13 +2871,13 @@ def main(arguments, environ):
     if os.geteuid() != 0:
         log.error("agent.py %s needs root: run it with sudo", options.command)
         return FAILED
-    if options.command == "uninstall":
-        return run_uninstall(settings, mncni.make_run(environ), options.force)
+    run = mncni.make_run(environ)
     if options.command == "status":
-        status = look_status(settings, mncni.make_run(environ))
+        status = look_status(settings, run)
         sys.stdout.write(json.dumps(status, indent=2) + "\n" if options.json else format_status(status, time.time()))
         return OK if status["ok"] else FAILED
-    return run_agent(settings, environ)
+    with agent_lock(settings, timeout_s=1):  # `status` holds it for a moment
+        return run_agent(settings, environ) if options.command == "run" else run_uninstall(settings, run, options.force)
 
 
 if __name__ == "__main__":

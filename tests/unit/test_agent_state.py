@@ -374,31 +374,36 @@ def test_a_key_that_cannot_be_kept_is_no_key(key_path, call, mocker):
 # ---- the lock ----
 
 
+def run_with(run_dir):
+    """The exit code of `agent.py run` with this --run-dir."""
+    return agent.main(["run", "--nodes-dir", "/nodes", *GOOD, "--run-dir", str(run_dir)], {})
+
+
+@pytest.mark.root
 def test_a_second_agent_leaves_with_3(tmp_path, caplog):
-    settings = make_settings(run_dir=str(tmp_path))
-    lock = agent.take_lock(str(tmp_path / "agent.lock"))
-    assert agent.run_agent(settings, {}) == 3
-    assert f"another agent runs here: it holds {tmp_path}/agent.lock" in caplog.text
-    os.close(lock)
+    with agent.agent_lock(make_settings(run_dir=str(tmp_path))):
+        assert run_with(tmp_path) == 3
+    assert "another agent runs here" in caplog.text and f"{tmp_path}/agent.lock" in caplog.text
 
 
 def test_a_look_at_the_status_does_not_keep_an_agent_from_starting(tmp_path):
-    path = str(tmp_path / "agent.lock")
-    lock = agent.take_lock(path)
-    threading.Timer(0.05, os.close, [lock]).start()
-    agents = agent.take_lock(path, timeout_s=30)
-    assert agents is not None
-    os.close(agents)
+    settings = make_settings(run_dir=str(tmp_path))
+    look = agent.agent_lock(settings)
+    look.__enter__()
+    threading.Timer(0.05, look.__exit__).start()
+    with agent.agent_lock(settings, timeout_s=30):
+        pass
 
 
 def test_no_other_user_can_take_the_lock(tmp_path, umask):
-    os.close(agent.take_lock(str(tmp_path / "agent.lock")))
-    assert mode_of(tmp_path / "agent.lock") == 0o600
+    with agent.agent_lock(make_settings(run_dir=str(tmp_path))):
+        assert mode_of(tmp_path / "agent.lock") == 0o600
 
 
+@pytest.mark.root
 def test_a_run_dir_that_cannot_be_used_is_named(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    assert agent.run_agent(make_settings(run_dir=str(tmp_path / "file" / "run")), {}) == 1
+    assert run_with(tmp_path / "file" / "run") == 1
     assert f"{tmp_path}/file/run" in caplog.text
 
 
@@ -824,9 +829,8 @@ def running(bench):
     """The bench, its agent holding the lock as a running one does."""
     bench.write(1, 2)
     bench.settle()
-    lock = agent.take_lock(f"{bench.settings.run_dir}/agent.lock")
-    yield bench
-    os.close(lock)
+    with agent.agent_lock(bench.settings):
+        yield bench
 
 
 def test_status_before_any_agent_ran(bench):
