@@ -51,7 +51,7 @@ if __name__ == "__main__":
     sys.path.append(os.path.dirname(os.path.realpath(__file__)))  # -I leaves it out; mncni.py ships beside this file
 
 import mncni
-from mncni import CNIError, Command, apply, ask, config_error, in_netns, ip_batch, look_ip, look_link, write_file
+from mncni import CNIError, Command, addresses_of, apply, ask, config_error, in_netns, ip_batch, look_ip, look_link, write_file
 
 log = logging.getLogger("mncni-agent")
 
@@ -1453,21 +1453,14 @@ def parse_dump(text):
     """{"private_key", "public_key", "port", "peers": {key: {"endpoint", "allowed_ips", "handshake", "rx", "tx"}}} of `wg show dump`.
 
     Never to be logged: its first line holds the private key. CNIError 100 without a word of it if it reads otherwise. wg(8), show."""
-    absent = ("(none)", "off", "")
     try:
-        lines = [line.split("\t") for line in text.splitlines()]
-        private, public, port = lines[0][:3]
+        lines = [["" if word in ("(none)", "off") else word for word in line.split("\t")] for line in text.splitlines()]
         peers = {}
         for key, _, endpoint, allowed_ips, handshake, rx, tx, _ in lines[1:]:
-            peers[key] = {
-                "endpoint": "" if endpoint in absent else endpoint,
-                "allowed_ips": set() if allowed_ips in absent else set(allowed_ips.split(",")),
-                "handshake": int(handshake),
-                "rx": int(rx),
-                "tx": int(tx),
-            }
-        keys = {"private_key": "" if private in absent else private, "public_key": "" if public in absent else public}
-        return {**keys, "port": int(port), "peers": peers}
+            peers[key] = {"endpoint": endpoint, "allowed_ips": set(filter(None, allowed_ips.split(",")))}
+            peers[key].update(handshake=int(handshake), rx=int(rx), tx=int(tx))
+        private, public, port = lines[0][:3]
+        return {"private_key": private, "public_key": public, "port": int(port), "peers": peers}
     except (ValueError, IndexError):
         raise CNIError(mncni.COMMAND_FAILED, "cannot understand what `wg show dump` says; is this wireguard-tools too new?") from None
 
@@ -1625,12 +1618,7 @@ def plan_ns_sysctls(facts, netns):
     keys = {"inet": "net/ipv4/ip_forward", "inet6": "net/ipv6/conf/all/forwarding"}
     off = [keys[entry["family"]] for entry in entries if entry["interface"] == "all" and not entry["forwarding"]]
     filtered = [f"net/ipv4/conf/{entry['interface']}/rp_filter" for entry in entries if entry.get("rp_filter", "off") != "off"]
-    plan = [write_on(off, 1, netns)] if off else []
-    return plan + ([write_on(filtered, 0, netns)] if filtered else [])
-
-
-def write_on(keys, value, netns):
-    return mncni.write_sysctls(sorted(keys), value, netns)
+    return [mncni.write_sysctls(sorted(keys), value, netns) for keys, value in ((off, 1), (filtered, 0)) if keys]
 
 
 def ensure_links(context):
@@ -1642,9 +1630,14 @@ def ensure_links(context):
     device = look_link(DEVICE, inside)
     if device is None:
         device = move_device(context, look_link(DEVICE, host))
-    lines = [f"link set dev {DEVICE} mtu {context.mtu}"] if device.get("mtu") != context.mtu else []
-    lines += [] if "UP" in device.get("flags", []) else [f"link set dev {DEVICE} up"]
-    apply([ip_batch(lines, settings.netns)] if lines else [], run)
+    apply(plan_link(DEVICE, device, context.mtu, settings.netns), run)
+
+
+def plan_link(name, link, mtu, netns=""):
+    """Commands that give a link this MTU and bring it up, where it is otherwise."""
+    lines = [f"link set dev {name} mtu {mtu}"] if link.get("mtu") != mtu else []
+    lines += [] if "UP" in link.get("flags", []) else [f"link set dev {name} up"]
+    return [ip_batch(lines, netns)] if lines else []
 
 
 def refuse_foreign(link, way_out="rename or remove it"):
@@ -1656,19 +1649,15 @@ def refuse_foreign(link, way_out="rename or remove it"):
 def plan_veth(settings, mtu, host, inside):
     """Commands for the veth pair. Half a pair is no pair: what is left of it is removed first. CNIError 7 if it is not ours."""
     refuse_foreign(host)
-    lines, inner = [], []
-    if host is None or inside is None:
-        lines += [f"link delete dev {HOST_VETH}"] if host is not None else []
-        inner_first = [ip_batch([f"link delete dev {NS_VETH}"], settings.netns)] if inside is not None else []
-        host_mac, ns_mac = mncni.mac_of(HOST_VETH, "0a:59"), mncni.mac_of(NS_VETH, "0a:59")
-        peer = f"peer name {NS_VETH} netns {settings.netns} mtu {mtu} address {ns_mac}"
-        lines.append(f"link add name {HOST_VETH} mtu {mtu} address {host_mac} type veth {peer}")
-        lines.append(f"link set dev {HOST_VETH} alias {mncni.OWNER_ALIAS} up")
-        return [*inner_first, ip_batch(lines), ip_batch([f"link set dev {NS_VETH} up"], settings.netns)]
-    for name, link, target in ((HOST_VETH, host, lines), (NS_VETH, inside, inner)):
-        target += [f"link set dev {name} mtu {mtu}"] if link["mtu"] != mtu else []
-        target += [] if "UP" in link["flags"] else [f"link set dev {name} up"]
-    return ([ip_batch(lines)] if lines else []) + ([ip_batch(inner, settings.netns)] if inner else [])
+    if host and inside:
+        return plan_link(HOST_VETH, host, mtu) + plan_link(NS_VETH, inside, mtu, settings.netns)
+    inner_first = [ip_batch([f"link delete dev {NS_VETH}"], settings.netns)] if inside else []
+    lines = [f"link delete dev {HOST_VETH}"] if host else []
+    host_mac, ns_mac = mncni.mac_of(HOST_VETH, "0a:59"), mncni.mac_of(NS_VETH, "0a:59")
+    peer = f"peer name {NS_VETH} netns {settings.netns} mtu {mtu} address {ns_mac}"
+    lines.append(f"link add name {HOST_VETH} mtu {mtu} address {host_mac} type veth {peer}")
+    lines.append(f"link set dev {HOST_VETH} alias {mncni.OWNER_ALIAS} up")
+    return [*inner_first, ip_batch(lines), ip_batch([f"link set dev {NS_VETH} up"], settings.netns)]
 
 
 def move_device(context, device):
@@ -1678,10 +1667,8 @@ def move_device(context, device):
         create_device(context)
     elif device.get("linkinfo", {}).get("info_kind") not in ("wireguard", "tun"):
         raise config_error(f'link "{DEVICE}" is somebody else\'s: it is no WireGuard device; rename or remove it')
-    apply(
-        [ip_batch([f"link set dev {DEVICE} alias {mncni.OWNER_ALIAS}", f"link set dev {DEVICE} netns {context.settings.netns}"])],
-        context.run,
-    )
+    lines = [f"link set dev {DEVICE} alias {mncni.OWNER_ALIAS}", f"link set dev {DEVICE} netns {context.settings.netns}"]
+    apply([ip_batch(lines)], context.run)
     return {}
 
 
@@ -1772,7 +1759,7 @@ def ensure_addresses(context):
         (HOST_VETH, gateways, host_routes(settings), ""),
         (NS_VETH, next_hops, ns_routes(settings), settings.netns),
     ):
-        link = look_link(name, look_ip([f"address show dev {name}"], run, netns)) or {"addr_info": []}  # just gone: ip will say so
+        link = look_link(name, look_ip([f"address show dev {name}"], run, netns)) or {}  # just gone: ip will say so
         present = look_routes(run, netns)
         lines = plan_addresses(name, wanted, link) + missing_routes(routes, present) + stale_routes(routes, present)
         apply([ip_batch(lines, netns)] if lines else [], run)
@@ -1780,12 +1767,9 @@ def ensure_addresses(context):
 
 def plan_addresses(name, wanted, link):
     """Lines that give a link the wanted addresses and take away others; link-local ones that the kernel made stay."""
-    present = {f"{info['local']}/{info['prefixlen']}": info for info in link["addr_info"]}
-    stale = [address for address, info in present.items() if address not in wanted and info.get("scope") == "global"]
+    stale, missing = addresses_of(link, "global") - wanted, wanted - addresses_of(link)
     lines = [f"address delete {address} dev {name}" for address in sorted(stale)]
-    return lines + [
-        f"address replace {address} dev {name}{' nodad' if ':' in address else ''}" for address in sorted(wanted - set(present))
-    ]
+    return lines + [f"address replace {address} dev {name}{' nodad' if ':' in address else ''}" for address in sorted(missing)]
 
 
 def ensure_ports(context):
@@ -1816,7 +1800,7 @@ def ensure_forwarding(context):
     plan = mncni.plan_forwarding(gateways, mncni.look_forwarding(context.run))
     if any("ipv6" in " ".join(command.argv) for command in plan):  # a router heeds no other router's advertisements, unless told to
         uplinks = {entry["dev"] for entry in look_ip(["route show default"], context.run, "", "-6") if entry.get("protocol") == "ra"}
-        plan = [write_on([f"net/ipv6/conf/{uplink}/accept_ra"], 2, "") for uplink in sorted(uplinks)] + plan
+        plan = [mncni.write_sysctls([f"net/ipv6/conf/{uplink}/accept_ra"], 2) for uplink in sorted(uplinks)] + plan
     apply(plan, context.run)
 
 
@@ -2126,10 +2110,10 @@ class Agent:
             "podCIDRs": [str(cidr) for cidr in settings.pod_cidrs],
             "endpoints": [str(endpoint) for endpoint in context.endpoints],
             "mtu": context.mtu,
-            "nodes": {
-                peer["name"]: {"key": key, "endpoint": peer["endpoint"], "podCIDRs": sorted(peer["allowed_ips"])}
+            "peers": [
+                {"name": peer["name"], "key": key, "endpoint": peer["endpoint"], "podCIDRs": sorted(peer["allowed_ips"])}
                 for key, peer in context.peers.items()
-            },
+            ],
             "quarantine": self.quarantine,
         }
         with contextlib.suppress(CNIError):
@@ -2540,7 +2524,9 @@ def run_nodeipam(options, pools, environ):
 
 
 def look_status(settings, run):
-    """The agent's own word, with WireGuard's figures per peer: {"node", "ok", "reason", "running", "peers": [...], "quarantine", ...}."""
+    """The agent's own word, with WireGuard's figures per peer: {"node", "ok", "reason", "running", "peers": [...], "quarantine", ...}.
+
+    Of a peer, present: WireGuard has it; handshake: when last, in Unix time, 0 for never."""
     status = load_json(os.path.join(settings.run_dir, "status.json"))
     if not status:
         return {"node": settings.node_name, "ok": False, "running": False, "reason": "no agent has run here since the boot", "peers": []}
@@ -2549,25 +2535,22 @@ def look_status(settings, run):
             status["running"] = False
     except CNIError:
         status["running"] = True
+    reasons, present = [status["reason"]], {}
     try:
         present = look_device(Context(settings, run, ""))["peers"]
     except CNIError as error:
-        present = {}
-        status.update(ok=False, reason=status["reason"] or f"the WireGuard device is not there: {error}")
-    status["peers"] = [describe_peer(name, node, present.get(node["key"])) for name, node in sorted(status.pop("nodes").items())]
+        reasons.append(f"the WireGuard device is not there: {error}")
+    for peer in status["peers"]:
+        there = present.get(peer["key"], {})
+        figures = {key: there.get(key, 0) for key in ("handshake", "rx", "tx")}
+        peer.update(figures, present=bool(there), endpoint=there.get("endpoint") or peer["endpoint"])
     if not status["running"]:
-        status.update(ok=False, reason=status["reason"] or "no agent is running; the network stands as the last one left it")
-    if status["quarantine"] and not status["reason"]:
-        status["reason"] = f"records of {len(status['quarantine'])} nodes are quarantined, see below"
-    status["ok"] = status["ok"] and not status["quarantine"] and not status["store"] and all(peer["present"] for peer in status["peers"])
+        reasons.append("no agent is running; the network stands as the last one left it")
+    if status["quarantine"]:
+        reasons.append(f"records of {len(status['quarantine'])} nodes are quarantined, see below")
+    status["reason"] = next(filter(None, reasons), "")
+    status["ok"] = not status["reason"] and not status["store"] and all(peer["present"] for peer in status["peers"])
     return status
-
-
-def describe_peer(name, node, present):
-    """A peer for `status`: present: WireGuard has it; handshake: when last, in Unix time, 0 for never."""
-    figures = {key: (present or {}).get(key, 0) for key in ("handshake", "rx", "tx")}
-    endpoint = (present or {}).get("endpoint") or node["endpoint"]
-    return {"name": name, "endpoint": endpoint, "podCIDRs": node["podCIDRs"], "present": present is not None, **figures}
 
 
 def format_status(status, now):
@@ -2584,9 +2567,8 @@ def format_status(status, now):
         lines.append(f"pods {', '.join(status['podCIDRs'])}, MTU {status['mtu']}, endpoint {endpoints}, key {status['publicKey']}")
     rows = [("PEER", "ENDPOINT", "PODS", "HANDSHAKE", "RECEIVED", "SENT")] if status["peers"] else []
     for peer in status["peers"]:
-        handshake = (
-            f"{max(0, int(now - peer['handshake']))} s ago" if peer["handshake"] else "never" if peer["present"] else "not a peer yet"
-        )
+        since = f"{max(0, int(now - peer['handshake']))} s ago" if peer["handshake"] else "never"
+        handshake = since if peer["present"] else "not a peer yet"
         rows.append((peer["name"], peer["endpoint"], ", ".join(peer["podCIDRs"]), handshake, f"{peer['rx']} B", f"{peer['tx']} B"))
     widths = [max(len(row[column]) for row in rows) for column in range(6)] if rows else []
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
@@ -2711,20 +2693,16 @@ def serve_http(listen, pages):
 
         def do_GET(self):
             try:
-                self.answer(*http_page(pages, self.path, self.client_address[0]))
-            except OSError as error:  # whoever asked is gone
-                log.debug("HTTP: %s", error)
+                code, text = http_page(pages, self.path, self.client_address[0])
             except Exception as error:
                 log.exception("a defect of the agent, please report it")
-                self.answer(500, f"{type(error).__name__}: {error}\n")
-
-        def answer(self, code, text):
-            data = text.encode()
-            self.send_response(code)
-            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+                code, text = 500, f"{type(error).__name__}: {error}\n"
+            with contextlib.suppress(OSError):  # whoever asked is gone
+                self.send_response(code)
+                self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+                self.send_header("Content-Length", str(len(text.encode())))
+                self.end_headers()
+                self.wfile.write(text.encode())
 
         def log_message(self, *words):
             """Nothing: a probe every few seconds is no news."""

@@ -736,7 +736,7 @@ def test_no_error_ends_the_agent_and_each_is_told(bench, monkeypatch, caplog, er
     assert not bench.tick(10) and not bench.tick(1) and not bench.tick(1)
     ready = json.loads(bench.text("run_dir/ready"))
     assert (bench.status()["reason"], bench.status()["ok"], ready["reason"], ready["ok"]) == (said, False, said, False)
-    assert bench.status()["nodes"] and bench.run.names() == [1], "the peers stay"
+    assert bench.status()["peers"] and bench.run.names() == [1], "the peers stay"
     assert caplog.text.count(f"the network is not up: {said}") == 1
     assert caplog.text.count("Traceback") == isinstance(error, (TypeError, RecursionError))
     break_stage(monkeypatch, None)
