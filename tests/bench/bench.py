@@ -2,15 +2,17 @@
 
     sudo make bench [ARGS="--rounds 20 --only calls,bursts,leases,pods,network"]
 
-A pod here has masquerade, a host port and bandwidth limits both ways. Compared are
+A pod here has masquerade, a host port and bandwidth limits both ways ("full"), or the masquerade alone ("alone"). Compared are
 
     ours        the launcher that `mncni.py install` writes, "plugin": ["naivewg", "portmap", "bandwidth"]
     plain file  the same with mncni.py itself, which is compiled at each start
     reference   Debian's containernetworking-plugins, chained as a runtime does: bridge with host-local, portmap, bandwidth
-    floor       the commands that change the kernel for ours, with nothing around them: no interpreter, no look, no lease
+    floor       the commands that change the kernel for ours, in a shell script: no Python, no look, no lease, one after another
+    before      with `--before FILE` another mncni.py: what a change is worth, in one run
 
 in rounds that take turns, so that a busy machine is busy for all of them. Figures are medians. Prints tables, writes them and SVG
-charts to build/bench, and exits with 1 if a ratio is above its budget in budgets.json by more than 15 %. `--record` writes the budgets.
+charts to build/bench, and exits with 1 if a ratio is above its budget in budgets.json by more than 15 %. `--record` writes the ratios of
+the parts that ran as budgets. The program runs in a network namespace of its own, which goes with it.
 """
 
 import argparse
@@ -43,15 +45,14 @@ ASKED = {
 
 
 class World:
-    """A host namespace, pods' namespaces, directories; gone at the end."""
+    """Pods' namespaces and a directory; gone at the end. The host's namespace is the one that the program runs in."""
 
     def __init__(self, tmp):
-        self.tmp, self.name, self.made = tmp, f"mncni-bench-{os.getpid()}", 0
-        self.pods = []
-        sh(f"ip netns add {self.name} && ip -n {self.name} link set lo up")
+        self.tmp, self.name, self.pods, self.wrapper = tmp, f"mncni-bench-{os.getpid()}", [], []
+        sh("ip link set lo up")
 
     def close(self):
-        for name in [*self.pods, self.name]:
+        for name in self.pods:
             subprocess.run(["ip", "netns", "delete", name], check=False)
 
     def pod(self, number):
@@ -65,16 +66,22 @@ class World:
     def call(self, command, program, conf, container_id, netns, **environ):
         """(stdout, stderr) of one call of a plugin; it has to succeed."""
         own = {"CNI_COMMAND": command, "CNI_CONTAINERID": container_id, "CNI_NETNS": netns, "CNI_IFNAME": "eth0", "CNI_PATH": REFERENCE}
-        done = subprocess.run(
-            ["nsenter", f"--net=/run/netns/{self.name}", program],
-            input=json.dumps(conf),
-            capture_output=True,
-            text=True,
-            env={**os.environ, **own, "MNCNI_RUN_DIR": f"{self.tmp}/run", **environ},
-        )
+        environ = {**os.environ, **own, "MNCNI_RUN_DIR": f"{self.tmp}/run", **environ}
+        done = subprocess.run([*self.wrapper, program], input=json.dumps(conf), capture_output=True, text=True, env=environ)
         if done.returncode:
             raise SystemExit(f"bench: {command} by {program} failed: {done.stdout}{done.stderr}")
         return done.stdout, done.stderr
+
+    def processes(self, act, *arguments):
+        """(how many programs act's calls started, the plugins themselves included; what it returned)."""
+        path = Path(self.tmp, "strace")
+        self.wrapper = ["strace", "-f", "-qq", "-A", "-e", "trace=execve", "-e", "signal=none", "-o", str(path)]
+        path.write_text("")
+        try:
+            value = act(*arguments)
+        finally:
+            self.wrapper = []
+        return len(re.findall(r"execve.* = 0$", path.read_text(), re.M)), value
 
 
 def sh(command):
@@ -109,13 +116,32 @@ class Chain:
             said += self.world.call("DEL", program, conf, f"c{number}", self.world.pod(number), **environ)[1]
         return said
 
+    def ask(self, command):
+        """STATUS or VERSION of the first plugin."""
+        program, conf = self.plugins[0]
+        self.world.call(command, program, {**conf, "cniVersion": "1.1.0"} if command == "STATUS" else conf, "c", "")
+
 
 def with_port(conf, number):
     """conf with a host port of the pod's own."""
-    if "runtimeConfig" not in conf:
+    if "portMappings" not in conf.get("runtimeConfig", {}):
         return conf
     ports = [{**conf["runtimeConfig"]["portMappings"][0], "hostPort": 10000 + number}]
     return {**conf, "runtimeConfig": {**conf["runtimeConfig"], "portMappings": ports}}
+
+
+def make_chains(world, kind, before):
+    """{who: Chain} for a kind of pod, "alone" or "full"."""
+    mncni.install(f"{world.tmp}/bin")
+    ours = our_conf(world, kind) if kind == "full" else our_conf(world, kind, plugin="naivewg", runtimeConfig={})
+    chains = {"ours": Chain(world, [(f"{world.tmp}/bin/mncni", ours)])}
+    if kind == "full":
+        chains["plain file"] = Chain(world, [(f"{world.tmp}/bin/mncni.py", ours)])
+    if before:
+        subprocess.run([sys.executable, before, "install", "--bin-dir", f"{world.tmp}/before"], check=True, stdout=subprocess.DEVNULL)
+        chains["before"] = Chain(world, [(f"{world.tmp}/before/mncni", ours)])
+    plugins = reference_plugins(world)
+    return {**chains, "reference": Chain(world, plugins if kind == "full" else plugins[:1])}
 
 
 def our_conf(world, name="ours", **keys):
@@ -140,17 +166,21 @@ def reference_plugins(world):
 
 
 class Floor:
-    """The kernel changes of one ADD and DEL of ours, as its own trace shows them, replayed by nothing but their commands."""
+    """The kernel changes of one ADD and DEL of ours, as its own trace shows them, as a shell script of nothing but their commands."""
 
-    def __init__(self, world, ours):
-        self.world = world
+    def __init__(self, ours):
+        ours.delete(0, ours.add(0)[0])  # the bridge and the masquerade stay, and are no part of the floor
         result, added = ours.add(0, CNI_TRACE="1")
         removed = ours.delete(0, result, CNI_TRACE="1")
-        self.scripts = {"ADD": commands_that_change(added), "DEL": commands_that_change(removed)}
+        self.scripts = {"ADD": script_of(added), "DEL": script_of(removed)}
 
     def run(self, command):
-        for words, stdin in self.scripts[command]:
-            subprocess.run(["nsenter", f"--net=/run/netns/{self.world.name}", *words], input=stdin, text=True, capture_output=True)
+        subprocess.run(["sh", "-e"], input=self.scripts[command], text=True, capture_output=True, check=True)
+
+
+def script_of(trace):
+    """The commands of a trace that change something, as a shell script."""
+    return "".join(f"{mncni.Command(*command)}\n" for command in commands_that_change(trace))
 
 
 def commands_of(trace):
@@ -199,24 +229,24 @@ def median_ms(times):
     return statistics.median(times) * 1000
 
 
-def bench_calls(world, chains, rounds):
+def bench_calls(chains, rounds):
     """{(who, command): [seconds]} of rounds in turns; the first two warm up. CPU seconds under (who, "ADD CPU"), (who, "DEL CPU")."""
-    times = {}
-    floor = Floor(world, chains["ours"])
-    for _ in range(rounds + 2):
-        for who, chain in chains.items():
+    times, floor = {}, Floor(chains["ours"])
+    for number in range(rounds + 2):
+        for who, chain in list(chains.items())[:: 1 if number % 2 else -1]:
             cpu_add, (add_s, (result, _)) = cpu(timed, chain.add, 1)
             check_s, _ = timed(chain.check, 1, result)
             cpu_del, (del_s, _) = cpu(timed, chain.delete, 1, result)
-            for command, seconds in (("ADD", add_s), ("CHECK", check_s), ("DEL", del_s), ("ADD CPU", cpu_add), ("DEL CPU", cpu_del)):
+            measured = {"ADD": add_s, "CHECK": check_s, "DEL": del_s, "ADD CPU": cpu_add, "DEL CPU": cpu_del}
+            measured["VERSION"] = timed(chain.ask, "VERSION")[0]
+            if who != "reference":  # which knows no STATUS
+                measured["STATUS"] = timed(chain.ask, "STATUS")[0]
+            for command, seconds in measured.items():
                 times.setdefault((who, command), []).append(seconds)
         for command in ("ADD", "DEL"):
-            times.setdefault(("floor", command), []).append(timed(floor.run, command)[0])
-        for command in ("STATUS", "VERSION"):
-            program, conf = chains["ours"].plugins[0]
-            times.setdefault(("ours", command), []).append(timed(world.call, command, program, {**conf, "cniVersion": "1.1.0"}, "c", "")[0])
-        program, conf = chains["reference"].plugins[0]
-        times.setdefault(("reference", "VERSION"), []).append(timed(world.call, "VERSION", program, conf, "c", "")[0])
+            cpu_s, (seconds, _) = cpu(timed, floor.run, command)
+            times.setdefault(("floor", command), []).append(seconds)
+            times.setdefault(("floor", f"{command} CPU"), []).append(cpu_s)
     return {key: values[2:] for key, values in times.items()}
 
 
@@ -225,8 +255,9 @@ def bench_bursts(chains, sizes, rounds=3):
     times = {}
     for size in sizes:
         for _ in range(rounds):
-            for who in ("ours", "reference"):
-                chain = chains[who]
+            for who, chain in chains.items():
+                if who == "plain file":
+                    continue
                 [chain.world.pod(number) for number in range(size)]
                 with ThreadPoolExecutor(size) as pool:
                     up_s, results = timed(lambda chain=chain, pool=pool, size=size: list(pool.map(chain.add, range(size))))
@@ -260,16 +291,17 @@ def bench_leases(world, counts, rounds):
 
 
 def bench_pods(chains, counts, rounds):
-    """{count of other pods that live: [seconds of an ADD and a DEL of ours]}."""
-    times, chain, living = {}, chains["ours"], []
+    """{(who, count of other pods that live): [seconds of an ADD and a DEL]}, those of ours."""
+    times, ours, living = {}, chains["ours"], []
     for count in sorted(counts):
         while len(living) < count:
-            living.append((1000 + len(living), chain.add(1000 + len(living))[0]))
+            living.append((1000 + len(living), ours.add(1000 + len(living))[0]))
         for _ in range(rounds):
-            seconds, (result, _) = timed(chain.add, 1)
-            times.setdefault(count, []).append(seconds + timed(chain.delete, 1, result)[0])
+            for who in {"ours", "before"} & set(chains):
+                seconds, (result, _) = timed(chains[who].add, 1)
+                times.setdefault((who, count), []).append(seconds + timed(chains[who].delete, 1, result)[0])
     for number, result in living:
-        chain.delete(number, result)
+        ours.delete(number, result)
     return times
 
 
@@ -376,58 +408,67 @@ def write_chart(name, title, bars):
     (OUT / f"{name}.svg").write_text("\n".join([*parts, "</svg>"]) + "\n")
 
 
-def report_calls(world, chains, rounds, ratios, out):
-    times = bench_calls(world, chains, rounds)
-    commands = ("ADD", "CHECK", "DEL", "STATUS", "VERSION", "ADD CPU", "DEL CPU")
-    rows = []
-    for who in ("ours", "plain file", "reference", "floor"):
-        rows.append([who, *(f"{median_ms(times[who, command]):.1f}" if (who, command) in times else "-" for command in commands)])
-    print_table(f"A pod with masquerade, a host port and bandwidth, ms (medians of {rounds} rounds in turns)", ["", *commands], rows, out)
-    both = {who: median_ms(times[who, "ADD"]) + median_ms(times[who, "DEL"]) for who in ("ours", "reference", "floor")}
-    ratios["ADD + DEL, ours / reference"] = both["ours"] / both["reference"]
-    ratios["ADD, ours / reference"] = median_ms(times["ours", "ADD"]) / median_ms(times["reference", "ADD"])
-    ratios["DEL, ours / reference"] = median_ms(times["ours", "DEL"]) / median_ms(times["reference", "DEL"])
-    ratios["ADD + DEL, ours / floor"] = both["ours"] / both["floor"]
-    ratios["CPU of ADD + DEL, ours / reference"] = sum(median_ms(times["ours", f"{verb} CPU"]) for verb in ("ADD", "DEL")) / sum(
-        median_ms(times["reference", f"{verb} CPU"]) for verb in ("ADD", "DEL")
-    )
-    result, added = chains["ours"].add(1, CNI_TRACE="1")
-    counts = (len(commands_of(added)), len(commands_of(chains["ours"].delete(1, result, CNI_TRACE="1"))))
-    out.append(f"\nProcesses that ours starts: ADD {counts[0]}, DEL {counts[1]}.\n")
-    print(out[-1])
-    write_chart(
-        "calls",
-        "ADD and DEL of a pod, ms",
-        [(f"{who} {verb}", median_ms(times[who, verb])) for verb in ("ADD", "DEL") for who in ("ours", "reference", "floor")],
-    )
+WHAT = {
+    "alone": "A pod with masquerade: naivewg alone, against bridge and host-local",
+    "full": "A pod with masquerade, a host port and bandwidth limits: naivewg, portmap, bandwidth",
+}
+COMMANDS = ("ADD", "DEL", "CHECK", "STATUS", "VERSION", "ADD CPU", "DEL CPU")
+
+
+def report_calls(world, kind, chains, rounds, ratios, out):
+    times, rows = bench_calls(chains, rounds), []
+    middle = {key: median_ms(values) for key, values in times.items()}
+    for who in [*chains, "floor"]:
+        counts = count_processes(world, chains[who]) if who in chains else ("-", "-")
+        rows.append([who, *(f"{middle[who, command]:.1f}" if (who, command) in middle else "-" for command in COMMANDS), *counts])
+    head = ["", *COMMANDS, "programs of an ADD", "of a DEL"]
+    print_table(f"{WHAT[kind]}; ms (medians of {rounds} rounds in turns)", head, rows, out)
+    compared = {"ADD + DEL": ("ADD", "DEL"), "CPU of ADD + DEL": ("ADD CPU", "DEL CPU"), **{name: (name,) for name in COMMANDS[:5]}}
+    for against in [name for name in ("reference", "floor", "before") if (name, "ADD") in middle]:
+        for name, commands in compared.items():
+            if all((against, command) in middle for command in commands):
+                figures = [sum(middle[who, command] for command in commands) for who in ("ours", against)]
+                ratios[f"{kind}: {name}, ours / {against}"] = figures[0] / figures[1]
+    bars = [(f"{who} {verb}", middle[who, verb]) for verb in ("ADD", "DEL") for who in [*chains, "floor"]]
+    write_chart(f"calls-{kind}", f"ADD and DEL of a pod, {kind}, ms", bars)
+
+
+def count_processes(world, chain):
+    """How many programs an ADD and a DEL start."""
+    added, (result, _) = world.processes(chain.add, 1)
+    return added, world.processes(chain.delete, 1, result)[0]
 
 
 def report_bursts(chains, ratios, out):
     sizes = (1, 10, 50, 110)
-    times = bench_bursts(chains, sizes)
-    rows = [[size, *(f"{times[who, size][way]:.2f}" for way in (0, 1) for who in ("ours", "reference"))] for size in sizes]
-    head = ["pods at once", "up, ours", "up, reference", "gone, ours", "gone, reference"]
+    times, names = bench_bursts(chains, sizes), [who for who in chains if who != "plain file"]
+    rows = [[size, *(f"{times[who, size][way]:.2f}" for way in (0, 1) for who in names)] for size in sizes]
+    head = ["pods at once", *(f"{way}, {who}" for way in ("up", "gone") for who in names)]
     print_table("Seconds until the last pod is up, until the last is gone (medians of 3)", head, rows, out)
-    ratios["50 pods at once, ours / reference"] = times["ours", 50][0] / times["reference", 50][0]
-    write_chart(
-        "bursts",
-        "Until the last pod is up, s",
-        [(f"{size} pods, {who}", times[who, size][0]) for size in sizes for who in ("ours", "reference")],
-    )
+    for size in sizes:
+        for against in names[1:]:
+            for way, what in enumerate(("up", "gone")):
+                ratios[f"{size} pods at once {what}, ours / {against}"] = times["ours", size][way] / times[against, size][way]
+    bars = [(f"{size} pods, {who}", times[who, size][0]) for size in sizes for who in names]
+    write_chart("bursts", "Until the last pod is up, s", bars)
 
 
 def report_leases(world, rounds, ratios, out):
-    times = bench_leases(world, (0, 1000, 60000), rounds)
+    counts = (0, 1000, 60000)
+    times = bench_leases(world, counts, rounds)
     rows = [[count, f"{median_ms(values):.1f}"] for count, values in times.items()]
     print_table("ADD of naivewg with so many leases held, ms", ["leases", "ADD"], rows, out)
-    ratios["ADD with 60,000 leases / with none"] = median_ms(times[60000]) / median_ms(times[0])
+    for count in counts[1:]:
+        ratios[f"ADD with {count:,} leases / with none"] = median_ms(times[count]) / median_ms(times[0])
+    write_chart("leases", "ADD with so many leases held, ms", [(f"{count:,} leases, ours", median_ms(times[count])) for count in counts])
 
 
 def report_pods(chains, rounds, ratios, out):
     times = bench_pods(chains, (10, 200), rounds)
-    rows = [[count, f"{median_ms(values):.1f}"] for count, values in times.items()]
-    print_table("ADD + DEL while so many such pods live, ms", ["pods", "ADD + DEL"], rows, out)
-    ratios["ADD + DEL with 200 pods / with 10"] = median_ms(times[200]) / median_ms(times[10])
+    rows = [[who, count, f"{median_ms(values):.1f}"] for (who, count), values in sorted(times.items())]
+    print_table("ADD + DEL while so many such pods live, ms", ["", "pods", "ADD + DEL"], rows, out)
+    ratios["ADD + DEL with 200 pods / with 10"] = median_ms(times["ours", 200]) / median_ms(times["ours", 10])
+    write_chart("pods", "ADD + DEL while so many pods live, ms", [(f"{count} pods, {who}", float(ms)) for who, count, ms in rows])
 
 
 def report_network(ratios, out):
@@ -451,45 +492,57 @@ def judge(ratios, out):
     return int(status)
 
 
-def main():
+def record_budgets(ratios):
+    """Take over the ratios of this run; those of parts that did not run stay."""
+    path = HERE / "budgets.json"
+    kept = json.loads(path.read_text())["ratios"] if path.exists() else {}
+    kept.update({name: round(ratio, 2) for name, ratio in ratios.items() if "before" not in name})
+    machine = f"{os.cpu_count()} cores, Linux {platform.release().split('-')[0]}, Python {platform.python_version()}"
+    path.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "machine": machine, "ratios": kept}, indent=2) + "\n")
+
+
+def parse_options():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--only", default="calls,bursts,leases,pods,network", help="comma-separated parts")
-    parser.add_argument("--record", action="store_true", help="write the ratios of this run as the budgets")
-    options = parser.parse_args()
-    if not REFERENCE:
-        raise SystemExit("bench: needs the reference plugins: apt-get install containernetworking-plugins")
-    OUT.mkdir(parents=True, exist_ok=True)
-    ratios, out, parts = {}, [], options.only.split(",")
+    parser.add_argument("--before", default="", metavar="FILE", help="another mncni.py to compare with, in the same rounds")
+    parser.add_argument("--record", action="store_true", help="write the ratios of this run as budgets")
+    return parser.parse_args()
+
+
+def run_parts(options, ratios, out):
+    parts = options.only.split(",")
     with contextlib.ExitStack() as stack:
         tmp = tempfile.mkdtemp(prefix="mncni-bench-")
         stack.callback(shutil.rmtree, tmp)
         world = World(tmp)
         stack.callback(world.close)
-        mncni.install(f"{tmp}/bin")
-        chains = {
-            "ours": Chain(world, [(f"{tmp}/bin/mncni", our_conf(world))]),
-            "plain file": Chain(world, [(f"{tmp}/bin/mncni.py", our_conf(world))]),
-            "reference": Chain(world, reference_plugins(world)),
-        }
-        reports = {
-            "calls": (report_calls, world, chains, options.rounds),
-            "bursts": (report_bursts, chains),
-            "leases": (report_leases, world, options.rounds),
-            "pods": (report_pods, chains, options.rounds),
-            "network": (report_network,),
-        }
-        for part in parts:
-            report, *arguments = reports[part]
-            report(*arguments, ratios, out)
+        chains = {kind: make_chains(world, kind, options.before) for kind in WHAT}
+        if "calls" in parts:
+            for kind in WHAT:
+                report_calls(world, kind, chains[kind], options.rounds, ratios, out)
+        if "bursts" in parts:
+            report_bursts(chains["full"], ratios, out)
+        if "leases" in parts:
+            report_leases(world, options.rounds, ratios, out)
+        if "pods" in parts:
+            report_pods(chains["full"], options.rounds, ratios, out)
+        if "network" in parts:
+            report_network(ratios, out)
+
+
+def main():
+    options = parse_options()
+    if not REFERENCE:
+        raise SystemExit("bench: needs the reference plugins: apt-get install containernetworking-plugins")
+    if "MNCNI_BENCH" not in os.environ:  # a network namespace of its own, or each call would need one more program to enter one
+        os.environ["MNCNI_BENCH"] = "inside"
+        os.execvp("unshare", ["unshare", "--net", sys.executable, "-m", "tests.bench.bench", *sys.argv[1:]])
+    OUT.mkdir(parents=True, exist_ok=True)
+    ratios, out = {}, []
+    run_parts(options, ratios, out)
     if options.record:
-        machine = f"{os.cpu_count()} cores, Linux {platform.release().split('-')[0]}, Python {platform.python_version()}"
-        budgets = {
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": machine,
-            "ratios": {name: round(ratio, 2) for name, ratio in ratios.items()},
-        }
-        (HERE / "budgets.json").write_text(json.dumps(budgets, indent=2) + "\n")
+        record_budgets(ratios)
     status = judge(ratios, out)
     (OUT / "report.txt").write_text("".join(out))
     print(f"\nThe tables and charts are in {OUT.relative_to(Path.cwd()) if OUT.is_relative_to(Path.cwd()) else OUT}.")
