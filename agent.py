@@ -2745,7 +2745,7 @@ def uninstall(settings, run, force):
     veths = [link["ifname"] for link in links if link.get("ifalias", "").startswith(f"{mncni.OWNER_ALIAS}:{NETWORK}:")]
     own = [link["ifname"] for link in links if link.get("ifalias") == mncni.OWNER_ALIAS]
     for name in [*veths, *(name for name in own if name in (settings.bridge, HOST_VETH, DEVICE))]:
-        mncni.delete_link(name, run)
+        mncni.delete_links([name], run)
     remove_namespace(settings, run)
     notes = [withdraw_record(settings, run), remove_plugins(settings)]
     for directory in (leases.dir, settings.run_dir, settings.state_dir):
