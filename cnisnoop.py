@@ -274,7 +274,7 @@ def parse_object(text):
 # ---------------------------------------------------------------------------------------------------------------------
 # "?": not on every machine. Exit codes come without a system call. -xx writes every string in hexadecimal, so no quote or bracket in
 # it can be taken for one of strace's own.
-STRACE = ("-f", "-q", "-ttt", "-v", "-xx", "-s", str(LIMIT), "-e",
+STRACE = ("-f", "-q", "-ttt", "--pidns-translation", "-v", "-xx", "-s", str(LIMIT), "-e",
           "trace=execve,?execveat,clone,?clone3,?fork,?vfork,read,readv,write,writev,close,dup,?dup2,dup3,fcntl,?open,openat")
 STRACE_LINE = re.compile(r"(\d+) +(\d+)\.(\d{6}) (.*)", re.DOTALL)
 STRACE_EXEC = re.compile(r'[^"]*("[^"]*"), \[(.*?)\], \[(.*?)\]', re.DOTALL)
@@ -314,9 +314,9 @@ class Strace:
         if text.startswith(("+++ exited with ", "+++ killed by ")):
             return self.ended(ts, task, text.split()[3])
         name, _, rest = text.partition("(")
-        arguments, _, value = rest.rpartition(" = ")
+        arguments, returned, value = rest.rpartition(" = ")
         handler = self.HANDLERS.get(name)
-        if not handler or (value.startswith(("-1", "?")) and handler is not Strace.execve):
+        if not handler or not returned or (value.startswith(("-1", "?")) and handler is not Strace.execve):
             return []
         return handler(self, ts, self.process_of[task], name, arguments, value)
 
@@ -331,7 +331,7 @@ class Strace:
         return events
 
     def clone(self, ts, pid, name, arguments, value):
-        child = int(value.split()[0])
+        child = int(re.search(r"(\d+)(?: in strace's PID NS.*)?$", value)[1])  # its number in our namespace of process IDs
         self.process_of[child] = pid if "CLONE_THREAD" in arguments else child
         if "CLONE_THREAD" not in arguments:
             self.parent[child] = pid
@@ -608,7 +608,9 @@ class Calls:
         found = []
         for process in sorted(self.processes.values(), key=lambda process: -process.start):  # delegates before their callers
             if process.is_call and process.speaks():
-                found.append(self.hand_over(process, {**self.call(process, ts, 0), "running": True}))
+                call = self.call(process, ts, 0)  # where events were lost, its end may be one of them
+                call["running"] = not call["incomplete"] or bool(self.look_parent(process.pid))
+                found.append(self.hand_over(process, call))
         return [call for call in found[::-1] if call]
 
 
@@ -1075,6 +1077,14 @@ class Tracer:
         """It ends when it has told what it knows."""
         self.stopped_at = self.stopped_at or time.monotonic()
 
+    def wake(self):
+        """An event on every processor: the kernel tells of events that it lost only with the next one there."""
+        processors = os.sched_getaffinity(0)
+        for processor in processors:
+            os.sched_setaffinity(0, {processor})
+            run(["true"], environ={"CNI_COMMAND": CANARY})
+        os.sched_setaffinity(0, processors)
+
     def ask(self):
         """Ask it to end, once: bpftrace throws away what it has not yet read."""
         if not self.is_asked:
@@ -1090,7 +1100,7 @@ class Tracer:
             self.process.wait()
 
     def events(self):
-        ordered, rest, data, out = Ordered(), b"", None, self.process.stdout.fileno()
+        ordered, rest, data, is_woken, out = Ordered(), b"", None, self.name != "bpftrace", self.process.stdout.fileno()
         os.set_blocking(out, False)
         with selectors.DefaultSelector() as selector:
             selector.register(out, selectors.EVENT_READ)
@@ -1103,7 +1113,9 @@ class Tracer:
                 # Idle: it has told all it knows. Else what is two seconds old, for then every processor's events are here.
                 yield from ordered.take(self.now() - 2 * 10**9) if data else ordered.take()
                 yield None
-                if self.stopped_at and (data is None or time.monotonic() - self.stopped_at > 3):
+                if self.stopped_at and not is_woken:
+                    is_woken = self.wake() is None
+                elif self.stopped_at and (data is None or time.monotonic() - self.stopped_at > 3):
                     self.ask()
                 elif not self.is_ready:
                     self.get_ready()
@@ -1224,6 +1236,8 @@ def tell_slow(calls, slow, now):
     for pid, process in calls.processes.items():
         if process.is_call and not process.caller() and now - process.start > 5 * 10**9 and (pid, process.start) not in slow:
             slow.add((pid, process.start))
+            if not look_parent(pid):
+                continue  # its end was lost
             words = (process.env.get("CNI_COMMAND", ""), process.path, process.env.get("CNI_CONTAINERID", "")[:13], f"process {pid}")
             tell(f"running for 5 s: {printable(' '.join(words))}")
 
@@ -1530,6 +1544,8 @@ def main(argv):
     except SnoopError as error:
         tell(error)
         return 1
+    except KeyboardInterrupt:  # before there is anything to end
+        return 130
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1

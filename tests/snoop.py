@@ -1,6 +1,6 @@
 """A set of CNI calls that the tests of cnisnoop make, and what has to be seen of each. Used live and for recordings.
 
-    python3 -m tests.snoop call DIR          wait for a line on standard input, make the calls with plugins written into DIR
+    python3 -m tests.snoop call DIR          wait for a line on standard input, make the calls with plugins written into DIR, wait again
     sudo python3 -m tests.snoop record       make them under each backend; writes tests/unit/snoop/calls.{bpftrace,strace}
 
 The environment of the calls is empty but for what they need, so that a recording holds nothing of the machine it was made on.
@@ -220,6 +220,8 @@ def main(words):
         print("ready", flush=True)
         sys.stdin.readline()
         make_calls(words[1])
+        print("done", flush=True)
+        sys.stdin.readline()
     elif words == ["record"]:
         for backend in ("bpftrace", "strace"):
             record(backend)

@@ -579,3 +579,10 @@ def test_the_program_leaves_out_calls_that_the_kernel_does_not_know():
 def test_base64_is_only_there_for_what_is_no_text():
     call = only_call(executed(5, "/opt/cni/bin/x") + moved(5, 41, b"\xff{") + moved(5, 42, "é".encode()) + [("exit", 9, 5, 256)])
     assert base64.b64decode(call["stdin_base64"]) == b"\xff{" and "stdout_base64" not in call and call["stdout"] == "é"
+
+
+def test_strace_finds_the_child_of_a_process_in_another_pid_namespace_and_a_call_that_it_left_unfinished_is_nothing():
+    strace = cnisnoop.Strace({10: 10})
+    assert strace.feed("10 5.000001 clone(child_stack=NULL, flags=SIGCHLD) = 2 /* 12 in strace's PID NS */") == []
+    assert strace.process_of[12] == 12 and 2 not in strace.process_of
+    assert strace.feed("12 5.000002 read(0,  <detached ...>") == []
