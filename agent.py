@@ -227,11 +227,11 @@ def parse_settings(parser, options, environ):
     for key, kind in (("cluster_cidr", network), ("pod_cidr", network), ("endpoint", address)):
         given[f"{key}s"] = parse_list(parser, options, environ, key, kind)
     settings = Settings(**{each.name: given[each.name] for each in fields(Settings)})
-    service, least = environ.get("KUBERNETES_SERVICE_HOST", "").split(","), smallest_mtu(settings.pod_cidrs)
+    service, least = environ.get("KUBERNETES_SERVICE_HOST"), smallest_mtu(settings.pod_cidrs)
     troubles = [
         pod_cidr_trouble("--pod-cidr", settings.pod_cidrs, settings.cluster_cidrs),
         address_trouble("--endpoint", settings.endpoints, settings.cluster_cidrs),
-        address_trouble("the cluster's service KUBERNETES_SERVICE_HOST", addresses_in(service), settings.cluster_cidrs),
+        address_trouble("the cluster's service KUBERNETES_SERVICE_HOST", addresses_in([service]), settings.cluster_cidrs),
     ]
     if settings.mtu and not least <= settings.mtu <= 65000:
         troubles.append(f"--mtu {settings.mtu} is out of range: {least} to 65000, or 0")
@@ -392,13 +392,12 @@ class ApiError(Exception):
 
 
 def in_cluster(environ, directory=SERVICE_ACCOUNT):
-    """What Api needs, from what Kubernetes gives every pod. The host may be a comma-separated list. CNIError 7 outside a cluster."""
-    hosts, port = environ.get("KUBERNETES_SERVICE_HOST"), environ.get("KUBERNETES_SERVICE_PORT", "443")
-    if not hosts:
+    """What Api needs, from what Kubernetes gives every pod. CNIError 7 outside a cluster."""
+    host, port = environ.get("KUBERNETES_SERVICE_HOST"), environ.get("KUBERNETES_SERVICE_PORT", "443")
+    if not host:
         raise config_error("KUBERNETES_SERVICE_HOST is not set, so this is no pod of a cluster: give --kubeconfig")
-    servers = [f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}" for host in hosts.split(",")]
-    files = {"certificate-authority": "ca.crt", "tokenFile": "token"}
-    return {"server": ",".join(servers), **{key: os.path.join(directory, name) for key, name in files.items()}}
+    server = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+    return {"server": server, "certificate-authority": os.path.join(directory, "ca.crt"), "tokenFile": os.path.join(directory, "token")}
 
 
 def read_kubeconfig(path, run):
@@ -416,14 +415,13 @@ def read_kubeconfig(path, run):
         parts = {kind: {entry["name"]: entry[kind] for entry in config.get(f"{kind}s") or []} for kind in ("context", "cluster", "user")}
         context = parts["context"][config["current-context"]]
         access = {**parts["cluster"][context["cluster"]], **parts["user"].get(context.get("user"), {})}
-        servers = access["server"].split(",")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise config_error(f"kubeconfig {path} has no usable current context: {type(error).__name__} {error}") from None
     for key in ("exec", "auth-provider"):
         if access.get(key):
             raise config_error(f'kubeconfig {path}: "{key}" is not supported: give a user with a token or a certificate')
-    if not all(server.startswith(("https://", "http://")) for server in servers):
-        raise config_error(f"kubeconfig {path}: the server {access['server']!r} is no http(s):// address")
+    if not str(access.get("server")).startswith(("https://", "http://")):
+        raise config_error(f"kubeconfig {path}: the server {access.get('server')!r} is no http(s):// address")
     for key in ("certificate-authority", "client-certificate", "client-key", "tokenFile"):
         if access.get(key):
             access[key] = os.path.join(os.path.dirname(os.path.abspath(path)), access[key])
@@ -442,7 +440,7 @@ class Counts:
 
 
 class Api:
-    """A client of one API server, which may have several addresses. For any number of threads.
+    """A client of one API server. For any number of threads.
 
     access: see read_kubeconfig. Files that it names are read each time: kubelet renews tokens and certificates.
     http.client and ssl are imported by its first request (+40 ms): the directory store does without.
@@ -456,7 +454,6 @@ class Api:
     def __init__(self, access):
         self.counts = Counts()
         self.access = access
-        self.servers = access["server"].split(",")
         self.idle = []  # [(when it was used, connection)]
         self.tls = (None, None)  # (the files' contents, the context made of them)
 
@@ -530,7 +527,8 @@ class Api:
         from urllib.parse import urlencode
 
         while True:
-            kept, connection, token = self._connection()
+            token = self._token()
+            kept, connection = self._connection()
             target = connection.prefix + path + (f"?{urlencode(params)}" if params else "")
             headers = {"Accept": accept, "User-Agent": f"mncni-agent/{mncni.PROGRAM_VERSION}"}
             headers.update({"Content-Type": content_type} if body is not None else {})
@@ -554,27 +552,21 @@ class Api:
                 raise error
 
     def _connection(self):
-        """(whether it was used before, an open connection, the token)."""
-        token = self._token()
-        while self.idle:
-            used, connection = self.idle.pop()
-            if time.monotonic() - used < self.IDLE_S:
-                return True, connection, token
-            connection.close()
-        for server in list(self.servers):
-            try:
-                with self._told("connect to", server):
-                    return False, self._connect(server), token
-            except ApiError as failure:
-                error = failure
-                self.servers = [*self.servers[1:], self.servers[0]]  # the next request begins with one that may be better
-        raise error
+        """(whether it was used before, an open connection)."""
+        with contextlib.suppress(IndexError):  # no more of them; other threads take from here, too
+            while True:
+                used, connection = self.idle.pop()
+                if time.monotonic() - used < self.IDLE_S:
+                    return True, connection
+                connection.close()
+        with self._told("connect to", self.access["server"]):
+            return False, self._connect()
 
-    def _connect(self, server):
+    def _connect(self):
         import http.client
         from urllib.parse import urlsplit
 
-        url = urlsplit(server)
+        url = urlsplit(self.access["server"])
         port = url.port or {"https": 443, "http": 80}[url.scheme]
         sock = socket.create_connection((url.hostname, port), self.CONNECT_S)
         try:
