@@ -1000,15 +1000,10 @@ def parse_record(name, text, cluster_cidrs):
     twins = find_twins(pod_cidrs)
     if twins:
         raise BadRecord(f"its pod CIDRs {twins[0]} and {twins[1]} overlap")
-    return Node(
-        name=name,
-        uid=checked(record, "uid", str)[:64],
-        created=parse_time(record.get("created", "")),
-        pod_cidrs=pod_cidrs,
-        endpoints=tuple(parse_endpoint(endpoint, cluster_cidrs) for endpoint in checked(record, "endpoints", list)),
-        key=parse_key(checked(slot, "key", str)),
-        port=parse_port(checked(slot, "port", int)),
-    )
+    uid, created = checked(record, "uid", str)[:64], parse_time(record.get("created", ""))
+    endpoints = tuple(parse_endpoint(endpoint, cluster_cidrs) for endpoint in checked(record, "endpoints", list))
+    key, port = parse_key(checked(slot, "key", str)), parse_port(checked(slot, "port", int))
+    return Node(name, uid, created, pod_cidrs, endpoints, key, port)
 
 
 def unique_keys(pairs):
@@ -1675,18 +1670,14 @@ def create_device(context):
     with contextlib.suppress(CNIError):  # the one before takes its socket along when it ends, even if that is ours by then
         wait_until(lambda: not os.path.exists(WIREGUARD_GO_SOCKET), 1, "")
     try:
-        context.daemons.append(start_wireguard_go(context.settings.run_dir))
+        with open(os.path.join(context.settings.run_dir, "wireguard-go.log"), "a", encoding="utf-8") as output:
+            # In a session of its own: it carries the node's traffic and outlives the agent.
+            context.daemons.append(start_process(["wireguard-go", "-f", DEVICE], output, output, start_new_session=True))
     except FileNotFoundError:
         what = "this kernel has no WireGuard (module wireguard) and there is no program wireguard-go"
         raise CNIError(mncni.BAD_ENVIRONMENT, f"{what}: load the one, or install the other (package wireguard-go)") from None
     answers = Command(["wg", "show", DEVICE, "dump"])
     wait_until(lambda: context.run(answers).exit_code == 0, 10, "no answer from wireguard-go, whose log is in --run-dir")
-
-
-def start_wireguard_go(run_dir):
-    """wireguard-go in a session of its own: it carries the node's traffic and outlives the agent."""
-    with open(os.path.join(run_dir, "wireguard-go.log"), "a", encoding="utf-8") as output:
-        return start_process(["wireguard-go", "-f", DEVICE], output, output, start_new_session=True)
 
 
 def start_process(argv, stdout, stderr, **options):
@@ -2113,7 +2104,7 @@ class Agent:
 
 
 def run_agent(settings, environ):
-    """The exit code of `agent.py run`: it returns when it is told to stop, and leaves everything standing. CNIError if it cannot begin."""
+    """`agent.py run`: it returns when it is told to stop, and leaves everything standing. CNIError if it cannot begin."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)
@@ -2137,7 +2128,6 @@ def run_agent(settings, environ):
             select.select([reader], [], [], EVENT_S)
     monitors.stop()
     log.info("stopping; the network stays as it is")
-    return OK
 
 
 def make_store(settings, environ, run, wake):
@@ -2487,7 +2477,7 @@ def parse_pools(parser, options, environ):
 
 
 def run_nodeipam(options, pools, environ):
-    """The exit code of `agent.py nodeipam`: it returns when it is told to stop. CNIError 7 without a cluster."""
+    """`agent.py nodeipam`: it returns when it is told to stop. CNIError 7 without a cluster."""
     patient = open_api(options.kubeconfig, environ, mncni.make_run(environ))
     quick, stopping = Api(patient.access), []
     quick.READ_S = RENEW_S / 2  # a request that takes longer must not cost us the Lease
@@ -2507,7 +2497,6 @@ def run_nodeipam(options, pools, environ):
         ipam.tick(POLL_S)
     election.release()
     log.info("stopping; nodes keep the pod CIDRs that they have")
-    return OK
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2702,14 +2691,12 @@ def serve_http(listen, pages):
     class Server(ThreadingHTTPServer):
         address_family = socket.AF_INET6 if ":" in listen[0] else socket.AF_INET
 
-    said = False
-    while True:
+    for failures in itertools.count():
         try:
             return Server(listen, Handler).serve_forever()
         except OSError as error:
-            if not said:
+            if failures == 0:
                 log.error("cannot serve --listen %s port %d: %s; trying on", *listen, error.strerror)
-            said = True
             time.sleep(5)
 
 
@@ -2725,8 +2712,8 @@ SYSCTLS_STAY = (
 
 
 def uninstall(settings, run, force):
-    """Remove all that the agent and the plugin made on this node, the floor last. Returns notes on what stays. CNIError 7 while pods
-    are attached, unless force takes their network away."""
+    """Remove all that the agent and the plugin made on this node, the floor last. CNIError 7 while pods are attached, unless force takes
+    their network away."""
     leases = mncni.Leases(mncni.DEFAULT_DATA_DIR, NETWORK)
     attached = leases.attachments()
     if attached and not force:
@@ -2748,7 +2735,9 @@ def uninstall(settings, run, force):
         run(Command(["nft", "delete", "table", "inet", table]))
     lines = stale_routes([], look_routes(run))
     apply([ip_batch(lines)] if lines else [], run)
-    return [note for note in notes if note] + [SYSCTLS_STAY]
+    log.info("uninstalled; looked in --conf-dir %s, --bin-dir %s", settings.conf_dir, settings.bin_dir)
+    for note in filter(None, [*notes, SYSCTLS_STAY]):
+        log.info("%s", note)
 
 
 def remove_namespace(settings, run):
@@ -2791,19 +2780,6 @@ def remove_plugins(settings):
     return ""
 
 
-def run_uninstall(settings, run, force):
-    """The exit code of `agent.py uninstall`."""
-    try:
-        notes = uninstall(settings, run, force)
-    except (CNIError, OSError) as error:
-        log.error("not uninstalled: %s", error)
-        return FAILED
-    log.info("uninstalled; looked in --conf-dir %s, --bin-dir %s", settings.conf_dir, settings.bin_dir)
-    for note in notes:
-        log.info("%s", note)
-    return OK
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2826,7 +2802,8 @@ def main(arguments, environ):
 def run_command(parser, options, environ):
     """The exit code. CNIError: 11 while another agent runs here."""
     if options.command == "nodeipam":  # it touches no node, so it needs no root
-        return run_nodeipam(options, parse_pools(parser, options, environ), environ)
+        run_nodeipam(options, parse_pools(parser, options, environ), environ)
+        return OK
     settings = parse_settings(parser, options, environ)
     cluster = settings.kubeconfig or environ.get("KUBERNETES_SERVICE_HOST")
     needed = {"--kubeconfig or --nodes-dir": settings.nodes_dir or cluster, "--cluster-cidr": settings.cluster_cidrs}
@@ -2847,7 +2824,11 @@ def run_command(parser, options, environ):
         sys.stdout.write(json.dumps(status, indent=2) + "\n" if options.json else format_status(status, time.time()))
         return OK if status["ok"] else FAILED
     with agent_lock(settings, timeout_s=1):  # `status` holds it for a moment
-        return run_agent(settings, environ) if options.command == "run" else run_uninstall(settings, run, options.force)
+        if options.command == "uninstall":
+            uninstall(settings, run, options.force)
+        else:
+            run_agent(settings, environ)
+    return OK
 
 
 if __name__ == "__main__":
