@@ -530,8 +530,7 @@ class Api:
             token = self._token()
             kept, connection = self._connection()
             target = connection.prefix + path + (f"?{urlencode(params)}" if params else "")
-            headers = {"Accept": accept, "User-Agent": f"mncni-agent/{mncni.PROGRAM_VERSION}"}
-            headers.update({"Content-Type": content_type} if body is not None else {})
+            headers = {"Accept": accept, "Content-Type": content_type, "User-Agent": f"mncni-agent/{mncni.PROGRAM_VERSION}"}
             headers.update({"Authorization": f"Bearer {token}"} if token else {})
             try:
                 with self._told(method, path):
@@ -567,21 +566,15 @@ class Api:
         from urllib.parse import urlsplit
 
         url = urlsplit(self.access["server"])
-        port = url.port or {"https": 443, "http": 80}[url.scheme]
-        sock = socket.create_connection((url.hostname, port), self.CONNECT_S)
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
-            if url.scheme == "https":
-                sock = self._context().wrap_socket(sock, server_hostname=self.access.get("tls-server-name") or url.hostname)
-        except BaseException:
-            sock.close()
-            raise
-        connection = http.client.HTTPConnection(url.hostname, port)
-        connection.sock, connection.prefix = sock, url.path.rstrip("/")
-        connection.auto_open = 0  # it would open a plain one, and send it the token
+        if url.scheme == "https":
+            connection = http.client.HTTPSConnection(url.hostname, url.port or 443, timeout=self.CONNECT_S, context=self._context())
+        else:
+            connection = http.client.HTTPConnection(url.hostname, url.port or 80, timeout=self.CONNECT_S)
+        connection.connect()
+        connection.prefix = url.path.rstrip("/")
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
+            connection.sock.setsockopt(socket.IPPROTO_TCP, option, value)
         return connection
 
     def _context(self):
