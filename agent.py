@@ -21,7 +21,6 @@ difference. Where nothing differs, nothing is written. Node IPAM, behind the age
 
 import argparse
 import base64
-import binascii
 import bisect
 import collections
 import contextlib
@@ -38,7 +37,6 @@ import select
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
@@ -1059,7 +1057,7 @@ def parse_key(text):
     """A WireGuard public key, base64 in its one canonical form. BadRecord."""
     try:
         key = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         raise BadRecord("the key is no base64") from None
     if len(key) != 32:
         raise BadRecord(f"the key has {len(key)} bytes, not 32")
@@ -1218,7 +1216,7 @@ def ensure_key(path, device_key):
 
 
 def ensure_mode(path, mode):
-    if stat.S_IMODE(os.stat(path).st_mode) != mode:
+    if os.stat(path).st_mode & 0o7777 != mode:
         os.chmod(path, mode)
 
 
