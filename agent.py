@@ -2501,7 +2501,8 @@ def look_status(settings, run):
     Of a peer, present: WireGuard has it; handshake: when last, in Unix time, 0 for never."""
     status = load_json(os.path.join(settings.run_dir, "status.json"))
     if not status:
-        return {"node": settings.node_name, "ok": False, "running": False, "reason": "no agent has run here since the boot", "peers": []}
+        nothing = {"ok": False, "running": False, "peers": [], "quarantine": {}}
+        return {**nothing, "node": settings.node_name, "reason": "no agent has run here since the boot"}
     try:
         with agent_lock(settings):
             status["running"] = False
@@ -2544,7 +2545,7 @@ def format_status(status, now):
         rows.append((peer["name"], peer["endpoint"], ", ".join(peer["podCIDRs"]), handshake, f"{peer['rx']} B", f"{peer['tx']} B"))
     widths = [max(len(row[column]) for row in rows) for column in range(6)] if rows else []
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    lines += [f"{name}: quarantined: {reason}" for name, reason in sorted(status.get("quarantine", {}).items())]
+    lines += [f"{name}: quarantined: {reason}" for name, reason in sorted(status["quarantine"].items())]
     return "\n".join(lines) + "\n"
 
 
@@ -2695,7 +2696,6 @@ def serve_http(listen, pages):
 # Uninstall
 # ---------------------------------------------------------------------------------------------------------------------
 
-
 SYSCTLS_STAY = (
     "sysctls stay as they are: net.ipv4.ip_forward, net.ipv6.conf.all.forwarding, and net.ipv6.conf.<link>.accept_ra"
     " of links whose IPv6 default route came by router advertisement"
@@ -2717,7 +2717,8 @@ def uninstall(settings, run, force):
     for name in [*veths, *(name for name in own if name in (settings.bridge, HOST_VETH, DEVICE))]:
         mncni.delete_links([name], run)
     remove_namespace(settings, run)
-    notes = [withdraw_record(settings, run), remove_plugins(settings)]
+    withdraw_record(settings, run)
+    remove_plugins(settings)
     for directory in (leases.dir, settings.run_dir, settings.state_dir):
         shutil.rmtree(directory, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -2727,8 +2728,7 @@ def uninstall(settings, run, force):
     lines = stale_routes([], look_routes(run))
     apply([ip_batch(lines)] if lines else [], run)
     log.info("uninstalled; looked in --conf-dir %s, --bin-dir %s", settings.conf_dir, settings.bin_dir)
-    for note in filter(None, [*notes, SYSCTLS_STAY]):
-        log.info("%s", note)
+    log.info(SYSCTLS_STAY)
 
 
 def remove_namespace(settings, run):
@@ -2745,21 +2745,19 @@ def remove_namespace(settings, run):
 
 
 def withdraw_record(settings, run):
-    """Take our record out of the node store. A note if that cannot be."""
+    """Take our record out of the node store, if that can be reached."""
     try:
         make_store(settings, os.environ, run, None).withdraw(settings.node_name)
-    except CNIError:
-        return f"neither --nodes-dir nor --kubeconfig was given: the record of {settings.node_name} stays in the node store"
-    except StoreError as error:
-        return f"{error}: this node's record stays"
-    return ""
+    except (CNIError, StoreError) as error:
+        log.warning("the record of %s stays in the node store: %s", settings.node_name, error)
 
 
 def remove_plugins(settings):
-    """Remove what mncni.install wrote, unless another CNI configuration uses it. A note if so."""
+    """Remove what mncni.install wrote, unless another CNI configuration uses it."""
     for name in sorted(os.listdir(settings.conf_dir)) if os.path.isdir(settings.conf_dir) else []:
         if '"mncni' in (mncni.read_file(os.path.join(settings.conf_dir, name)) or ""):
-            return f"the plugins in {settings.bin_dir} stay: {name} uses them"
+            log.warning("the plugins in %s stay: %s uses them", settings.bin_dir, name)
+            return
     for name in ("mncni", "mncni.py", *mncni.PLUGINS):
         path = os.path.join(settings.bin_dir, name)
         if mncni.is_ours(path):
@@ -2768,7 +2766,6 @@ def remove_plugins(settings):
         mncni.remove_file(path)
     with contextlib.suppress(OSError):
         os.rmdir(os.path.join(settings.bin_dir, "__pycache__"))
-    return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

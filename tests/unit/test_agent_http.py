@@ -10,6 +10,7 @@ import time
 import pytest
 
 import agent
+from tests.unit.agent_data import make_settings
 
 STATUS = {
     "up": True,
@@ -48,6 +49,11 @@ def test_names_follow_the_conventions():
     for name, (kind, _) in agent.METRICS.items():
         assert name.endswith("_total") == (kind == "counter"), name
         assert re.fullmatch(r"mncni_[a-z_]+", name)
+
+
+def test_there_are_figures_before_the_first_pass(tmp_path):
+    status = agent.look_status(make_settings(run_dir=str(tmp_path)), None)
+    assert "mncni_network_up 0" in agent.format_metrics(agent.plan_metrics({**status, "up": False, "leases": 0}))
 
 
 def test_what_is_unknown_has_no_figure():
