@@ -491,10 +491,9 @@ class Api:
         return self._events(path, *self._exchange("GET", path, None, query, JSON, accept, self.SILENCE_S))
 
     def _events(self, path, connection, response):
-        data, rest = b"\n", b""
+        rest = b""
         with contextlib.closing(connection), self._told("watch", path):
-            while data:
-                data = response.read1(1 << 16)
+            for data in iter(functools.partial(response.read1, 1 << 16), b""):
                 self.counts.add("mncni_api_received_bytes_total", len(data))
                 *lines, rest = (rest + data).split(b"\n")
                 for event in map(json.loads, filter(bytes.strip, lines)):
