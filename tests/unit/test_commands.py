@@ -1,6 +1,6 @@
 """The runner, the one place that starts a process, and what turns commands into errors."""
 
-import subprocess
+import os
 
 import pytest
 
@@ -8,55 +8,68 @@ import mncni
 from mncni import Command, Reply
 
 
-@pytest.fixture
-def started(mocker):
-    """subprocess.run, replaced: it answers exit 0 and remembers."""
-    done = subprocess.CompletedProcess([], 0, "out", "err")
-    return mocker.patch("subprocess.run", return_value=done)
+def program(tmp_path, name, script):
+    """A directory for PATH with a shell script of that name."""
+    (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / name).chmod(0o755)
+    return {"PATH": str(tmp_path)}
 
 
-def test_argv_stdin_and_timeout_go_to_the_process_and_no_shell(started):
-    reply = mncni.make_run({"PATH": "/x"}, timeout_s=7)(Command(["ip", "-batch", "-"], "link\n", {"CNI_COMMAND": "DEL"}))
-    assert reply == Reply(0, "out", "err")
-    arguments, options = started.call_args
-    assert arguments == (["ip", "-batch", "-"],)
-    assert options["input"] == "link\n" and options["timeout"] == 7
-    assert "shell" not in options
-    assert options["env"] == {"PATH": "/x:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "CNI_COMMAND": "DEL"}
+def test_argv_stdin_and_environment_go_to_the_process_and_no_shell(tmp_path):
+    environ = program(tmp_path, "ip", 'echo "$CNI_COMMAND $LC_ALL $PATH"; printf "%s|" "$@"; cat; echo err >&2')
+    reply = mncni.make_run(environ)(Command(["ip", "a b", "$PATH;"], "link\n", {"CNI_COMMAND": "DEL"}))
+    assert reply == Reply(0, f"DEL C {tmp_path}:/usr/sbin:/usr/bin:/sbin:/bin\na b|$PATH;|link\n", "err\n")
 
 
-def test_an_exit_code_is_no_exception(started):
-    started.return_value = subprocess.CompletedProcess([], 3, "", "no")
-    assert mncni.make_run({})(Command(["ip"])) == Reply(3, "", "no")
+def test_an_exit_code_or_a_signal_is_no_exception(tmp_path):
+    assert mncni.make_run(program(tmp_path, "ip", "echo no >&2; exit 3"))(Command(["ip"])) == Reply(3, "", "no\n")
+    assert mncni.make_run(program(tmp_path, "tc", "kill -9 $$"))(Command(["tc"])).exit_code == -9
 
 
-def test_the_trace_gets_a_command_before_it_runs(started):
-    order = []
-    started.side_effect = lambda *arguments, **options: order.append("run") or subprocess.CompletedProcess([], 0, "", "")
-    mncni.make_run({}, trace=lambda command: order.append(str(command)))(Command(["ip", "link"]))
-    assert order == ["ip link", "run"]
+def test_much_goes_in_and_much_comes_out(tmp_path):
+    text = "0123456789abcde\n" * 100_000
+    assert mncni.make_run(program(tmp_path, "tc", "cat; cat <&0 >&2"))(Command(["tc"], text)).stdout == text
+
+
+def test_a_pipe_whose_reader_is_gone_ends_a_program_as_it_does_in_a_shell(tmp_path):
+    reply = mncni.make_run(program(tmp_path, "tc", "yes | head -n 1"))(Command(["tc"]))
+    assert reply == Reply(0, "y\n", "")
+
+
+def test_of_our_open_files_only_an_inheritable_one_is_open_in_the_process(tmp_path):
+    with open(tmp_path / "lock", "w") as lock, open(tmp_path / "other", "w"):
+        os.set_inheritable(lock.fileno(), True)
+        reply = mncni.make_run(program(tmp_path, "tc", "readlink /proc/$$/fd/*"))(Command(["tc"]))
+    assert str(tmp_path / "lock") in reply.stdout and str(tmp_path / "other") not in reply.stdout
+
+
+def test_the_trace_gets_a_command_before_it_runs(tmp_path):
+    traced = tmp_path / "traced"
+    run = mncni.make_run(program(tmp_path, "ip", f"cat {traced}"), trace=lambda command: traced.write_text(str(command)))
+    assert run(Command(["ip", "link"])).stdout == "ip link"
 
 
 @pytest.mark.parametrize("name, package", [("ip", "iproute2"), ("nft", "nftables"), ("wg", "wireguard-tools"), ("nsenter", "util-linux")])
-def test_a_missing_tool_is_code_4_with_its_package(started, name, package):
-    started.side_effect = FileNotFoundError()
+def test_a_missing_tool_is_code_4_with_its_package(mocker, name, package):
+    mocker.patch("mncni.search_path", return_value="/nonexistent")
     with pytest.raises(mncni.CNIError) as raised:
         mncni.make_run({})(Command([name]))
     assert (raised.value.code, raised.value.msg) == (4, f'cannot find the program "{name}": install the package {package}')
 
 
-def test_a_tool_that_is_missing_behind_nsenter_is_named_as_well(started):
-    started.return_value = subprocess.CompletedProcess([], 127, "", "nsenter: failed to execute ip: No such file or directory")
+def test_a_tool_that_is_missing_behind_nsenter_is_named_as_well(tmp_path):
+    environ = program(tmp_path, "nsenter", "echo nsenter: failed to execute ip: No such file or directory >&2; exit 127")
     with pytest.raises(mncni.CNIError) as raised:
-        mncni.make_run({})(Command(["nsenter", "--net=/run/netns/x", "ip", "link"]))
+        mncni.make_run(environ)(Command(["nsenter", "--net=/run/netns/x", "ip", "link"]))
     assert raised.value.code == 4 and '"ip"' in raised.value.msg
 
 
-def test_a_command_that_hangs_is_code_100(started):
-    started.side_effect = subprocess.TimeoutExpired("ip", 30)
+def test_a_command_that_hangs_is_killed_and_code_100(tmp_path):
+    environ = program(tmp_path, "ip", f"echo $$ >{tmp_path}/pid; exec sleep 60")
     with pytest.raises(mncni.CNIError) as raised:
-        mncni.make_run({})(Command(["ip", "link"]))
+        mncni.make_run(environ, timeout_s=2)(Command(["ip", "link"]))
     assert (raised.value.code, raised.value.details) == (100, "ip link")
+    assert not os.path.exists(f"/proc/{(tmp_path / 'pid').read_text().strip()}")
 
 
 @pytest.mark.parametrize("value", ["a\nlink delete dev eth0", 'a"b', "a'b", "a\\b", "a#b", "a\rb", "a\x00b"])
