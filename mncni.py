@@ -2567,7 +2567,7 @@ def main(plugins=None):
     exit_code, text = answer(environ, read_stdin(), run, plugins, os.path.basename(sys.argv[0]), at_once=True)
     sys.stdout.write(text)
     sys.stdout.flush()
-    sys.exit(exit_code)
+    os._exit(exit_code)  # without the interpreter's tidying up, which takes 2 ms
 
 
 def print_trace(command):

@@ -175,7 +175,9 @@ class Floor:
         self.scripts = {"ADD": script_of(added), "DEL": script_of(removed)}
 
     def run(self, command):
-        subprocess.run(["sh", "-e"], input=self.scripts[command], text=True, capture_output=True, check=True)
+        done = subprocess.run(["sh", "-e"], input=self.scripts[command], text=True, capture_output=True)
+        if done.returncode:
+            raise SystemExit(f"bench: the floor's {command} failed: {done.stderr}\n{self.scripts[command]}")
 
 
 def script_of(trace):
