@@ -2264,7 +2264,8 @@ PLUGINS = {
 LAUNCHER_MARK = "# A launcher written by `mncni.py install`"
 LAUNCHER = f"""#!/usr/bin/python3 -IS
 {LAUNCHER_MARK}: a script is compiled at every start, the module that it imports only once.
-import os, sys
+import gc, os, sys
+gc.disable()  # a call is over before there is much to collect
 sys.path.append(os.path.dirname(os.path.realpath(__file__)))
 import mncni
 mncni.main()
