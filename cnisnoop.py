@@ -18,12 +18,10 @@ any other is a command that the plugin ran.
 Both give the same small events, which are tuples (kind, time in ns, pid, ...):
 
     ("begin", ts, pid, owner, parent, comm)    the process wants to execute; owner: nearest process above it that was reported, or 0
-    ("path" | "arg", ts, pid, text)            what it executes, and one argument each
-    ("env", ts, pid, part, text)               a CNI_* variable, in parts: 8 * number + part
-    ("exec", ts, pid, in, out, err)            it did; streams behind its descriptors 0, 1, 2: 8 * owning pid + 1, 2 or 3, + 4 for
-                                               what was put there after the owner's first program
-    ("noexec", ts, pid, errno)                 it could not
-    ("size", ts, pid, stream, n), ("data", ts, stream, bytes)    n bytes went through a stream, and their contents in pieces
+    ("word", ts, pid, number, text)            what: 0 the path, 1 to 1023 the arguments, from ENV on CNI_* variables, in parts: + 8 each
+    ("exec", ts, pid, error, in, out, err)     error 0: it did; streams behind its descriptors 0, 1, 2: 8 * owning pid + 1, 2 or 3, + 4
+                                               for what was put there after the owner's first program. Else it could not
+    ("data", ts, pid, stream, n, bytes)        n bytes went through a stream; bytes: those, or none of them beyond LIMIT
     ("exit", ts, pid, code)                    256 + exit status, or the signal; 0: not known
     ("lost", 0, n)                             the backend could not keep up
 
@@ -49,6 +47,7 @@ import time
 from collections import Counter, deque
 from datetime import datetime
 
+ENV = 1024             # number of the first word of the environment
 LIMIT = 65536          # bytes kept of each stream of a call
 DESCRIPTORS = 13       # followed per process: 0 to 12; bash puts saved ones from 10 on
 CHUNK = 160            # bytes of a string or buffer in one event: bpftrace 0.17 takes up to 200, but a probe has 512 bytes of stack
@@ -87,7 +86,7 @@ tracepoint:sched:sched_process_exec /@try[args->old_pid]/ {
     $i++;
   }
   @in[pid] = pid;
-  printf("exec|%%llu|%%d|%%d|%%d|%%d", nsecs, pid, @fd[pid, 0], @fd[pid, 1], @fd[pid, 2]);
+  printf("exec|%%llu|%%d|0|%%d|%%d|%%d", nsecs, pid, @fd[pid, 0], @fd[pid, 1], @fd[pid, 2]);
 }
 tracepoint:signal:signal_deliver /@in[pid] && args->sa_handler == 0 && !@code[pid]/ {
   $s = args->sig;  // not those that by default do nothing, stop or continue
@@ -96,8 +95,8 @@ tracepoint:signal:signal_deliver /@in[pid] && args->sa_handler == 0 && !@code[pi
 tracepoint:syscalls:sys_enter_exit_group /@in[pid]/ { if (!@code[pid]) { @code[pid] = 256 + (args->error_code & 255); } }
 tracepoint:syscalls:sys_enter_close /@in[pid]/ { delete(@fd[pid, args->fd]); }
 """
-# The first loop looks for CNI_COMMAND and notes every CNI_* variable. Long values come in parts, for a string holds CHUNK - 1 characters;
-# what a part shows behind the end of the value is thrown away by the reader.
+# The first loop looks for CNI_COMMAND and notes every CNI_* variable. They come in parts, for a string holds CHUNK - 1 characters; what
+# a part shows behind the end of the value is thrown away by the reader.
 EXECUTE = """
 tracepoint:syscalls:sys_enter_%(call)s {
   $p = (uint64)args->envp; $i = 0;
@@ -113,68 +112,50 @@ tracepoint:syscalls:sys_enter_%(call)s {
   if ($cni || @in[pid]) {
     @try[tid] = 1;
     printf("begin|%%llu|%%d|%%d|%%d|%%s", nsecs, pid, @in[pid], @parent[pid], comm);
-    printf("path|%%llu|%%d|%%s", nsecs, pid, str(uptr(args->filename)));
+    printf("word|%%llu|%%d|0|%%s", nsecs, pid, str(uptr(args->filename)));
     $p = (uint64)args->argv; $i = 0;
     while ($i < 32) {
       $v = *(uint64*)uptr($p + 8 * $i); $i++;
       if ($v == 0) { break; }
-      printf("arg|%%llu|%%d|%%s", nsecs, pid, str(uptr($v)));
+      printf("word|%%llu|%%d|%%d|%%s", nsecs, pid, $i, str(uptr($v)));
     }
   }
   delete(@cni[tid]); delete(@envs[tid]); $k = 0;
   while ($k < 16) {
-    $v = @env[tid, $k];
+    $v = @env[tid, $k]; $i = 0;
     if ($v == 0) { break; }
     delete(@env[tid, $k]);
-    $w = *(uint64*)uptr($v); $part = 0;
-    $i = $w == %(CNI_ARGS)d || $w == %(CNI_PATH)d || $w == %(CNI_CONT)d || $w == %(CNI_NETN)d ? 0 : 4;
     while ($cni && $i < 5) {
-      printf("env|%%llu|%%d|%%d|%%s", nsecs, pid, $k * 8 + $part, str(uptr($v + $part * %(step)d)));
-      $i++; $part++;
+      printf("word|%%llu|%%d|%%d|%%s", nsecs, pid, %(env)d + $k * 8 + $i, str(uptr($v + $i * %(step)d))); $i++;
     }
     $k++;
   }
 }
-tracepoint:syscalls:sys_exit_%(call)s /@try[tid]/ { delete(@try[tid]); printf("noexec|%%llu|%%d|%%d", nsecs, pid, args->ret); }
+tracepoint:syscalls:sys_exit_%(call)s /@try[tid]/ { delete(@try[tid]); printf("exec|%%llu|%%d|%%d|0|0|0", nsecs, pid, args->ret); }
 """
-# Contents are read when the call returns: then they are there, and their length is known. Whole chunks first, for a loop whose
-# length varies is too much for the verifier.
+# Contents are read when the call returns: then they are there, and their length is known. @room: what is left of the buffer; readv
+# and writev have several, {address, size} each at @vector. In two probes, for the stack of one is too small.
 TRANSFER = """
-tracepoint:syscalls:sys_enter_%(call)s /@in[pid]/ {
-  $s = @fd[pid, args->fd];
-  if ($s) { @stream[tid] = $s; @buffer[tid] = (uint64)args->%(buffer)s; }
+tracepoint:syscalls:sys_enter_%(call)s /@in[pid] && @fd[pid, args->fd]/ { @stream[tid] = @fd[pid, args->fd]; %(buffer)s }
+tracepoint:syscalls:sys_exit_%(call)s /@stream[tid]/ {
+  $s = @stream[tid]; $n = args->ret;
+  if ($n > 0 && ($s & 3) %(direction)s) {
+    $kept = @sent[$s] < %(limit)d ? %(limit)d - @sent[$s] : 0; @sent[$s] = @sent[$s] + $n;
+    if ($n > $kept) { printf("data|%%llu|%%d|%%d|%%d|", nsecs, @in[pid], $s, $n - $kept); }
+    @left[tid] = $n > $kept ? $kept : $n;
+  }
 }
 tracepoint:syscalls:sys_exit_%(call)s /@stream[tid]/ {
-  $s = @stream[tid]; $p = @buffer[tid]; $n = args->ret; $o = 0;
-  if ($n > 0 && ($s & 3) %(direction)s) {
-    printf("size|%%llu|%%d|%%d|%%d", nsecs, @in[pid], $s, $n);
-    $room = @sent[$s] < %(limit)d ? %(limit)d - @sent[$s] : 0; @sent[$s] = @sent[$s] + $n; $n = $n > $room ? $room : $n;
-    %(piece)s
-  }
-  if (!@left[tid]) { delete(@stream[tid]); delete(@buffer[tid]); }
-}
-"""
-PIECE = """$i = 0;
-    while ($i < %(chunks)d) {
-      if ($o + %(chunk)d > $n) { break; }
-      printf("data|%%llu|%%d|%%rx", nsecs, $s, buf(uptr($p + $o), %(chunk)d));
-      $o = $o + %(chunk)d; $i++;
-    }
-    if ($n > $o) { printf("data|%%llu|%%d|%%rx", nsecs, $s, buf(uptr($p + $o), $n - $o)); }"""
-# readv and writev: the same over several buffers, {address, size} each, in a probe of its own, for the stack of one is too small.
-PIECES = """
-tracepoint:syscalls:sys_exit_%(call)s /@left[tid]/ {
   $i = 0;
   while ($i < %(chunks)d) {
-    $p = @buffer[tid]; $s = *(uint64*)uptr($p + 8) - @offset[tid]; $i++;
-    if ($s > @left[tid]) { $s = @left[tid]; }
-    if ($s > 0) { printf("data|%%llu|%%d|%%rx", nsecs, @stream[tid], buf(uptr(*(uint64*)uptr($p) + @offset[tid]), $s)); }
-    if ($s > %(chunk)d) { $s = %(chunk)d; }
-    @left[tid] = @left[tid] - $s; @offset[tid] = @offset[tid] + $s;
     if (@left[tid] == 0) { break; }
-    if (@offset[tid] >= *(uint64*)uptr($p + 8)) { @buffer[tid] = $p + 16; delete(@offset[tid]); }
+    $p = @vector[tid]; $i++;
+    if (@room[tid] == 0) { @buffer[tid] = *(uint64*)uptr($p); @room[tid] = *(uint64*)uptr($p + 8); @vector[tid] = $p + 16; }
+    $n = @left[tid] > @room[tid] ? @room[tid] : @left[tid]; $n = $n > %(chunk)d ? %(chunk)d : $n;
+    printf("data|%%llu|%%d|%%d|%%d|%%rx", nsecs, @in[pid], @stream[tid], $n, buf(uptr(@buffer[tid]), $n));
+    @left[tid] = @left[tid] - $n; @room[tid] = @room[tid] - $n; @buffer[tid] = @buffer[tid] + $n;
   }
-  delete(@left[tid]); delete(@stream[tid]); delete(@buffer[tid]); delete(@offset[tid]);
+  delete(@left[tid]); delete(@stream[tid]); delete(@buffer[tid]); delete(@room[tid]); delete(@vector[tid]);
 }
 """
 DUPLICATE_TO = """
@@ -214,32 +195,32 @@ tracepoint:sched:sched_process_exit {
     while ($i < %(descriptors)d) { delete(@fd[tid, $i]); $i++; }
   }
 }
-END { clear(@parent); clear(@in); clear(@fd); clear(@code); clear(@sent); clear(@try); clear(@stream); clear(@left);
-  clear(@offset); clear(@buffer); clear(@copied); clear(@env); clear(@envs); clear(@cni); }
+END {  // else it prints them all
+  clear(@parent); clear(@in); clear(@fd); clear(@code); clear(@sent); clear(@try); clear(@stream); clear(@vector); clear(@buffer);
+  clear(@room); clear(@left); clear(@copied); clear(@env); clear(@envs); clear(@cni);
+}
 """
 
 
 def bpftrace_program(syscalls):
     """The text of the bpftrace program. syscalls: names that this kernel has tracepoints for; `open` and `dup2` are not everywhere."""
-    values = {"descriptors": DESCRIPTORS, "step": CHUNK - 1, "chunk": CHUNK, "limit": LIMIT, "chunks": LIMIT // CHUNK + 1}
-    for name in ("CNI_", "CNI_COMM", "CNI_ARGS", "CNI_PATH", "CNI_CONT", "CNI_NETN"):
+    values = {"descriptors": DESCRIPTORS, "env": ENV, "step": CHUNK - 1, "chunk": CHUNK, "limit": LIMIT, "chunks": LIMIT // CHUNK + 16}
+    for name in ("CNI_", "CNI_COMM"):
         values[name] = int.from_bytes(name.encode(), sys.byteorder)
-    parts = [(PROCESSES, {})]
-    for call, direction in (("read", "== 1"), ("write", "> 1")):
-        parts += [(TRANSFER, {"call": call, "direction": direction, "buffer": "buf", "piece": PIECE % values}),
-                  (TRANSFER + PIECES, {"call": f"{call}v", "direction": direction, "buffer": "vec",
-                                       "piece": "@left[tid] = $n > 0 ? $n : 0;"})]
+    one = "@buffer[tid] = (uint64)args->buf; @room[tid] = (uint64)args->count; @vector[tid] = (uint64)0;"
+    several = "@vector[tid] = (uint64)args->vec;"
+    parts = [(TRANSFER, {"call": f"{call}{v}", "direction": direction, "buffer": buffer})
+             for call, direction in (("read", "== 1"), ("write", "> 1")) for v, buffer in (("", one), ("v", several))]
     parts += [(DUPLICATE_TO, {"call": call}) for call in ("dup2", "dup3")]
     parts += [(DUPLICATE + COPIED, {"call": "dup", "field": "fildes", "condition": ""}),
               (DUPLICATE + COPIED, {"call": "fcntl", "field": "fd", "condition": " && (args->cmd == 0 || args->cmd == 1030)"})]
     parts += [(OPEN + COPIED, {"call": call}) for call in ("openat", "open")]
-    parts += [(EXECUTE, {"call": call}) for call in ("execveat", "execve")] + [(END_OF_PROCESS, {})]
-    return "".join(text % {**values, **more} for text, more in parts if more.get("call", "execve") in syscalls)
+    parts += [(EXECUTE, {"call": call}) for call in ("execveat", "execve")]
+    texts = [text % {**values, **more} for text, more in parts if more["call"] in syscalls]
+    return "".join([PROCESSES % values, *texts, END_OF_PROCESS % values])
 
 
-# How many numbers an event has; those of the second line end with text.
-EVENT_NUMBERS = {"exec": 5, "noexec": 3, "size": 4, "exit": 3,
-                 "begin": 4, "path": 2, "arg": 2, "env": 3, "data": 2}
+EVENT_NUMBERS = {"begin": 4, "word": 3, "data": 4, "exec": 6, "exit": 3}  # how many an event has; the first three end with text
 
 
 def parse_bpftrace(line):
@@ -248,9 +229,10 @@ def parse_bpftrace(line):
     message = parse_object(re.sub(r"\\uffffff([89a-f][0-9a-f])", r"\\u00\1", line.decode("latin-1")))
     if message.get("type") == "lost_events":
         return ("lost", 0, message["data"]["events"])
-    kind, *fields = str(message.get("data")).split("|", EVENT_NUMBERS.get(str(message.get("data")).partition("|")[0], 0) + 1)
-    count = EVENT_NUMBERS.get(kind)
-    if message.get("type") != "printf" or count is None or len(fields) != count + (kind in ("begin", "path", "arg", "env", "data")):
+    kind, _, rest = str(message.get("data")).partition("|")
+    count = EVENT_NUMBERS.get(kind, 0)
+    fields = rest.split("|", count)
+    if not count or message.get("type") != "printf" or len(fields) != count + (kind in ("begin", "word", "data")):
         return None
     try:
         numbers = tuple(map(int, fields[:count]))
@@ -346,14 +328,14 @@ class Strace:
         variables = [text for text in variables if text.startswith("CNI_")]
         if not words or not (pid in self.inside or any(text.startswith("CNI_COMMAND=") for text in variables)):
             return []
-        events = [("begin", ts, pid, self.inside.get(pid, 0), self.parent.get(pid, 0), ""), ("path", ts, pid, words[0])]
-        events += [("arg", ts, pid, text) for text in words[1:]]
-        events += [("env", ts, pid, 8 * number, text) for number, text in enumerate(variables)]
+        events = [("begin", ts, pid, self.inside.get(pid, 0), self.parent.get(pid, 0), "")]
+        events += [("word", ts, pid, number, text) for number, text in enumerate(words[:ENV])]
+        events += [("word", ts, pid, ENV + 8 * number, text) for number, text in enumerate(variables)]
         if value.startswith("-1"):
-            return [*events, ("noexec", ts, pid, -getattr(errno, value.split()[1], 0))]
+            return [*events, ("exec", ts, pid, -getattr(errno, value.split()[1], 0), 0, 0, 0)]
         above, again = self.streams.get(pid, {}), 4 * (self.inside.get(pid) == pid)
         self.inside[pid], self.streams[pid] = pid, {fd: above.get(fd, pid * 8 + fd + 1 + again) for fd in range(3)}
-        return [*events, ("exec", ts, pid, *self.streams[pid].values())]
+        return [*events, ("exec", ts, pid, 0, *self.streams[pid].values())]
 
     def transfer(self, ts, pid, name, arguments, value):
         stream, size = self.streams.get(pid, {}).get(descriptor_number(arguments), 0), int(value.split()[0])
@@ -361,7 +343,7 @@ class Strace:
             return []
         data = b"".join(hex_strings(arguments))[:max(0, LIMIT - self.sent[stream])]
         self.sent[stream] += size
-        return [("size", ts, self.inside[pid], stream, size), ("data", ts, stream, data)]
+        return [("data", ts, self.inside[pid], stream, size, data)]
 
     def descriptor(self, ts, pid, name, arguments, value):
         """close, dup*, fcntl, open*: which descriptor stands for which stream."""
@@ -415,19 +397,15 @@ def text_of(latin):
     return latin.encode("latin-1", "replace").decode("utf-8", "backslashreplace")
 
 
-def join_parts(parts):
-    """{8 * number + part: text} as {name: value}: a part that does not fill its event is a variable's last."""
-    joined = {}
-    for number in sorted({index // 8 for index in parts}):
-        text = ""
-        for part in range(8):
-            piece = parts.get(8 * number + part, "")
-            text += piece
-            if len(piece) < CHUNK - 1:
-                break
-        name, _, value = text_of(text).partition("=")
-        joined[name] = value
-    return joined
+def read_words(words):
+    """(path, arguments, environment) of {number: text} of "word" events. A part that does not fill its event is a variable's last."""
+    arguments = [text_of(words[number]) + "..." * (len(words[number]) == CHUNK - 1) for number in sorted(words) if 0 < number < ENV]
+    variables = []
+    for first in range(ENV, max(words, default=0) + 1, 8):
+        parts = [words.get(number, "") for number in range(first, first + 8)]
+        last = next((number for number, part in enumerate(parts) if len(part) < CHUNK - 1), 8)
+        variables.append(text_of("".join(parts[:last + 1])).partition("=")[::2])
+    return text_of(words.get(0, "")), arguments, {name: value for name, value in variables if name}
 
 
 class Process:
@@ -471,9 +449,8 @@ class Calls:
 
     def __init__(self, look_parent=lambda pid: {}, epoch=0):
         self.look_parent, self.epoch, self.lost = look_parent, epoch, 0
-        self.attempts, self.processes, self.chains, self.movers = {}, {}, {}, {}
-        self.on = {"begin": self.begin, "path": self.word, "arg": self.word, "env": self.variable, "exec": self.execute,
-                   "noexec": self.refused, "size": self.size, "data": self.data, "exit": self.end, "lost": self.lose}
+        self.attempts, self.processes, self.chains = {}, {}, {}
+        self.on = {"begin": self.begin, "word": self.word, "exec": self.execute, "data": self.data, "exit": self.end, "lost": self.lose}
 
     def feed(self, event):
         return self.on[event[0]](*event[1:])
@@ -482,72 +459,50 @@ class Calls:
         self.lost += count
 
     def begin(self, ts, pid, owner, parent, comm):
-        self.attempts[pid] = {"ts": ts, "path": "", "argv": [], "parts": {}, "owner": owner, "lost": self.lost,
-                              "parent": {"pid": parent, "comm": text_of(comm)}}
+        self.attempts[pid] = {"ts": ts, "words": {}, "owner": owner, "lost": self.lost, "parent": {"pid": parent, "comm": text_of(comm)}}
 
-    def word(self, ts, pid, text):
-        attempt = self.attempts.get(pid)
-        if attempt and not attempt["path"]:
-            attempt["path"] = text_of(text)
-        elif attempt:
-            attempt["argv"].append(text_of(text) + "..." * (len(text) == CHUNK - 1))
-
-    def variable(self, ts, pid, part, text):
+    def word(self, ts, pid, number, text):
         if pid in self.attempts:
-            self.attempts[pid]["parts"][part] = text
+            self.attempts[pid]["words"][number] = text
 
-    def settle(self, pid):
-        """What pid wanted to execute, with its variables; None if the beginning was lost."""
-        attempt = self.attempts.pop(pid, None)
-        if attempt:
-            attempt["env"] = join_parts(attempt["parts"])
-        return attempt
-
-    def refused(self, ts, pid, number):
-        attempt, known = self.settle(pid), self.processes.get(pid)
-        if not attempt or (known and known.is_call) or not is_in_cni_path(attempt["path"], attempt["env"]):
-            return None  # a shell that looks for a command along PATH fails often
-        process = Process(pid, attempt, known.above if known else self.processes.get(attempt["owner"]), ())
-        return self.hand_over(process, {**self.call(process, ts, 0), "error": os.strerror(-number)})
-
-    def execute(self, ts, pid, *streams):
-        attempt, process = self.settle(pid), self.processes.get(pid)
+    def execute(self, ts, pid, error, *streams):
+        attempt, process = self.attempts.pop(pid, None), self.processes.get(pid)
         if not attempt:
-            return
+            return None  # its beginning was lost
+        attempt["path"], attempt["argv"], attempt["env"] = read_words(attempt["words"])
+        if error:
+            return self.refuse(ts, pid, error, attempt, process)
         if not process or not attempt["owner"]:  # a known process without an owner: another one's number, whose end was lost
             process = self.processes[pid] = Process(pid, attempt, self.processes.get(attempt["owner"]), streams)
         if process.is_call:
-            return  # an interpreter in the plugin's place
+            return None  # an interpreter in the plugin's place
         process.begin(attempt, streams)
         caller, directory = process.caller(), os.path.dirname(attempt["path"])
         is_place = not caller or is_in_cni_path(attempt["path"], attempt["env"]) or directory == os.path.dirname(caller.path)
         process.is_call = is_place and bool(attempt["env"].get("CNI_COMMAND")) and os.path.basename(attempt["path"]) not in WRAPPERS
         if process.is_call and not caller:
             attempt["parent"].update(self.look_parent(attempt["parent"]["pid"]))
+        return None
 
-    def size(self, ts, pid, stream, count):
-        self.movers[stream] = pid
-        for process in self.sharers(stream):
-            process.sizes[stream & 3] += count
+    def refuse(self, ts, pid, error, attempt, known):
+        if (known and known.is_call) or not is_in_cni_path(attempt["path"], attempt["env"]):
+            return None  # a shell that looks for a command along PATH fails often
+        process = Process(pid, attempt, known.above if known else self.processes.get(attempt["owner"]), ())
+        return self.hand_over(process, {**self.call(process, ts, 0), "error": os.strerror(-error)})
 
-    def data(self, ts, stream, data):
-        for process in self.sharers(stream):
-            content = process.contents[stream & 3]
-            content += data[:LIMIT - len(content)]
-
-    def sharers(self, stream):
-        """The processes from the one that reads or writes up to the one whose stream it is, as far as it is theirs."""
-        process = self.processes.get(self.movers.get(stream))
+    def data(self, ts, pid, stream, count, data):
+        """To the process that read or wrote, and to those above it up to the one whose stream it is, as far as it is theirs."""
+        process = self.processes.get(pid)
         while process:
             if stream in process.streams:
-                yield process
+                content = process.contents[stream & 3]
+                content += data[:LIMIT - len(content)]
+                process.sizes[stream & 3] += count
             process = process.above if process.pid != stream >> 3 else None
 
     def end(self, ts, pid, code):
         process = self.processes.pop(pid, None)
         self.attempts.pop(pid, None)
-        for number in range(8):
-            self.movers.pop(pid * 8 + number, None)
         if process and process.is_call and process.speaks():
             return self.hand_over(process, self.call(process, ts, code))
         if process and process.caller():
@@ -951,12 +906,12 @@ class Changes:
         kind, ts, pid = event[:3]
         if kind == "begin" and not event[3] and pid not in self.pods:  # what a plugin starts is not looked at
             self.begun[pid] = (event[4], {})
-        elif kind == "env" and pid in self.begun:
+        elif kind == "word" and pid in self.begun:
             self.begun[pid][1][event[3]] = event[4]
         elif kind == "exec" and pid in self.begun:
-            parent, parts = self.begun.pop(pid)
+            parent, words = self.begun.pop(pid)
             self.starts.append((ts + self.epoch) / 1e9)
-            netns = join_parts(parts).get("CNI_NETNS", "")
+            netns = read_words(words)[2].get("CNI_NETNS", "")
             for path in (f"/proc/{parent}/root{netns}", netns) if netns.startswith("/") else ():
                 with contextlib.suppress(OSError):
                     handle = os.open(path, os.O_RDONLY)  # keeps the namespace until the call has ended, also if it is deleted
@@ -1121,7 +1076,7 @@ class Tracer:
                     self.get_ready()
 
     def look(self, event):
-        if event[0] == "env" and event[4] == f"CNI_COMMAND={CANARY}":
+        if event[0] == "word" and event[4] == f"CNI_COMMAND={CANARY}":
             self.canaries.add(event[2])
         elif event[0] == "exit" and event[2] in self.canaries:
             self.is_ready = True

@@ -189,7 +189,7 @@ def own_lines(backend, caller_pid, lines):
     for _, event in events:
         if event and event[0] == "begin" and event[3] in own:
             own.add(event[2])
-    return [line for line, event in events if event and (event[2] >> 3 if event[0] == "data" else event[2]) in own]
+    return [line for line, event in events if event and event[2] in own]
 
 
 def record(backend):

@@ -48,18 +48,18 @@ def sample(**changes):
 def executed(pid, path, ts=0, owner=0, parent=1, streams=None, **env):
     """The events of a program's start."""
     env = {"CNI_COMMAND": "ADD", "CNI_PATH": "/opt/cni/bin", **env}
-    words = [("env", ts, pid, 8 * number, f"{name}={value}") for number, (name, value) in enumerate(env.items())]
+    words = [("word", ts, pid, cnisnoop.ENV + 8 * number, f"{name}={value}") for number, (name, value) in enumerate(env.items())]
     return [
         ("begin", ts, pid, owner, parent, "containerd"),
-        ("path", ts, pid, path),
-        ("arg", ts, pid, path),
+        ("word", ts, pid, 0, path),
+        ("word", ts, pid, 1, path),
         *words,
-        ("exec", ts, pid, *(streams or (pid * 8 + 1, pid * 8 + 2, pid * 8 + 3))),
+        ("exec", ts, pid, 0, *(streams or (pid * 8 + 1, pid * 8 + 2, pid * 8 + 3))),
     ]
 
 
 def moved(pid, stream, data, ts=1):
-    return [("size", ts, pid, stream, len(data)), ("data", ts, stream, data)]
+    return [("data", ts, pid, stream, len(data), data)]
 
 
 def only_call(events):
@@ -108,9 +108,9 @@ def test_the_order_in_which_processors_are_read_does_not_matter():
     "line, event",
     [
         (b'{"type": "printf", "data": "begin|7|5|0|1|cri o|x"}', ("begin", 7, 5, 0, 1, "cri o|x")),
-        (b'{"type": "printf", "data": "arg|7|5|caf\\uffffffc3\\uffffffa9 \\\\uffff"}', ("arg", 7, 5, "caf\xc3\xa9 \\uffff")),
-        ('{"type": "printf", "data": "arg|7|5|café"}'.encode(), ("arg", 7, 5, "caf\xc3\xa9")),
-        (b'{"type": "printf", "data": "data|7|41|\\\\x7b\\\\xff\\\\x00"}', ("data", 7, 41, b"{\xff\x00")),
+        (b'{"type": "printf", "data": "word|7|5|1|caf\\uffffffc3\\uffffffa9 \\\\uffff"}', ("word", 7, 5, 1, "caf\xc3\xa9 \\uffff")),
+        ('{"type": "printf", "data": "word|7|5|1|café"}'.encode(), ("word", 7, 5, 1, "caf\xc3\xa9")),
+        (b'{"type": "printf", "data": "data|7|5|41|3|\\\\x7b\\\\xff\\\\x00"}', ("data", 7, 5, 41, 3, b"{\xff\x00")),
         (b'{"type": "printf", "data": "exit|7|5|257"}', ("exit", 7, 5, 257)),
         (b'{"type": "lost_events", "data": {"events": 12}}', ("lost", 0, 12)),
         (b'{"type": "attached_probes", "data": {"probes": 13}}', None),
@@ -137,7 +137,7 @@ def test_strace_lines_of_a_child_wait_for_the_clone_that_made_it():
     assert strace.feed(f"11 5.000002 execve({hexed('/opt/cni/bin/x')}, [{hexed('x')}], {env}) = 0") == []
     assert strace.feed("10 5.000001 vfork( <unfinished ...>") == []
     events = strace.feed("10 5.000003 <... vfork resumed>) = 11")
-    assert [event[0] for event in events] == ["begin", "path", "arg", "env", "exec"] and events[0][3:5] == (0, 10)
+    assert [event[0] for event in events] == ["begin", "word", "word", "word", "exec"] and events[0][3:5] == (0, 10)
     assert strace.feed("11 5.000009 +++ killed by SIGSEGV (core dumped) +++") == [("exit", 5_000_009_000, 11, 11)]
 
 
@@ -178,12 +178,10 @@ def test_what_the_kernel_lost_is_counted_and_said():
     "event",
     [
         ("exit", 9, 5, 256),
-        ("exec", 9, 5, 1, 2, 3),
-        ("data", 9, 41, b"x"),
-        ("size", 9, 5, 41, 1),
-        ("env", 9, 5, 0, "A=b"),
-        ("noexec", 9, 5, -2),
-        ("path", 9, 5, "/x"),
+        ("exec", 9, 5, 0, 1, 2, 3),
+        ("exec", 9, 5, -2, 0, 0, 0),
+        ("data", 9, 5, 41, 1, b"x"),
+        ("word", 9, 5, cnisnoop.ENV, "A=b"),
     ],
 )
 def test_an_event_whose_beginning_was_lost_is_nothing(event):
@@ -367,7 +365,7 @@ def test_the_replay_line_repeats_the_call_to_the_byte(tmp_path, stdin):
     plugin.write_text('#!/bin/sh\ncat > "$0.stdin"; echo "$# $1 $CNI_COMMAND $CNI_ARGS" > "$0.words"\n')
     plugin.chmod(0o755)
     events = executed(5, str(plugin), CNI_PATH=str(tmp_path), CNI_ARGS="A=$HOME;B='\x1b\"")
-    events.insert(3, ("arg", 0, 5, "two words"))
+    events.insert(3, ("word", 0, 5, 2, "two words"))
     call = only_call([*events, *(moved(5, 41, stdin) if stdin else []), ("exit", 9, 5, 257)])
     line = cnisnoop.replay_line(call)
     assert "\x1b" not in line
