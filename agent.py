@@ -1666,8 +1666,12 @@ def create_device(context):
     except FileNotFoundError:
         what = "this kernel has no WireGuard (module wireguard) and there is no program wireguard-go"
         raise CNIError(mncni.BAD_ENVIRONMENT, f"{what}: load the one, or install the other (package wireguard-go)") from None
-    answers = Command(["wg", "show", DEVICE, "dump"])
-    wait_until(lambda: context.run(answers).exit_code == 0, 10, "no answer from wireguard-go, whose log is in --run-dir")
+    silent, dump = "no answer from wireguard-go, whose log is in --run-dir", Command(["wg", "show", DEVICE, "dump"])
+    wait_until(lambda: context.run(dump).exit_code == 0, 10, silent)
+    # It hears of its MTU in the host alone; with another it pads packets that are full until they have to be fragmented. It takes up
+    # one thing after the other, and its port last.
+    apply([ip_batch([f"link set dev {DEVICE} mtu {context.mtu}", f"link set dev {DEVICE} up"])], context.run)
+    wait_until(lambda: parse_dump(context.run(dump).stdout)["port"], 10, silent)
 
 
 def start_process(argv, stdout, stderr, **options):

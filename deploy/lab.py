@@ -739,7 +739,8 @@ def look_hops(lab, node, address):
 # ---------------------------------------------------------------------------------------------------------------------------
 IP_VERSIONS = {b"\x08\x00": 4, b"\x86\xdd": 6}      # ethertype -> version
 WIREGUARD_PORTS = (28384, 28385)
-WIREGUARD_SIZES = {1: 148, 2: 92, 3: 64}             # handshake initiation, response, cookie; 4 = data, 32 bytes and 16 more each
+WIREGUARD_SIZES = {1: 148, 2: 92, 3: 64}             # handshake initiation, response, cookie; 4 = data, 32 bytes and 16 more each,
+SMALLEST_FULL = 608                                  # but for a packet of the MTU's size: it is padded no further. IPv4's least MTU is 576
 ND_TYPES = (*range(130, 138), 143)                   # ICMPv6: multicast listener and neighbour discovery
 ICMP_ERRORS = {1: (3, 11, 12), 58: (1, 2, 3, 4)}     # protocol -> types that quote the packet they complain about
 
@@ -771,7 +772,7 @@ def is_wireguard(udp):
     """Whether a UDP datagram is a WireGuard message by ports, type, zero bytes and length."""
     ports = {udp[0] << 8 | udp[1], udp[2] << 8 | udp[3]}
     size, kind = (udp[4] << 8 | udp[5]) - 8, int.from_bytes(udp[8:12], "little")
-    plausible = size == WIREGUARD_SIZES.get(kind) or (kind == 4 and size >= 32 and size % 16 == 0)
+    plausible = size == WIREGUARD_SIZES.get(kind) or (kind == 4 and size >= 32 and (size % 16 == 0 or size >= SMALLEST_FULL))
     return len(udp) >= 12 and plausible and not ports.isdisjoint(WIREGUARD_PORTS)
 
 

@@ -50,7 +50,7 @@ def icmp6(kind):
 
 
 @pytest.mark.parametrize("build, ip_packet", [(ipv4, "IPv4"), (ipv6, "IPv6")])
-@pytest.mark.parametrize("kind, size", [(1, 148), (2, 92), (3, 64), (4, 32), (4, 48), (4, 1440)])
+@pytest.mark.parametrize("kind, size", [(1, 148), (2, 92), (3, 64), (4, 32), (4, 48), (4, 1372), (4, 1440)])
 def test_each_message_of_wireguard_is_wireguard(build, ip_packet, kind, size):
     assert lab.classify(build(17, udp(wireguard(kind, size)))) == "wireguard"
     assert lab.classify(build(17, udp(wireguard(kind, size), source=28385, target=40000))) == "wireguard"
