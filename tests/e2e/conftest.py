@@ -7,6 +7,7 @@ import pytest
 
 from deploy import lab as labs
 from tests.apiserver import ApiProcess
+from tests.e2e.flow import Flow
 
 SERVER = "192.0.2.250"  # where cluster_up has its API server
 RECORD = "mncni.dev/node"  # the annotation
@@ -33,6 +34,44 @@ def lab_up(name, nodes=2, pods=1, families=("ipv4", "ipv6"), underlay="ipv4", co
 def node_sh(lab, node, command):
     """What a shell command prints in a node; it has to work."""
     return labs.must([*labs.node_argv(lab, node), "sh", "-c", command])
+
+
+def is_well(lab, node="node1"):
+    """Whether the agent of a node says so."""
+    return labs.run([*labs.node_argv(lab, node), labs.PYTHON, "/opt/mncni/agent.py", "status"])[0] == 0
+
+
+def stream(lab, act, *targets, **options):
+    """The Flows from node1's pod1 to that of each of the target nodes (node2) while act() ran, as a list. Nothing but WireGuard, and what
+    the agents have to say to an API server, may cross the underlay meanwhile. options: see Flow."""
+    with labs.sniffing(lab) as counts, contextlib.ExitStack() as entered:
+        flows = []
+        for node in targets or ("node2",):
+            ends = labs.pod_argv(lab, "node1", "pod1"), labs.pod_argv(lab, node, "pod1")
+            flows.append(entered.enter_context(Flow(*ends, labs.pod_record(lab, node, "pod1")["addresses"][0], **options)))
+        act()
+    assert counts["fragment"] == 0, "packets of the pods' MTU do not fit into the underlay's"
+    assert counts["other"] == counts["dropped"] == 0 and all(f"{SERVER} " in f"{sample} " for sample in counts["samples"]), counts
+    assert counts["wireguard"] > sum(flow.sent - flow.lost for flow in flows)  # a deaf sniffer proves nothing
+    return flows
+
+
+LOOK = """
+for ns in /proc/self/ns/net /run/netns/mncni-wg; do
+    nsenter --net=$ns ip -brief address | sed 's/@[^ ]*//'
+    nsenter --net=$ns ip route show proto 201
+    nsenter --net=$ns ip -6 route show proto 201
+    nsenter --net=$ns nft list tables
+done
+ls -d /run/netns/* /run/mncni/* /run/wireguard/* /var/lib/mncni/* /etc/cni/net.d/* /opt/cni/bin/* 2>/dev/null
+pgrep wireguard-go | wc -l
+"""
+
+
+def things(lab, node):
+    """What there is on a node that the agent makes: links, addresses, routes, tables, namespaces, files, processes; a line each."""
+    lines = [line.split() for line in node_sh(lab, node, LOOK).splitlines()]  # less link-local addresses that the kernel made
+    return {" ".join(word for word in words if not word.startswith("fe80::") or word.startswith("fe80::28:")) for words in lines}
 
 
 def wg_peers(lab, node):

@@ -1,6 +1,6 @@
 """What a steady stream between pods of two nodes notices: of damage, that heals; of the agent's own comings and goings, nothing.
 
-Each row of the printed table is one event under 10,000 packets, with every frame of the underlay looked at.
+Each row of the printed table is one event under 10,000 packets and a TCP connection, with every frame of the underlay looked at.
 """
 
 import json
@@ -9,8 +9,7 @@ import os
 import pytest
 
 from deploy import lab as labs
-from tests.e2e.conftest import lab_up, node_sh
-from tests.e2e.flow import Flow
+from tests.e2e.conftest import is_well, lab_up, node_sh, stream, things
 
 pytestmark = pytest.mark.root
 
@@ -24,6 +23,7 @@ DAMAGES = {
     "namespace deleted": "ip netns delete mncni-wg",
     "device deleted": f"{INSIDE} ip link delete mncni-wg0",
     "device down": f"{INSIDE} ip link set mncni-wg0 down",
+    "device's process killed": "pkill -KILL -x wireguard-go",  # of this node alone: it has PIDs of its own
     "device's port changed": f"{INSIDE} wg set mncni-wg0 listen-port 12345",
     "peer removed": f"{INSIDE} wg set mncni-wg0 peer $({INSIDE} wg show mncni-wg0 peers) remove",
     "host's routes flushed": "ip route flush proto 201; ip -6 route flush proto 201",
@@ -44,25 +44,16 @@ def lab():
         yield made
 
 
-def stream(lab, act, figure, event, address=None):
-    """The Flow from node1's pod to node2's during which act() was called; its figures are printed with the event's name."""
-    with labs.sniffing(lab) as counts:
-        target = address or labs.pod_record(lab, "node2", "pod1")["addresses"][0]
-        with Flow(labs.pod_argv(lab, "node1", "pod1"), labs.pod_argv(lab, "node2", "pod1"), target) as flow:
-            act()
-    figure(f"{event:34} {flow.lost:5} of {flow.count} lost, longest silence {flow.silence_s:4.2f} s, {counts['clear']} in clear")
-    assert counts["clear"] == counts["other"] == counts["dropped"] == 0, counts
-    assert counts["wireguard"] > flow.count - flow.lost
-    return flow
-
-
 @pytest.mark.parametrize("event", DAMAGES)
-def test_damage_heals_within_seconds_and_nothing_goes_in_clear(lab, event, figure):
-    flow = stream(lab, lambda: node_sh(lab, "node1", DAMAGES[event]), figure, event)
-    assert flow.silence_s < HEAL_S, "it took too long, or never healed"
+def test_damage_heals_within_seconds_and_nothing_goes_in_clear(lab, event, fault):
+    before = things(lab, "node1")
+    [flow] = stream(lab, lambda: node_sh(lab, "node1", DAMAGES[event]))
     address = labs.pod_record(lab, "node2", "pod1")["addresses"][1]
     argv = [*labs.pod_argv(lab, "node1", "pod1"), "ping", "-n", "-c1", "-W2", address]
     labs.wait_until(lambda: labs.run(argv)[0] == 0, 20, "answer over IPv6")
+    labs.wait_until(lambda: before <= things(lab, "node1"), 20, f"node that has again {before - things(lab, 'node1')}")
+    fault(event, flow.lost, flow.sent, 0, flow.silence_s, len(things(lab, "node1") - before))
+    assert flow.silence_s < HEAL_S, "it took too long, or never healed"
 
 
 def restart(lab, sign):
@@ -70,10 +61,6 @@ def restart(lab, sign):
     labs.wait_until(lambda: not labs.agent_pid(lab.inside("node1", "/")), 10, "end of the agent")
     labs.start_agent(lab, "node1")
     labs.wait_until(lambda: is_well(lab), 20, "agent that is well")
-
-
-def is_well(lab):
-    return labs.run([*labs.node_argv(lab, "node1"), labs.PYTHON, "/opt/mncni/agent.py", "status"])[0] == 0
 
 
 def upgrade(lab):
@@ -137,9 +124,10 @@ QUIET = {
 
 
 @pytest.mark.parametrize("event", QUIET)
-def test_the_agents_own_comings_and_goings_lose_no_packet(lab, event, figure):
-    daemon = node_sh(lab, "node1", "pgrep -x wireguard-go || true")
-    flow = stream(lab, lambda: QUIET[event](lab), figure, event)
+def test_the_agents_own_comings_and_goings_lose_no_packet(lab, event, fault):
+    daemon, before = node_sh(lab, "node1", "pgrep -x wireguard-go || true"), things(lab, "node1")
+    [flow] = stream(lab, lambda: QUIET[event](lab))
+    fault(event, flow.lost, flow.sent, 0, leaks=len(things(lab, "node1") - before))
     assert flow.lost == 0
     assert node_sh(lab, "node1", "pgrep -x wireguard-go || true") == daemon, "the one that ran is to be adopted"
 
