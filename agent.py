@@ -225,11 +225,11 @@ def parse_settings(parser, options, environ):
     for key, kind in (("cluster_cidr", network), ("pod_cidr", network), ("endpoint", address)):
         given[f"{key}s"] = parse_list(parser, options, environ, key, kind)
     settings = Settings(**{each.name: given[each.name] for each in fields(Settings)})
-    service, least = environ.get("KUBERNETES_SERVICE_HOST"), smallest_mtu(settings.pod_cidrs)
+    service, least = environ.get("KUBERNETES_SERVICE_HOST", "").split(","), smallest_mtu(settings.pod_cidrs)
     troubles = [
         pod_cidr_trouble("--pod-cidr", settings.pod_cidrs, settings.cluster_cidrs),
         address_trouble("--endpoint", settings.endpoints, settings.cluster_cidrs),
-        address_trouble("the cluster's service KUBERNETES_SERVICE_HOST", addresses_in([service]), settings.cluster_cidrs),
+        address_trouble("the cluster's service KUBERNETES_SERVICE_HOST", addresses_in(service), settings.cluster_cidrs),
     ]
     if settings.mtu and not least <= settings.mtu <= 65000:
         troubles.append(f"--mtu {settings.mtu} is out of range: {least} to 65000, or 0")
@@ -390,12 +390,13 @@ class ApiError(Exception):
 
 
 def in_cluster(environ, directory=SERVICE_ACCOUNT):
-    """What Api needs, from what Kubernetes gives every pod. CNIError 7 outside a cluster."""
-    host, port = environ.get("KUBERNETES_SERVICE_HOST"), environ.get("KUBERNETES_SERVICE_PORT", "443")
-    if not host:
+    """What Api needs, from what Kubernetes gives every pod. The host may be a comma-separated list. CNIError 7 outside a cluster."""
+    hosts, port = environ.get("KUBERNETES_SERVICE_HOST"), environ.get("KUBERNETES_SERVICE_PORT", "443")
+    if not hosts:
         raise config_error("KUBERNETES_SERVICE_HOST is not set, so this is no pod of a cluster: give --kubeconfig")
-    server = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
-    return {"server": server, "certificate-authority": os.path.join(directory, "ca.crt"), "tokenFile": os.path.join(directory, "token")}
+    servers = [f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}" for host in hosts.split(",")]
+    files = {"certificate-authority": "ca.crt", "tokenFile": "token"}
+    return {"server": ",".join(servers), **{key: os.path.join(directory, name) for key, name in files.items()}}
 
 
 def read_kubeconfig(path, run):
@@ -418,7 +419,7 @@ def read_kubeconfig(path, run):
     for key in ("exec", "auth-provider"):
         if access.get(key):
             raise config_error(f'kubeconfig {path}: "{key}" is not supported: give a user with a token or a certificate')
-    if not str(access.get("server")).startswith(("https://", "http://")):
+    if not all(server.startswith(("https://", "http://")) for server in str(access.get("server")).split(",")):
         raise config_error(f"kubeconfig {path}: the server {access.get('server')!r} is no http(s):// address")
     for key in ("certificate-authority", "client-certificate", "client-key", "tokenFile"):
         if access.get(key):
@@ -438,7 +439,7 @@ class Counts:
 
 
 class Api:
-    """A client of one API server. For any number of threads.
+    """A client of one API server, which may have several addresses. For any number of threads.
 
     access: see read_kubeconfig. Files that it names are read each time: kubelet renews tokens and certificates.
     http.client and ssl are imported by its first request (+40 ms): the directory store does without.
@@ -452,6 +453,7 @@ class Api:
     def __init__(self, access):
         self.counts = Counts()
         self.access = access
+        self.servers = access["server"].split(",")
         self.idle = []  # [(when it was used, connection)]
         self.tls = (None, None)  # (the files' contents, the context made of them)
 
@@ -555,14 +557,20 @@ class Api:
                 if time.monotonic() - used < self.IDLE_S:
                     return True, connection
                 connection.close()
-        with self._told("connect to", self.access["server"]):
-            return False, self._connect()
+        for server in list(self.servers):
+            try:
+                with self._told("connect to", server):
+                    return False, self._connect(server)
+            except ApiError as failure:
+                error = failure
+                self.servers = [*self.servers[1:], self.servers[0]]  # the next request begins with one that may be better
+        raise error
 
-    def _connect(self):
+    def _connect(self, server):
         import http.client
         from urllib.parse import urlsplit
 
-        url = urlsplit(self.access["server"])
+        url = urlsplit(server)
         if url.scheme == "https":
             connection = http.client.HTTPSConnection(url.hostname, url.port or 443, timeout=self.CONNECT_S, context=self._context())
         else:

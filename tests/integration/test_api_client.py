@@ -249,6 +249,14 @@ def test_a_server_of_another_ca_is_refused_before_the_token_is_told(server, tmp_
     client.request("GET", "/api/v1/nodes")
 
 
+def test_an_address_that_does_not_answer_is_passed_over(server, tmp_path):
+    client = client_of(server, tmp_path)
+    client = agent.Api({**client.access, "server": f"https://127.0.0.1:1,{server.url}"})
+    for _ in range(2):
+        client.request("GET", "/api/v1/nodes")
+    assert client.servers[0] == server.url
+
+
 def test_an_ipv6_address_is_an_address(tmp_path):
     with ApiServer(host="::1") as server:
         client_of(server, tmp_path).request("GET", "/api/v1/nodes")

@@ -356,7 +356,7 @@ def test_with_no_other_node_the_policy_is_unknown_and_tried_again_later(cluster)
 
 @pytest.mark.parametrize("guard, said", [(True, "refuses"), (False, "MISSING"), (None, "unknown")])
 def test_status_tells_about_the_policy(guard, said):
-    status = {"node": "n1", "ok": True, "reason": "", "peers": [], "admission_guard": guard}
+    status = {"node": "n1", "ok": True, "reason": "", "peers": [], "quarantine": {}, "admission_guard": guard}
     assert said in agent.format_status(status, 0)
 
 
