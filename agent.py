@@ -428,7 +428,7 @@ def read_kubeconfig(path, run):
 
 
 class Counts:
-    """Figures that only grow, for /metrics: {(name, ((label, value), ...)): figure}. For any number of threads."""
+    """Figures for /metrics: {(name, ((label, value), ...)): figure}. For any number of threads."""
 
     def __init__(self):
         self.lock, self.figures = threading.Lock(), collections.Counter()
@@ -436,6 +436,9 @@ class Counts:
     def add(self, name, amount=1, **labels):
         with self.lock:
             self.figures[name, tuple(sorted(labels.items()))] += amount
+
+    def set(self, name, figure, **labels):
+        self.figures[name, tuple(sorted(labels.items()))] = figure
 
 
 class Api:
@@ -2354,7 +2357,7 @@ class NodeIpam:
         self.api, self.pools, self.election, self.clock, self.follow = api, pools, election, clock, follow
         self.trouble = ""  # why we do not hear of nodes
         self.reason = ""  # why we are not ready: a replica that waits for its turn is ready, too
-        self.counters = dict.fromkeys(("allocated", "conflicts", "failures", "nodes", "waiting", "foreign", "terms"), 0)
+        self.counts = Counts()
         self.stopping = threading.Event()
         self.begin()
 
@@ -2365,7 +2368,7 @@ class NodeIpam:
         self.claims, self.given, self.freed, self.told = None, {}, {}, {}  # {uid: Claim}; see plan_allocations; {uid: why it was refused}
         self.next_pass = self.not_before = 0
         if self.election.ours:
-            self.counters["terms"] += 1
+            self.counts.add("mncni_nodeipam_terms_total")
             events = self.events
             self.follow(lambda *event: events.put(event), self.stopping)
 
@@ -2415,7 +2418,8 @@ class NodeIpam:
         self.freed = {span: until for span, until in self.freed.items() if until > now}
         writes, refused, taken = plan_allocations(self.claims.values(), self.pools, self.given, self.freed, now)
         foreign = sum(bool(claim.cidrs or claim.fault) for claim in refused)
-        self.counters.update(nodes=len(self.claims), foreign=foreign, waiting=len(refused) - foreign)
+        for state, nodes in (("all", len(self.claims)), ("foreign", foreign), ("waiting", len(refused) - foreign)):
+            self.counts.set("mncni_nodeipam_nodes", nodes, state=state)
         self.next_pass = now + RETRY_S if writes or refused else float("inf")
         self.say(refused)
         self.election.note = format_used(self.pools, taken)
@@ -2435,12 +2439,12 @@ class NodeIpam:
             node = self.api.request("PATCH", f"{NODES}/{claim.name}", body, {"fieldManager": MANAGER}, MERGE_PATCH)
         except ApiError as error:
             changed = error.status in (404, 409)  # the watch will tell
-            self.counters["conflicts" if changed else "failures"] += 1
+            self.counts.add("mncni_nodeipam_write_failures_total", cause="conflict" if changed else "other")
             log.log(logging.INFO if changed else logging.WARNING, "node %s has no pod CIDR yet: %s", claim.name, error)
             if error.status in (0, 401, 403, 429) or error.status >= 500:  # not this node's fault: the others wait, too
                 self.not_before = self.clock() + max(RETRY_S, error.retry_after_s or 0)
             return
-        self.counters["allocated"] += 1
+        self.counts.add("mncni_nodeipam_ranges_given_total")
         self.observe("MODIFIED", [parse_claim(node)])  # as it was stored: the next pass compares it with all others
         log.info("node %s has pod CIDRs %s", claim.name, ", ".join(texts))
 
@@ -2614,15 +2618,7 @@ def agent_figures(agent):
 
 
 def nodeipam_figures(ipam):
-    counters = ipam.counters
-    figures = {("mncni_nodeipam_leader", ()): ipam.election.ours}
-    for state, name in (("all", "nodes"), ("waiting", "waiting"), ("foreign", "foreign")):
-        figures["mncni_nodeipam_nodes", (("state", state),)] = counters[name]
-    for cause, name in (("conflict", "conflicts"), ("other", "failures")):
-        figures["mncni_nodeipam_write_failures_total", (("cause", cause),)] = counters[name]
-    figures["mncni_nodeipam_ranges_given_total", ()] = counters["allocated"]
-    figures["mncni_nodeipam_terms_total", ()] = counters["terms"]
-    return {**figures, **ipam.api.counts.figures}
+    return {("mncni_nodeipam_leader", ()): ipam.election.ours, **ipam.counts.figures, **ipam.api.counts.figures}
 
 
 def plan_metrics(status):
