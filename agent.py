@@ -458,7 +458,6 @@ class Api:
         self.access = access
         self.servers = access["server"].split(",")
         self.idle = []  # [(when it was used, connection)]
-        self.tls = (None, None)  # (the files' contents, the context made of them)
 
     def request(self, method, path, body=None, params=None, content_type=JSON, accept=JSON):
         """The object in the answer, {} for none. ApiError. body: an object. params: {name: value} for the query."""
@@ -586,22 +585,20 @@ class Api:
         return connection
 
     def _context(self):
-        """The TLS context, made anew when a certificate has changed."""
+        """The TLS context for a connection, of the certificates as they are now."""
         import ssl
 
-        parts = [self._part(key) for key in ("certificate-authority", "client-certificate", "client-key")]
-        if parts != self.tls[0]:
-            context = ssl.create_default_context(cadata=parts[0].decode() or None)
-            context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)  # Python 3.13 sets it; many clusters' certificates fail it
-            if self.access.get("insecure-skip-tls-verify"):
-                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            if parts[1]:
-                with open(os.memfd_create("client"), "wb") as file:  # ssl reads it from a file alone; this one is on no disk
-                    file.write(b"\n".join(parts[1:]))
-                    file.flush()
-                    context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
-            self.tls = (parts, context)
-        return self.tls[1]
+        context = ssl.create_default_context(cadata=self._part("certificate-authority").decode() or None)
+        context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)  # Python 3.13 sets it; many clusters' certificates fail it
+        if self.access.get("insecure-skip-tls-verify"):
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        certificate, key = self._part("client-certificate"), self._part("client-key")
+        if certificate:
+            with open(os.memfd_create("client"), "wb") as file:  # ssl reads it from a file alone; this one is on no disk
+                file.write(certificate + b"\n" + key)
+                file.flush()
+                context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
+        return context
 
     def _part(self, key):
         """The bytes of a part of the access, which stands there in base64 or in a file; b"" if it has none."""
