@@ -1238,13 +1238,12 @@ def sync(path):
 
 def load_json(path):
     """The object in a file of ours; {} if there is none, or it is unreadable: it is a help, no truth."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         value = json.loads(mncni.read_file(path) or "{}")
-    except (OSError, ValueError):
-        value = None
-    if not isinstance(value, dict):
-        log.warning("%s is unreadable; going on without", path)
-    return value if isinstance(value, dict) else {}
+        if isinstance(value, dict):
+            return value
+    log.warning("%s is unreadable; going on without", path)
+    return {}
 
 
 def load_state(path):
@@ -1403,14 +1402,9 @@ def nft_table(body):
 
 def parse_nft(text):
     """(what `nft -j list table` says less handles and counts, (packets, bytes) of the leak counter)."""
-    leaked, objects = (0, 0), []
-    for item in json.loads(text or "{}").get("nftables", []):
-        if "metainfo" in item:
-            continue
-        if "counter" in item and item["counter"].get("name") == "leaked":
-            leaked = (item["counter"]["packets"], item["counter"]["bytes"])
-        objects.append(without_volatile(item))
-    return objects, leaked
+    items = [item for item in json.loads(text or "{}").get("nftables", []) if "metainfo" not in item]
+    counters = [item["counter"] for item in items if item.get("counter", {}).get("name") == "leaked"]
+    return without_volatile(items), (counters[0]["packets"], counters[0]["bytes"]) if counters else (0, 0)
 
 
 def without_volatile(value):
@@ -1953,7 +1947,12 @@ class Agent:
         troubles = [self.read_store(), self.store.trouble]
         self.judge()
         ensure_peers(context)
-        self.note([*troubles, self.publish(), self.save_state()])
+        for act in (self.publish, self.save_state):
+            try:
+                act()
+            except (StoreError, CNIError) as error:
+                troubles.append(str(error))
+        self.note(troubles)
         if look or adopted:
             mncni.install(self.settings.bin_dir)
         write_if_changed(os.path.join(self.settings.run_dir, "ready"), self.ready_text(""))
@@ -2031,7 +2030,7 @@ class Agent:
         context.peers = desired_peers(nodes, context.endpoints)
 
     def publish(self):
-        """Have our record in the store as it should be; returns why not, or "". Its generation grows with every change."""
+        """Have our record in the store as it should be. StoreError. Its generation grows with every change."""
         own, name, given = self.state["own"], self.settings.node_name, self.store.identity()
         if given is None:
             own.setdefault("uid", str(uuid.uuid4()))
@@ -2044,28 +2043,20 @@ class Agent:
         stored = self.roster.verdict(name, self.stored or "")
         rival = given is None and "text" in own and isinstance(stored, Node) and stored.uid != own["uid"]
         if rival:  # two that write in turn would never end
-            return f"another node has written the record of {name}: give each node a --node-name of its own, or remove the record"
+            raise StoreError(f"another node has written the record of {name}: give each node its own --node-name, or remove the record")
         own["text"] = text
-        try:
-            if self.stored != text:
-                self.store.publish(name, text)
-            return ""
-        except StoreError as error:
-            return str(error)
+        if self.stored != text:
+            self.store.publish(name, text)
 
     def own_record(self):
         own, context = self.state["own"], self.context
         return format_record(self.settings, own["uid"], context.endpoints, context.public_key, own["gen"], own.get("created"))
 
     def save_state(self):
-        """Keep the last good list of nodes for the next start; returns why not, or "". It is a help: the network stands without."""
+        """Keep the last good list of nodes for the next start. CNIError. It is a help: the network stands without."""
         believed = {name: self.records[name] for name in self.context.nodes}
         state = {"own": self.state["own"], "records": believed}
-        try:
-            write_if_changed(self.state_path, json.dumps(state, sort_keys=True) + "\n", mode=0o600)
-            return ""
-        except CNIError as error:
-            return f"{error}; the list of nodes would not outlive a restart"
+        write_if_changed(self.state_path, json.dumps(state, sort_keys=True) + "\n", mode=0o600)
 
     def say(self, reason):
         """Tell plugin, log and status whether the network stands ("") or why not."""
