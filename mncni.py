@@ -2572,7 +2572,7 @@ def main(plugins=None):
 
 
 def print_trace(command):
-    print(f"+ {command}", file=sys.stderr, flush=True)
+    print(f"+ {command}\n", end="", file=sys.stderr, flush=True)  # in one go: commands may run side by side
 
 
 def read_stdin():
