@@ -28,7 +28,12 @@ def test_an_exit_code_or_a_signal_is_no_exception(tmp_path):
 
 def test_much_goes_in_and_much_comes_out(tmp_path):
     text = "0123456789abcde\n" * 100_000
-    assert mncni.make_run(program(tmp_path, "tc", "cat; cat <&0 >&2"))(Command(["tc"], text)).stdout == text
+    assert mncni.make_run(program(tmp_path, "tc", "tee /dev/stderr"))(Command(["tc"], text)) == Reply(0, text, text)
+
+
+def test_a_program_need_not_read_what_it_is_told(tmp_path):
+    run = mncni.make_run(program(tmp_path, "tc", "exec <&-; echo done; exec >&-; exit 3"))
+    assert all(run(Command(["tc"], "0123456789abcde\n" * 10_000)) == Reply(3, "done\n", "") for _ in range(20))
 
 
 def test_a_pipe_whose_reader_is_gone_ends_a_program_as_it_does_in_a_shell(tmp_path):
