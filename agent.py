@@ -1621,17 +1621,17 @@ def plan_link(name, link, mtu, netns=""):
 
 def refuse_foreign(link, way_out="rename or remove it"):
     """CNIError 7 unless a link is absent or ours."""
-    if link is not None and link.get("ifalias") != mncni.OWNER_ALIAS:
+    if link is not None and not mncni.is_own(link):
         raise config_error(f'link "{link["ifname"]}" is somebody else\'s: it lacks the alias "{mncni.OWNER_ALIAS}"; {way_out}')
 
 
 def plan_veth(settings, mtu, host, inside):
     """Commands for the veth pair. Half a pair is no pair: what is left of it is removed first. CNIError 7 if it is not ours."""
     refuse_foreign(host)
-    if host and inside:
+    if host and inside and "ifalias" in host:
         return plan_link(HOST_VETH, host, mtu) + plan_link(NS_VETH, inside, mtu, settings.netns)
     inner_first = [ip_batch([f"link delete dev {NS_VETH}"], settings.netns)] if inside else []
-    lines = [f"link delete dev {HOST_VETH}"] if host else []
+    lines = [f"link delete dev {HOST_VETH}"] if host and not inside else []
     host_mac, ns_mac = mncni.mac_of(HOST_VETH, "0a:59"), mncni.mac_of(NS_VETH, "0a:59")
     peer = f"peer name {NS_VETH} netns {settings.netns} mtu {mtu} address {ns_mac}"
     lines.append(f"link add name {HOST_VETH} mtu {mtu} address {host_mac} type veth {peer}")
@@ -1725,7 +1725,7 @@ def ensure_bridge(context):
     lines = mncni.plan_bridge(conf, bridge, [] if bridge else gateways)
     wanted = {*gateways, BRIDGE_LINK_LOCAL} if 6 in settings.families else set(gateways)
     lines += plan_addresses(settings.bridge, wanted, bridge) if bridge else []
-    apply(([ip_batch(lines)] if lines else []) + ([] if bridge else mncni.plan_no_advertisements(settings.bridge)), context.run)
+    apply(([ip_batch(lines)] if lines else []) + mncni.plan_no_advertisements(settings.bridge, bridge), context.run)
 
 
 def ensure_addresses(context):
@@ -2708,7 +2708,7 @@ def uninstall(settings, run, force):
         mncni.remove_file(path)
     links = look_ip(["link show"], run)
     veths = [link["ifname"] for link in links if link.get("ifalias", "").startswith(f"{mncni.OWNER_ALIAS}:{NETWORK}:")]
-    own = [link["ifname"] for link in links if link.get("ifalias") == mncni.OWNER_ALIAS]
+    own = [link["ifname"] for link in links if mncni.is_own(link)]
     for name in [*veths, *(name for name in own if name in (settings.bridge, HOST_VETH, DEVICE))]:
         mncni.delete_links([name], run)
     remove_namespace(settings, run)

@@ -109,6 +109,7 @@ class Request:
         self.links, self.new_peer = [], None
 
 
+HEX = frozenset("0123456789abcdef")
 ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 
 
@@ -775,13 +776,14 @@ def read_file(path):
 
 
 def write_file(path, text, mode=0o644):
-    """Write a file whole or not at all: a reader sees the old one or the new one."""
-    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    """Write a file whole or not at all: a reader sees the old one or the new one. What a killed writer left, the next one overwrites."""
+    temporary = unfinished(path)
     try:
-        with open(fd, "w", encoding="utf-8") as file:
+        with open(lock_file(temporary, mode), "w", encoding="utf-8") as file:
+            file.truncate()
             file.write(text)
-        os.rename(temporary, path)
+            file.flush()
+            os.rename(temporary, path)  # before the lock goes
     except BaseException as error:
         remove_file(temporary)
         if isinstance(error, OSError):
@@ -789,11 +791,31 @@ def write_file(path, text, mode=0o644):
         raise
 
 
+def unfinished(path):
+    """Where a file is while it is being written. What reads directories passes over names with a dot."""
+    return os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.new")
+
+
+def lock_file(path, mode):
+    """A descriptor of the file at a path, made if absent, that no other process has locked."""
+    while True:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)  # whoever had the lock has renamed the file, or removed it
+
+
 def remove_file(path):
-    try:
-        os.unlink(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return
+    """Remove a file and what a killed writer left of it. Nothing there is fine."""
+    for each in (unfinished(path), path):
+        try:
+            os.unlink(each)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
 
 
 def boot_id():
@@ -843,9 +865,12 @@ class Leases:
 
     def release(self, container_id, ifname):
         """Remove the leases of an attachment, then its index. Nothing there is fine."""
-        for address in self.addresses(container_id, ifname):
-            remove_file(os.path.join(self.dir, address))
-        remove_file(self.index_path(container_id, ifname))
+        attachment, index_path = (container_id, ifname), self.index_path(container_id, ifname)
+        owner, addresses = self._parse(read_file(index_path))
+        for address in addresses if owner == attachment else ():
+            path = os.path.join(self.dir, address)
+            remove_file(path if self.holder(address) == attachment else unfinished(path))
+        remove_file(index_path)
 
     def release_all_but(self, keep):
         """Release every attachment that is not in keep, a set of (container ID, interface)."""
@@ -874,7 +899,8 @@ class Leases:
         return int(ipaddress.ip_address(text)) if is_address(text, ipaddress.ip_address) else 0
 
     def set_last(self, set_index, address):
-        write_file(os.path.join(self.dir, f"last.{set_index}"), f"{address}\n")
+        with open(os.path.join(self.dir, f"last.{set_index}"), "w") as file:  # a mark: a torn one costs nothing
+            file.write(f"{address}\n")
 
     def _parse(self, text):
         """((container ID, interface), addresses) of a lease or an index entry of this boot, (None, []) of any other text."""
@@ -924,7 +950,7 @@ def default_route(address):
 def parse_mac(text, what):
     """A MAC address in lower case. CNIError 7 unless it is six bytes, unicast and not zero."""
     parts = text.lower().split(":") if isinstance(text, str) else []
-    is_mac = len(parts) == 6 and all(len(part) == 2 and set(part) <= set("0123456789abcdef") for part in parts)
+    is_mac = len(parts) == 6 and all(len(part) == 2 and HEX.issuperset(part) for part in parts)
     if not is_mac or int(parts[0], 16) & 1 or set(parts) == {"00"}:
         raise config_error(f"{what} must be a unicast MAC address like 0a:58:0a:f4:01:05, not {json.dumps(text)}")
     return ":".join(parts)
@@ -1125,9 +1151,12 @@ def next_free(leases, ranges, set_index):
 def ipam_del(request, run):
     """Give back the addresses. What the configuration says now may not be what it said at ADD: our own store is looked at in any case."""
     leases = ipam_leases(request)
-    if os.path.exists(leases.index_path(request.container_id, request.ifname)):
+    index_path = leases.index_path(request.container_id, request.ifname)
+    if os.path.exists(index_path):
         with leases.lock:
             leases.release(request.container_id, request.ifname)
+    else:
+        remove_file(index_path)
     delegate_call(request, run, "DEL")
 
 
@@ -1296,6 +1325,16 @@ def look_host(request, bridge, run):
     return look_link(bridge, links), look_link(own_veth(request), links)
 
 
+def is_own(link):
+    """Whether a link is ours, by its alias."""
+    return link.get("ifalias") == OWNER_ALIAS or is_half_made(link)
+
+
+def is_half_made(link):
+    """Whether a link is ours, but who made it was killed before it had its alias: it is down, and has a MAC as mac_of makes them."""
+    return "ifalias" not in link and "UP" not in link["flags"] and link.get("address", "")[:6] in ("0a:58:", "0a:59:")
+
+
 def refuse_foreign_bridge(conf, bridge):
     """CNIError 7 unless the bridge is absent, ours, or to be adopted."""
     if bridge is None:
@@ -1303,7 +1342,7 @@ def refuse_foreign_bridge(conf, bridge):
     name = conf["bridge"]
     if bridge.get("linkinfo", {}).get("info_kind") != "bridge":
         raise config_error(f'cannot use bridge "{name}": it is not a bridge; set "bridge" to another name')
-    if bridge.get("ifalias") != OWNER_ALIAS and not conf["adoptBridge"]:
+    if not is_own(bridge) and not conf["adoptBridge"]:
         raise config_error(f'cannot use bridge "{name}": MNCNI did not make it; set "adoptBridge": true, or "bridge" to another name')
 
 
@@ -1333,13 +1372,14 @@ def plan_bridge(conf, bridge, gateways):
     The MAC is set when the bridge is made. A bridge takes the smallest MTU of its ports until somebody changes its MTU, and setting
     the value that it has is no change: so it is made with mtu + 1, then set to mtu (net/bridge/br_device.c, br_change_mtu).
     """
-    name, mtu, lines = conf["bridge"], conf["mtu"], []
+    name, mtu, lines, own = conf["bridge"], conf["mtu"], [], bridge is None or is_own(bridge)
     if bridge is None:
         mac = mac_of(gateways[0].partition("/")[0] if gateways else name)
         lines.append(f"link add name {name} {f'mtu {mtu + 1} ' if mtu else ''}address {mac} type bridge")
+        bridge = {}
+    if own and "ifalias" not in bridge:
         lines.append(f"link set dev {name} alias {OWNER_ALIAS}")
-        bridge = {"ifalias": OWNER_ALIAS}
-    if mtu and bridge.get("mtu") != mtu and bridge.get("ifalias") == OWNER_ALIAS:
+    if own and mtu and bridge.get("mtu") != mtu:
         lines.append(f"link set dev {name} mtu {mtu}")
     if "UP" not in bridge.get("flags", []):
         lines.append(f"link set dev {name} up")
@@ -1362,20 +1402,20 @@ def is_in_the_way(other, gateway):
 
 def ensure_bridge(request, conf, bridge, gateways, run):
     """Make the bridge what it has to be. Returns its MAC. Looks again under a lock when there is something to do: ADDs run side by side."""
-    if not plan_bridge(conf, bridge, gateways):
+    if not plan_bridge(conf, bridge, gateways) and not plan_no_advertisements(conf["bridge"], bridge):
         return bridge["address"]
     with bridge_lock(request):
         bridge, _ = look_host(request, conf["bridge"], run)
         refuse_foreign_bridge(conf, bridge)
         lines = plan_bridge(conf, bridge, gateways)
         plan = plan_forwarding(gateways, look_forwarding(run)) + ([ip_batch(lines)] if lines else [])
-        apply(plan + ([] if bridge else plan_no_advertisements(conf["bridge"])), run)
+        apply(plan + plan_no_advertisements(conf["bridge"], bridge), run)
         bridge, _ = look_host(request, conf["bridge"], run)
         return bridge["address"] if bridge else ""
 
 
 def bridge_lock(request):
-    return Locked(os.path.join(request.run_dir, "bridge.lock"))
+    return Locked(os.path.join(request.run_dir, "bridge.lock"), inherit=True)
 
 
 def families_of(addresses):
@@ -1383,11 +1423,12 @@ def families_of(addresses):
     return {"inet6" if ":" in address else "inet" for address in addresses}
 
 
-def plan_no_advertisements(bridge):
-    """Commands for a new bridge: a pod that sends a router advertisement must not become the host's default route (CVE-2020-10749), and
-    its link-local address, from which older kernels look for pods, is of use at once."""
-    keys = [f"net/ipv6/conf/{bridge}/{key}" for key in ("accept_ra", "accept_dad")]
-    return [write_sysctls(keys, 0)] if os.path.exists("/proc/sys/net/ipv6") else []
+def plan_no_advertisements(name, bridge):
+    """Commands for a bridge, None for one that is yet to be made: a pod that sends a router advertisement must not become the host's
+    default route (CVE-2020-10749), and its link-local address, from which older kernels look for pods, is of use at once."""
+    keys = [f"net/ipv6/conf/{name}/{key}" for key in ("accept_ra", "accept_dad")]
+    keys = keys if bridge is None else [key for key in keys if read_file(f"/proc/sys/{key}") not in ("0\n", None)]
+    return [write_sysctls(keys, 0)] if keys and os.path.exists("/proc/sys/net/ipv6") else []
 
 
 def look_forwarding(run):
@@ -1617,13 +1658,17 @@ def naivewg_gc(request, run):
 
 
 def delete_stale_links(request, kind, prefix, run):
-    """Delete the links of a kind that are of this network, by their alias, and belong to no attachment that GC has to keep."""
+    """Delete the links of a kind that are of this network, by their alias, and belong to no attachment that GC has to keep; and those
+    of which nothing will ever tell whose they are."""
     keep, own = valid_attachments(request), [OWNER_ALIAS, request.network]
     if keep is None:
         return
-    names = {host_ifname(prefix, request.network, *pair) for pair in keep}
-    links = [link for link in look_ip([f"link show type {kind}"], run) if link.get("ifalias", "").split(":")[:2] == own]
-    stale = [link["ifname"] for link in links if link["ifname"] not in names]
+    valid, stale = {host_ifname(prefix, request.network, *pair) for pair in keep}, []
+    for link in look_ip([f"link show type {kind}"], run):
+        name = link["ifname"]
+        lost = is_half_made(link) and name[:2] == prefix and HEX.issuperset(name[2:])
+        if name not in valid and (lost or link.get("ifalias", "").split(":")[:2] == own):
+            stale.append(name)
     if stale:
         delete_links(stale, run)
 
@@ -1734,6 +1779,16 @@ def look_ports(run_dir):
     return states
 
 
+def half_written_ports(run_dir):
+    """Paths of what killed processes left."""
+    directory = os.path.join(run_dir, "portmap")
+    return [os.path.join(directory, name) for name in (os.listdir(directory) if os.path.isdir(directory) else []) if name[0] == "."]
+
+
+def ports_lock(run_dir):
+    return Locked(os.path.join(run_dir, "portmap", "lock"), inherit=True)
+
+
 def winners(states):
     """{"MAP KEY": (VALUE, owner)} that the states lead to: of two that want one port the newer has it."""
     found = {}
@@ -1785,7 +1840,9 @@ def plan_more_ports(before, after):
 
 def change_ports(run_dir, changes, run):
     """Take up the states in changes, {path: state, or None to drop it}, and make the table what follows."""
-    with Locked(os.path.join(run_dir, "portmap", "lock")):
+    with ports_lock(run_dir):
+        for path in half_written_ports(run_dir):
+            remove_file(path)  # only who holds the lock writes
         before, new = look_ports(run_dir), {path: state for path, state in changes.items() if state}
         for path, state in new.items():
             write_file(path, json.dumps(state))
@@ -1905,6 +1962,8 @@ def portmap_del(request, run):
     """DEL: give the ports back. It needs neither prevResult nor namespace, and starts no command for a pod without host ports."""
     if os.path.exists(ports_path(request)):
         change_ports(request.run_dir, {ports_path(request): None}, run)
+    else:
+        remove_file(ports_path(request))
 
 
 def portmap_check(request, run):
@@ -1931,7 +1990,7 @@ def portmap_gc(request, run):
     keep, states = valid_attachments(request), look_ports(request.run_dir)
     own = {path: tuple(state["owner"][1:]) for path, state in states.items() if state["owner"][0] == request.network}
     stale = [path for path, owner in own.items() if keep is not None and owner not in keep]
-    if stale:
+    if stale or half_written_ports(request.run_dir):
         change_ports(request.run_dir, dict.fromkeys(stale), run)
 
 
@@ -1940,7 +1999,7 @@ def restore_portmap(run_dir, run):
     wrong, a list of messages; without host ports it starts no command."""
     if not look_ports(run_dir):
         return []
-    with Locked(os.path.join(run_dir, "portmap", "lock")):
+    with ports_lock(run_dir):
         states = look_ports(run_dir)
         problems = check_ports(states, winners(states), run)
         for device in sorted(devices_of(states)):
@@ -2006,7 +2065,8 @@ def plan_bandwidth(request, limits, peer, qdiscs):
     if "ingress" in limits:
         lines.append(f"qdisc replace dev {name} root {tbf(*limits['ingress'], mtu)}")
     if "egress" in limits:
-        plan.append(ip_batch([f"link add name {ifb} mtu {mtu} type ifb", f"link set dev {ifb} alias {link_alias(request)} up"]))
+        made = f"link add name {ifb} mtu {mtu} address {mac_of(ifb, '0a:59')} type ifb"
+        plan.append(ip_batch([made, f"link set dev {ifb} alias {link_alias(request)} up"]))
         if not any(qdisc["kind"] in ("ingress", "clsact") for qdisc in qdiscs):  # one of somebody else's serves as well
             lines.append(f"qdisc add dev {name} ingress")
         lines.append(f"filter add dev {name} ingress protocol all u32 match u32 0 0 action mirred egress redirect dev {ifb}")
@@ -2020,12 +2080,13 @@ def bandwidth_add(request, run):
     if not limits:
         return request.prev_result
     peer = request.new_peer or look_peer(request, run)
-    try:
-        qdiscs = [] if request.new_peer else look_qdiscs(peer["ifname"], run)
-        apply(plan_bandwidth(request, limits, peer, qdiscs), run)
-    except Exception:
-        best_effort(bandwidth_del, request, run)
-        raise
+    with attachment_lock(request):
+        try:
+            qdiscs = [] if request.new_peer else look_qdiscs(peer["ifname"], run)
+            apply(plan_bandwidth(request, limits, peer, qdiscs), run)
+        except Exception:
+            best_effort(delete_links, [own_ifb(request)], run)
+            raise
     ifb = [{"name": own_ifb(request)}] if "egress" in limits else []
     return {**request.prev_result, "interfaces": [*request.prev_result["interfaces"], *ifb]}
 
@@ -2033,7 +2094,8 @@ def bandwidth_add(request, run):
 def bandwidth_del(request, run):
     """DEL: the ifb goes, together with the veth pair if naivewg is in this call; everything else goes with that."""
     if own_veth(request) not in request.links:
-        delete_links([own_ifb(request)], run)
+        with attachment_lock(request):
+            delete_links([own_ifb(request)], run)
 
 
 def bandwidth_check(request, run):

@@ -74,14 +74,14 @@ def format_table(rows):
     return ["  ".join([row[0].ljust(widths[0]), *(map(str.rjust, row[1:], widths[1:]))]) for row in rows]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def figure(request):
     """figure("text"): print a measured figure at the end of the run."""
     request.config.figures = getattr(request.config, "figures", [])
     return request.config.figures.append
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fault(request):
     """fault("agent killed", lost=0, sent=10_000, clear=0, heal_s=1.2, leaks=0): a row of the table of faults at the end of the run.
 
