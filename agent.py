@@ -1644,11 +1644,16 @@ def move_device(context, device):
     in the host is moved on. Returns {}: nothing of it is set yet."""
     if device is None:
         create_device(context)
-    elif device.get("linkinfo", {}).get("info_kind") not in ("wireguard", "tun"):
+    elif not is_wireguard(device):
         raise config_error(f'link "{DEVICE}" is somebody else\'s: it is no WireGuard device; rename or remove it')
     lines = [f"link set dev {DEVICE} alias {mncni.OWNER_ALIAS}", f"link set dev {DEVICE} netns {context.settings.netns}"]
     apply([ip_batch(lines)], context.run)
     return {}
+
+
+def is_wireguard(link):
+    """Whether a link may be a device of ours that has no alias yet: wireguard-go's are tun."""
+    return link["ifname"] == DEVICE and link.get("linkinfo", {}).get("info_kind") in ("wireguard", "tun")
 
 
 def create_device(context):
@@ -2708,8 +2713,8 @@ def uninstall(settings, run, force):
         mncni.remove_file(path)
     links = look_ip(["link show"], run)
     veths = [link["ifname"] for link in links if link.get("ifalias", "").startswith(f"{mncni.OWNER_ALIAS}:{NETWORK}:")]
-    own = [link["ifname"] for link in links if mncni.is_own(link)]
-    for name in [*veths, *(name for name in own if name in (settings.bridge, HOST_VETH, DEVICE))]:
+    own = [link["ifname"] for link in links if mncni.is_own(link) and link["ifname"] in (settings.bridge, HOST_VETH) or is_wireguard(link)]
+    for name in [*veths, *own]:
         mncni.delete_links([name], run)
     remove_namespace(settings, run)
     withdraw_record(settings, run)

@@ -55,8 +55,14 @@ class Steps:
         time.sleep(PATIENCE_S)
 
 
-def hook(steps):
+def hook_all(steps):
     """Have everything of this process that changes the world outside count as steps."""
+    hook_files(steps)
+    hook_commands(steps)
+    hook_requests(steps)
+
+
+def hook_files(steps):
     for name in FILES:
         setattr(os, name, stepping(steps, name, getattr(os, name)))
     fcntl.flock = stepping(steps, "flock", fcntl.flock)
@@ -71,6 +77,9 @@ def hook(steps):
         return HalfFile(open_file(path, mode, *args, **kwargs), steps)
 
     builtins.open = open_half
+
+
+def hook_requests(steps):
     send, receive = http.client.HTTPConnection.request, http.client.HTTPConnection.getresponse
 
     def request(self, method, path, *args):
@@ -84,7 +93,6 @@ def hook(steps):
         return response
 
     http.client.HTTPConnection.request, http.client.HTTPConnection.getresponse = request, getresponse
-    hook_commands(steps)
 
 
 def stepping(steps, name, function, is_step=lambda *_, **__: True):
@@ -156,16 +164,16 @@ class Child:
     """A child that does enter(), then act() with hooks, and is killed at a step, at none for at=0, or has no hooks for at=None. It has
     ended when this returns; what it had started may go on."""
 
-    def __init__(self, enter, act, at=None):
+    def __init__(self, enter, act, at=None, hook=hook_all):
         self.reader, writer = os.pipe()
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
-            self.live(enter, act, at, writer)
+            self.live(enter, act, at, hook, writer)
         os.close(writer)
         self.killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
-    def live(self, enter, act, at, writer):
+    def live(self, enter, act, at, hook, writer):
         try:
             os.set_inheritable(writer, True)  # to all commands that it starts
             send = os.write
@@ -174,7 +182,8 @@ class Child:
             if at is not None:
                 hook(steps)
             reply = act()
-            steps("before it answers")
+            if at is not None:
+                steps("before it answers")
             steps.say({"steps": steps.names, "reply": reply})
         except BaseException:
             traceback.print_exc()
@@ -195,8 +204,8 @@ class Child:
 
 
 def namespaces(**paths):
-    """enter() for a child: join the namespaces at these paths, net=..., mnt=..."""
-    kinds = {"net": 0x40000000, "mnt": 0x00020000}
+    """enter() for a child: join the namespaces at these paths, net=..., mnt=..., pid=..."""
+    kinds = {"net": 0x40000000, "mnt": 0x00020000, "pid": 0x20000000}
     files = {kind: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for kind, path in paths.items()}
     libc = ctypes.CDLL(None, use_errno=True)
 
@@ -205,6 +214,10 @@ def namespaces(**paths):
             if libc.setns(fd, kinds[kind]):
                 raise OSError(ctypes.get_errno(), f"setns {kind}")
         os.chdir("/")
+        inner = os.fork() if "pid" in files else 0  # a PID namespace is for children only
+        if inner:
+            status = os.waitpid(inner, 0)[1]
+            os.kill(os.getpid(), signal.SIGKILL) if os.WIFSIGNALED(status) else os._exit(0)
 
     return enter
 
