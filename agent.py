@@ -1788,9 +1788,13 @@ def ensure_forwarding(context):
     apply(plan, context.run)
 
 
-def ensure_peers(context):
-    """WireGuard's peers are the believed nodes."""
-    changes = plan_peers(context.peers, look_device(context)["peers"], context.sent)
+def ensure_peers(context, greet=False):
+    """WireGuard's peers are the believed nodes. greet: they know this node's key, so a new device makes itself known to them at once, by a
+    keepalive: a peer that still has a session with the one before would not notice for 15 s."""
+    present = look_device(context)["peers"]
+    changes = plan_peers(context.peers, present, context.sent)
+    if greet and not present:
+        changes += [["peer", key, "persistent-keepalive", seconds] for seconds in ("1", "0") for key in sorted(context.peers)]
     for start in range(0, len(changes), 100):
         apply([wg_set(context, [word for change in changes[start : start + 100] for word in change])], context.run)
     context.sent = endpoints_of(context.peers)
@@ -1841,7 +1845,7 @@ class Monitors:
     """
 
     COMMANDS = (["ip", "monitor", "all-nsid", "link", "address", "route", "netconf"], ["nft", "monitor"])
-    WORDS = (b"mn", b"proto 201", b" all ")  # our links and table, our routes, sysctls of all links
+    WORDS = (b"mn", b"proto 201", b" all ", b" inet")  # our links and table, our routes, sysctls of all links, addresses
 
     def __init__(self, netns):
         self.netns = netns
@@ -1951,7 +1955,7 @@ class Agent:
             context.sent = endpoints_of(context.peers)
         troubles = [self.read_store(), self.store.trouble]
         self.judge()
-        ensure_peers(context)
+        ensure_peers(context, greet=context.public_key in self.state["own"].get("text", ""))
         for act in (self.publish, self.save_state):
             try:
                 act()
