@@ -381,6 +381,9 @@ JSON, MERGE_PATCH, STRATEGIC_PATCH = "application/json", "application/merge-patc
 METADATA_LIST, METADATA = (f"{JSON};as=PartialObjectMetadata{kind};g=meta.k8s.io;v=v1" for kind in ("List", ""))
 
 
+LONGEST_WISH_S = 300  # that a server is granted: one that errs must not silence a node for good
+
+
 class ApiError(Exception):
     """What the API server said instead of doing it. status: HTTP's, 0 where there was no answer. retry_after_s: its wish, or None."""
 
@@ -462,7 +465,7 @@ class Api:
     def request(self, method, path, body=None, params=None, content_type=JSON, accept=JSON):
         """The object in the answer, {} for none. ApiError. body: an object. params: {name: value} for the query."""
         connection, response = self._exchange(method, path, body, params, content_type, accept, self.READ_S)
-        with self._told(method, path):
+        with told(method, path):
             data = response.read()
             self.counts.add("mncni_api_received_bytes_total", len(data))
             if response.will_close:
@@ -480,10 +483,10 @@ class Api:
         items, query = [], {**(params or {}), "limit": 500}
         while True:
             page = self.request("GET", path, params=query, accept=accept)
-            with self._told("GET", path):
+            with told("GET", path):
                 refuse_kind(path, page["kind"], "List")
                 items += [take(item) for item in page["items"] or ()]
-                version, query["continue"] = page["metadata"]["resourceVersion"], page["metadata"].get("continue")
+                version, query["continue"] = text_in(page["metadata"], "resourceVersion"), page["metadata"].get("continue")
             if not query["continue"]:
                 return items, version
 
@@ -496,31 +499,19 @@ class Api:
 
     def _events(self, path, connection, response):
         rest = b""
-        with contextlib.closing(connection), self._told("watch", path):
+        with contextlib.closing(connection), told("watch", path):
             for data in iter(functools.partial(response.read1, 1 << 16), b""):
                 self.counts.add("mncni_api_received_bytes_total", len(data))
                 *lines, rest = (rest + data).split(b"\n")
                 for event in map(json.loads, filter(bytes.strip, lines)):
                     kind, item = event["type"], event["object"]
                     if kind == "ERROR":
-                        raise ApiError(int(item.get("code") or 500), str(item.get("reason")), str(item.get("message")))
+                        raise ApiError(int(item.get("code") or 500), str(item.get("reason")), str(item.get("message"))[:1000])
                     refuse_kind(path, item["kind"])
-                    item["metadata"]["resourceVersion"]  # the least that it has to say
+                    text_in(item["metadata"], "resourceVersion")  # the least that it has to say
                     yield kind, item
             if rest:
                 raise ValueError("cut")
-
-    @contextlib.contextmanager
-    def _told(self, method, path):
-        """Whatever goes wrong on the way or in what was said, as an ApiError."""
-        import http.client
-
-        try:
-            yield
-        except (OSError, http.client.HTTPException) as error:
-            raise ApiError(0, "Unreachable", f"{method} {path}: {str(error) or type(error).__name__}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ApiError(0, "Garbled", f"{method} {path}: cannot understand the answer: {type(error).__name__} {error}"[:300]) from None
 
     def _exchange(self, method, path, body, params, content_type, accept, timeout_s):
         """(connection, response) of a request that succeeded. What failed because the server had closed a kept connection, or
@@ -534,7 +525,7 @@ class Api:
             headers = {"Accept": accept, "Content-Type": content_type, "User-Agent": f"mncni-agent/{mncni.PROGRAM_VERSION}"}
             headers.update({"Authorization": f"Bearer {token}"} if token else {})
             try:
-                with self._told(method, path):
+                with told(method, path):
                     connection.sock.settimeout(timeout_s)
                     connection.request(method, target, None if body is None else json.dumps(body), headers)
                     response = connection.getresponse()
@@ -561,7 +552,7 @@ class Api:
                 connection.close()
         for server in list(self.servers):
             try:
-                with self._told("connect to", server):
+                with told("connect to", server):
                     return False, self._connect(server)
             except ApiError as failure:
                 error = failure
@@ -607,8 +598,21 @@ class Api:
         return read_bytes(self.access[key]) if self.access.get(key) else b""
 
     def _token(self):
-        with self._told("read the token", ""):
+        with told("read the token", ""):
             return read_bytes(self.access["tokenFile"]).decode().strip() if self.access.get("tokenFile") else self.access.get("token", "")
+
+
+@contextlib.contextmanager
+def told(method, path):
+    """Whatever goes wrong on the way or in what was said, as an ApiError."""
+    import http.client
+
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as error:
+        raise ApiError(0, "Unreachable", f"{method} {path}: {str(error) or type(error).__name__}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise ApiError(0, "Garbled", f"{method} {path}: cannot understand the answer: {type(error).__name__} {error}"[:300]) from None
 
 
 def open_api(kubeconfig, environ, run):
@@ -620,6 +624,20 @@ def refuse_kind(path, kind, suffix=""):
     """ValueError unless what came from a path is of the kind that the path names in the plural, or the metadata of it."""
     if kind.lower() not in (path.rpartition("/")[2].rstrip("s") + suffix.lower(), f"PartialObjectMetadata{suffix}".lower()):
         raise ValueError(f"it is a {kind}")
+
+
+def text_in(mapping, key, needed=True):
+    """mapping[key], a str; None where it is absent and not needed. TypeError, KeyError: see told()."""
+    if not isinstance(mapping[key] if needed else mapping.get(key) or "", str):
+        raise TypeError(f'"{key}" is no text')
+    return mapping.get(key)
+
+
+def cidrs_in(texts):
+    """Networks from texts, whatever their host bits. ValueError."""
+    if not all(mncni.is_address(text, functools.partial(ipaddress.ip_network, strict=False)) for text in texts):
+        raise ValueError(f"{shown(texts)} are no networks")
+    return tuple(ipaddress.ip_network(text, strict=False) for text in texts)
 
 
 def read_bytes(path):
@@ -637,11 +655,11 @@ def refusal(method, path, response, data):
     try:
         said = json.loads(data)
         reason, message = str(said.get("reason") or response.reason), str(said.get("message"))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         reason, message = response.reason, data[:200].decode("utf-8", "replace")
     message = f"{method} {path}: {' '.join(message.split())[:1000]}"
     after = response.headers.get("Retry-After") or ""
-    return ApiError(response.status, reason, message, float(after) if after.isascii() and after.isdigit() else None)
+    return ApiError(response.status, reason, message, min(float(after), LONGEST_WISH_S) if after.isascii() and after.isdigit() else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -914,7 +932,8 @@ def send_event(api, name, uid, message, **words):
 
 def is_older(version, than):
     """Whether a resourceVersion came before another; unknown counts as no."""
-    return version.isdigit() and than.isdigit() and int(version) < int(than)
+    known = all(text.isascii() and text.isdigit() and len(text) < 30 for text in (version, than))
+    return known and int(version) < int(than)
 
 
 def pause_s(failures, wish):
@@ -2173,18 +2192,21 @@ Claim = collections.namedtuple("Claim", "created name uid version cidrs fault")
 
 
 def parse_claim(item):
-    """The Claim of a Node object."""
-    meta, spec = item["metadata"], item.get("spec") or {}
-    texts = spec.get("podCIDRs") or ([spec["podCIDR"]] if spec.get("podCIDR") else [])
-    entries = [(entry.get("manager"), (entry.get("fieldsV1") or {}).get("f:spec") or {}) for entry in meta.get("managedFields") or []]
-    others = [manager for manager, fields in entries if manager != MANAGER and {"f:podCIDR", "f:podCIDRs"} & set(fields)]
-    fault = f"its pod CIDR was set by {shown(others[0])}, not by {MANAGER}" if texts and others else ""
-    try:
-        cidrs = tuple(ipaddress.ip_network(text, strict=False) for text in texts)
-    except ValueError as error:
-        cidrs, fault = (), f"its pod CIDR is no network: {error}"
-    version = "" if texts else meta["resourceVersion"]
-    return Claim(meta.get("creationTimestamp") or "", meta["name"], meta["uid"], version, cidrs, fault)
+    """The Claim of a Node object. ApiError."""
+    with told("read", NODES):
+        meta, spec = item["metadata"], item.get("spec") or {}
+        texts = spec.get("podCIDRs") or ([spec["podCIDR"]] if spec.get("podCIDR") else [])
+        entries = [(entry.get("manager"), (entry.get("fieldsV1") or {}).get("f:spec") or {}) for entry in meta.get("managedFields") or []]
+        others = [manager for manager, fields in entries if manager != MANAGER and {"f:podCIDR", "f:podCIDRs"} & set(fields)]
+        fault = f"its pod CIDR was set by {shown(others[0])}, not by {MANAGER}" if texts and others else ""
+        try:
+            cidrs = cidrs_in(texts)
+        except ValueError as error:
+            cidrs, fault = (), f"its pod CIDR is no network: {error}"
+        if not mncni.is_identifier(meta["name"]):
+            raise ValueError(f"a node named {shown(meta['name'])}")
+        created, uid, version = text_in(meta, "creationTimestamp", False), text_in(meta, "uid"), text_in(meta, "resourceVersion")
+        return Claim(created or "", meta["name"], uid, "" if texts else version, cidrs, fault)
 
 
 def plan_allocations(claims, pools, given, freed, now):

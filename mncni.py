@@ -115,17 +115,22 @@ ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0
 
 def is_identifier(text):
     """Whether text may be a container ID or a network name: a letter or digit, then letters, digits, '_', '.', '-'."""
-    return bool(text) and text[0] not in "_.-" and ID_CHARACTERS.issuperset(text)
+    return isinstance(text, str) and bool(text) and text[0] not in "_.-" and ID_CHARACTERS.issuperset(text)
 
 
 def is_ifname(text):
-    """Whether text may name an interface: the kernel's rule (dev_valid_name), less what `ip -batch` gives a meaning to."""
+    """Whether text may name an interface: the kernel's rule (dev_valid_name), less what `ip -batch` or nft gives a meaning to."""
     if not isinstance(text, str) or text in ("", ".", "..") or len(text.encode("utf-8", "replace")) > 15:
         return False
-    return not any(char in "/:\"'\\#" or char.isspace() or not char.isprintable() for char in text)
+    return is_word(text) and not any(char in "/:*" for char in text)
 
 
-ATTACHMENT = {"CNI_CONTAINERID": is_identifier, "CNI_NETNS": None, "CNI_IFNAME": is_ifname}
+def is_word(text):
+    """Whether `ip -batch` reads text as one word that means itself."""
+    return not any(char in "\"'\\#" or char.isspace() or not char.isprintable() for char in text)
+
+
+ATTACHMENT = {"CNI_CONTAINERID": is_identifier, "CNI_NETNS": is_word, "CNI_IFNAME": is_ifname}
 NO_NETNS = {"CNI_CONTAINERID": is_identifier, "CNI_IFNAME": is_ifname}
 REQUIRED = {"ADD": ATTACHMENT, "CHECK": ATTACHMENT, "DEL": NO_NETNS, "GC": {}, "STATUS": {}, "VERSION": {}}
 
@@ -135,7 +140,7 @@ def check_environment(environ):
     required = REQUIRED.get(environ.get("CNI_COMMAND", ""), {})
     for name, is_valid in required.items():
         value = environ.get(name, "")
-        if value and is_valid and not is_valid(value):
+        if value and not is_valid(value):
             raise CNIError(BAD_ENVIRONMENT, f"{name} is malformed: {value!r}", value)
     missing = [name for name in ("CNI_COMMAND", *required) if not environ.get(name)]
     if missing:
@@ -150,12 +155,15 @@ def parse_args(text):
 def parse_json_object(text, what="the network configuration on stdin"):
     """The dict that text holds; `what` it is, for messages. CNIError 6 for anything else: no UTF-8, no JSON, no object, nested too deep."""
 
-    def refuse_constant(word):
+    def refuse(word):
         raise ValueError(f"{word} is not JSON")
+
+    def finite(word):  # 1e400 is infinite to Python, which would write Infinity
+        return float(word) if abs(float(word)) < float("inf") else refuse(word)
 
     try:
         text.encode("utf-8")
-        value = json.loads(text, parse_constant=refuse_constant)
+        value = json.loads(text, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:  # UnicodeError and JSONDecodeError are ValueErrors
         why = "it is empty" if not text.strip() else str(error) or type(error).__name__
         raise CNIError(DECODE_FAILURE, f"cannot decode {what}: {why}") from None
@@ -702,22 +710,56 @@ def ask(command, run, may_be_gone=True):
     return reply
 
 
+def understood(program, parse, text):
+    """parse(text), of what a program said. CNIError 100 where that is nothing that parse reads."""
+    try:
+        return parse(text)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        what = f"cannot understand what {program} says: {type(error).__name__} {error}"[:300]
+        raise CNIError(COMMAND_FAILED, what, text[:1000]) from None
+
+
 def look_ip(arguments, run, netns="", family=""):
     """What `ip -json` prints for the given command lines, as one list of objects. What is not there is left out."""
     argv = ["ip", "-json", "-details", *([family] if family else []), "-force", "-batch", "-"]
-    reply = ask(Command(in_netns(netns, argv), guarded(arguments)), run)
-    return [item for line in reply.stdout.splitlines() if line for item in json.loads(line)]
+    return understood("ip", parse_ip, ask(Command(in_netns(netns, argv), guarded(arguments)), run).stdout)
 
 
-def look_nft(what, run):
-    """The objects of a table or chain of nft: look_nft(["table", "inet", "t"], run); [] if it is gone."""
-    return json.loads(ask(Command(["nft", "-j", "list", *what]), run).stdout or "{}").get("nftables", [])
+IP_KEYS = {  # what we read of `ip -json`, and what it has to be, for some of it becomes part of commands
+    **dict.fromkeys(("ifalias", "master", "address", "family"), lambda value: isinstance(value, str)),
+    **dict.fromkeys(("mtu", "ifindex", "prefixlen", "metric"), lambda value: type(value) is int),
+    **dict.fromkeys(("local", "gateway", "prefsrc"), lambda value: is_address(value, ipaddress.ip_address)),
+    **dict.fromkeys(("addr_info", "nexthops"), lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value)),
+    "dst": lambda value: value == "default" or is_address(value, ipaddress.ip_network),
+    "type": lambda value: isinstance(value, str) and value.isalpha(),
+    "table": lambda value: isinstance(value, (str, int)),
+    "flags": lambda value: isinstance(value, list),
+    "linkinfo": lambda value: isinstance(value, dict),
+}
+
+
+def parse_ip(text):
+    """The objects in lines of JSON, less those of links that nobody can name in a command. ValueError, TypeError, ... for other texts."""
+    items = [item for line in text.splitlines() if line for item in json.loads(line)]
+    for part in [*items, *(info for item in items for info in item.get("addr_info", ()))]:
+        wrong = [key for key, fits in IP_KEYS.items() if key in part and not fits(part[key])]
+        wrong += ["flags, mtu"] if "ifname" in part and not {"flags", "mtu"} <= part.keys() else []
+        if wrong:
+            raise ValueError(wrong[0])
+    return [item for item in items if is_ifname(item.get("ifname", item.get("dev", item.get("interface", "none"))))]
+
+
+def look_nft(what, parse, run):
+    """parse(objects) of a table or chain of nft, see nft(8), JSON: look_nft(["table", "inet", "t"], parse, run); of [] if it is gone."""
+    text = ask(Command(["nft", "-j", "list", *what]), run).stdout or "{}"
+    return understood("nft", lambda text: parse(json.loads(text).get("nftables", [])), text)
 
 
 def look_qdiscs(device, run, netns=""):
-    """The queueing disciplines of a device, [] if it or its namespace is gone."""
+    """[(kind, rate in byte/s, 0 for none)] of the queueing disciplines of a device, [] if it or its namespace is gone."""
     reply = run(Command(in_netns(netns, ["tc", "-json", "qdisc", "show", "dev", device])))
-    return json.loads(reply.stdout or "[]") if reply.exit_code == 0 else []
+    rows = json.loads if reply.exit_code == 0 else lambda text: []
+    return understood("tc", lambda text: [(row["kind"], row.get("options", {}).get("rate", 0)) for row in rows(text)], reply.stdout or "[]")
 
 
 def look_link(name, links):
@@ -727,7 +769,8 @@ def look_link(name, links):
 
 def addresses_of(link, scope=""):
     """The addresses of a link in what `ip address` returned, like "10.244.1.1/24"; of a scope, or all."""
-    return {f"{info['local']}/{info['prefixlen']}" for info in link.get("addr_info", []) if scope in ("", info.get("scope"))}
+    infos = [info for info in link.get("addr_info", []) if {"local", "prefixlen"} <= info.keys()]
+    return {f"{info['local']}/{info['prefixlen']}" for info in infos if scope in ("", info.get("scope"))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1403,7 +1446,7 @@ def is_in_the_way(other, gateway):
 def ensure_bridge(request, conf, bridge, gateways, run):
     """Make the bridge what it has to be. Returns its MAC. Looks again under a lock when there is something to do: ADDs run side by side."""
     if not plan_bridge(conf, bridge, gateways) and not plan_no_advertisements(conf["bridge"], bridge):
-        return bridge["address"]
+        return bridge.get("address", "")
     with bridge_lock(request):
         bridge, _ = look_host(request, conf["bridge"], run)
         refuse_foreign_bridge(conf, bridge)
@@ -1411,7 +1454,7 @@ def ensure_bridge(request, conf, bridge, gateways, run):
         plan = plan_forwarding(gateways, look_forwarding(run)) + ([ip_batch(lines)] if lines else [])
         apply(plan + plan_no_advertisements(conf["bridge"], bridge), run)
         bridge, _ = look_host(request, conf["bridge"], run)
-        return bridge["address"] if bridge else ""
+        return (bridge or {}).get("address", "")
 
 
 def bridge_lock(request):
@@ -1433,7 +1476,8 @@ def plan_no_advertisements(name, bridge):
 
 def look_forwarding(run):
     """The families ("inet", "inet6") that the host forwards."""
-    return {entry["family"] for entry in look_ip(["netconf show"], run) if entry.get("interface") == "all" and entry.get("forwarding")}
+    entries = [entry for entry in look_ip(["netconf show"], run) if entry.get("interface") == "all"]
+    return {entry["family"] for entry in entries if entry.get("forwarding") and "family" in entry}
 
 
 def plan_forwarding(gateways, forwarded):
@@ -1489,8 +1533,11 @@ def route_line(route, ifname):
 
 def look_masq(request, conf, run):
     """The stamp of the masquerade rules as they stand, "" if they are not whole. To look is cheaper than a transaction."""
-    items = look_nft(["chain", "inet", "mncni_masq", f"net_{short_hash(request.network)}"], run) if conf["ipMasq"] else []
-    stamps = [item["rule"].get("comment", "").rpartition(" ")[2] for item in items if "rule" in item]
+
+    def parse(items):
+        return [item["rule"].get("comment", "").rpartition(" ")[2] for item in items if "rule" in item]
+
+    stamps = look_nft(["chain", "inet", "mncni_masq", f"net_{short_hash(request.network)}"], parse, run) if conf["ipMasq"] else []
     return stamps[0] if len(stamps) == 2 and stamps[0] == stamps[1] else ""
 
 
@@ -1643,10 +1690,10 @@ def check_pod(request, ips, run):
 
 def is_route(route, present):
     """Whether a route of `ip -json` is the given one of a result. Only what the result names is compared."""
-    dst = default_route(route["dst"]) if present["dst"] == "default" else present["dst"]
+    dst = default_route(route["dst"]) if present.get("dst", "default") == "default" else present["dst"]
     same = ipaddress.ip_network(dst, strict=False) == ipaddress.ip_network(route["dst"], strict=False)
     gateways = [hop.get("gateway") for hop in present.get("nexthops") or [present]]
-    same = same and (not route.get("gw") or str(ipaddress.ip_address(route["gw"])) in gateways)
+    same = same and (not route.get("gw") or str(parse_address(route["gw"], ipaddress.ip_address, '"gw" of a route')) in gateways)
     same = same and (not route.get("priority") or present.get("metric", 0) == route["priority"])
     table = {"main": 254, "default": 253, "local": 255}.get(present.get("table", "main"), present.get("table"))
     return same and ("table" not in route or str(table) == str(route["table"] or 254))
@@ -1741,7 +1788,7 @@ def plan_ports(mappings, ips):
     """
     if mappings and not ips:
         raise config_error("portmap: the pod has no address for a host port to lead to")
-    addresses, ports = [ipaddress.ip_interface(ip["address"]) for ip in ips], {}
+    addresses, ports = [parse_address(ip["address"], ipaddress.ip_interface, "the pod's address") for ip in ips], {}
     parsed = [parse_mapping(mapping) for mapping in mappings]
     for own in {address.version: address for address in reversed(addresses)}.values():
         for protocol, host_ip, host_port, container_port in parsed:
@@ -1757,9 +1804,9 @@ def plan_ports(mappings, ips):
 def parse_state(text):
     """A state with its "ports", see look_ports. CNIError, ValueError, TypeError, LookupError for other texts: what it says goes to nft."""
     state = parse_json_object(text)
-    network, container_id, ifname = state["owner"]
+    network, container_id, ifname = typed(state, "owner", list, [])
     well_formed = is_identifier(network) and is_identifier(container_id) and is_ifname(ifname)
-    if not well_formed or not is_ifname(state["device"] or "none") or type(state["since"]) is not int:
+    if not well_formed or not is_ifname(typed(state, "device", str, "") or "none") or type(state["since"]) is not int:
         raise ValueError
     return {**state, "ports": plan_ports(state["mappings"], state["ips"])}
 
@@ -1974,15 +2021,21 @@ def portmap_check(request, run):
 
 def check_ports(states, wanted, run):
     """What is wrong with the table, given {"MAP KEY": (VALUE, ...)} that it has to hold, as a list of messages."""
-    items, elements = look_nft(["table", "inet", "mncni_portmap"], run), {}
+    elements, rules = look_nft(["table", "inet", "mncni_portmap"], parse_portmap, run)
+    wrong = {key: value for key, (value, _) in wanted.items() if elements.get(key) != value}
+    problems = [f"host port {key} leads to {elements.get(key, 'nothing')}, not to {value}" for key, value in wrong.items()]
+    expected = PORTMAP_RULES + len(plan_port_rules(states))
+    return problems + ([f"nft table inet mncni_portmap has {rules} rules, not {expected}"] if rules != expected else [])
+
+
+def parse_portmap(items):
+    """({"MAP KEY": VALUE}, number of rules) of nft's objects."""
+    elements = {}
     for table_map in (item["map"] for item in items if "map" in item):
         for key, value in table_map.get("elem", []):
             words = [[PROTOCOLS.get(str(word), str(word)) for word in side["concat"]] for side in (key["elem"]["val"], value)]
             elements[f"{table_map['name']} {' . '.join(words[0])}"] = " . ".join(words[1])
-    wrong = {key: value for key, (value, _) in wanted.items() if elements.get(key) != value}
-    problems = [f"host port {key} leads to {elements.get(key, 'nothing')}, not to {value}" for key, value in wrong.items()]
-    rules, expected = sum("rule" in item for item in items), PORTMAP_RULES + len(plan_port_rules(states))
-    return problems + ([f"nft table inet mncni_portmap has {rules} rules, not {expected}"] if rules != expected else [])
+    return elements, sum("rule" in item for item in items)
 
 
 def portmap_gc(request, run):
@@ -2053,7 +2106,7 @@ def look_peer(request, run):
     names = host_links(request)
     pod = look_pod(request, run)
     for host in look_ip([f"link show dev {name}" for name in names], run) if names else []:
-        if pod and host["ifindex"] == pod.get("link_index"):
+        if pod and host.get("ifindex") == pod.get("link_index"):
             return host
     raise config_error(f"none of the interfaces {', '.join(names) or '(none)'} of prevResult is the host's end of {request.ifname}")
 
@@ -2067,7 +2120,7 @@ def plan_bandwidth(request, limits, peer, qdiscs):
     if "egress" in limits:
         made = f"link add name {ifb} mtu {mtu} address {mac_of(ifb, '0a:59')} type ifb"
         plan.append(ip_batch([made, f"link set dev {ifb} alias {link_alias(request)} up"]))
-        if not any(qdisc["kind"] in ("ingress", "clsact") for qdisc in qdiscs):  # one of somebody else's serves as well
+        if not any(kind in ("ingress", "clsact") for kind, _ in qdiscs):  # one of somebody else's serves as well
             lines.append(f"qdisc add dev {name} ingress")
         lines.append(f"filter add dev {name} ingress protocol all u32 match u32 0 0 action mirred egress redirect dev {ifb}")
         lines.append(f"qdisc replace dev {ifb} root {tbf(*limits['egress'], mtu)}")
@@ -2106,7 +2159,7 @@ def bandwidth_check(request, run):
     peer, ifb, problems = look_peer(request, run)["ifname"], own_ifb(request), []
     for direction, (rate, _) in limits.items():
         device = peer if direction == "ingress" else ifb
-        if rate // 8 not in [qdisc["options"]["rate"] for qdisc in look_qdiscs(device, run) if qdisc["kind"] == "tbf"]:
+        if rate // 8 not in [limit for kind, limit in look_qdiscs(device, run) if kind == "tbf"]:
             problems.append(f"{direction} is not limited to {rate} bit/s: {device} has no such token bucket")
     if "egress" in limits and ifb not in run(Command(["tc", "-json", "filter", "show", "dev", peer, "ingress"])).stdout:
         problems.append(f"egress is not limited: what {peer} receives is not redirected to {ifb}")
@@ -2200,7 +2253,7 @@ def lat_add(request, run):
 
 def look_netem(request, run):
     """Whether the pod's interface has netem. False where there is no interface or no namespace any more."""
-    return any(qdisc["kind"] == "netem" for qdisc in look_qdiscs(request.ifname, run, request.netns))
+    return any(kind == "netem" for kind, _ in look_qdiscs(request.ifname, run, request.netns))
 
 
 def lat_del(request, run):
@@ -2298,9 +2351,9 @@ def loopback_add(request, run):
     apply([ip_batch(["link set dev lo up"], request.netns)], run)
     if request.prev_result:
         return request.prev_result
-    lo = look_lo(request, run)
+    lo = look_lo(request, run) or {}
     ips = [{"address": address, "interface": 0} for address in sorted(addresses_of(lo))]
-    return {"cniVersion": NEWEST, "interfaces": [{"name": "lo", "mac": lo["address"], "sandbox": request.netns}], "ips": ips}
+    return {"cniVersion": NEWEST, "interfaces": [{"name": "lo", "mac": lo.get("address", ""), "sandbox": request.netns}], "ips": ips}
 
 
 def loopback_del(request, run):
@@ -2424,7 +2477,7 @@ def chain(name, conf_dir, backup_dir, remove=False):
     wanted = [plugin for plugin in plugins if plugin is not ours[0]] if remove else [*plugins, CHAINED[name]]
     added = "" if remove else ",\n    " + json.dumps(CHAINED[name])
     keep_backup(path, text, backup_dir)
-    write_file(path, edited(text, {**conf, "plugins": wanted}, added), os.stat(path).st_mode & 0o777)
+    write_file(path, edited(text, {**conf, "plugins": wanted}, ours[0] if remove else plugins[-1], added), os.stat(path).st_mode & 0o777)
     return path
 
 
@@ -2434,15 +2487,14 @@ def plugin_names(plugin):
     return names if isinstance(names, list) else [names]
 
 
-def edited(text, wanted, added):
-    """The JSON text, changed in one place so that it says `wanted`: `added` comes behind a brace, or, added being "", what stands from a
-    comma to a brace goes. Every such place is tried: so all the rest stays, however it is written."""
-    ends = [place + 1 for place, char in enumerate(text) if char == "}"]
-    commas = [place for place, char in enumerate(text) if char == ","]
-    cuts = [(end, end) for end in ends] if added else [(comma, end) for comma in commas for end in ends if comma < end]
-    for start, end in cuts:
-        changed = text[:start] + added + text[end:]
+def edited(text, wanted, anchor, added):
+    """The JSON text, changed in one place so that it says `wanted`: `added` comes behind the object `anchor`, or, added being "", that
+    object goes with the comma before it. All the rest stays, however it is written."""
+    decode = json.JSONDecoder().raw_decode
+    for start in (place for place, char in enumerate(text) if char == "{"):
         try:
+            found, end = decode(text, start)
+            changed = text[: end if added else text.rindex(",", 0, start)] + added + text[end:] if found == anchor else "{}"
             if json.loads(changed) == wanted:
                 return changed
         except ValueError:
@@ -2534,7 +2586,7 @@ def explain_command(options, run):
     print("# on a host that has nothing of it yet, or only what an ADD made. Leases are files, not commands, so they do not show.")
     result = None
     for conf in plugins:
-        print(f"\n# ---- type {conf.get('type')}, plugin {json.dumps(conf.get('plugin', conf.get('type')))} ----")
+        print("\n# ---- type {}, plugin {} ----".format(*(json.dumps(conf.get(key, conf.get("type"))) for key in ("type", "plugin"))))
         if "plugin" not in conf and conf.get("type") not in (*PLUGINS, "mncni", "mncni.py"):
             print("# Not a plugin of MNCNI's. The interface and the address below stand for its own.")
             result = result or FOREIGN_RESULT
