@@ -628,9 +628,10 @@ def refuse_kind(path, kind, suffix=""):
 
 def text_in(mapping, key, needed=True):
     """mapping[key], a str; None where it is absent and not needed. TypeError, KeyError: see told()."""
-    if not isinstance(mapping[key] if needed else mapping.get(key) or "", str):
+    value = mapping[key] if needed else mapping.get(key)
+    if not isinstance(value, str) and (needed or value is not None):
         raise TypeError(f'"{key}" is no text')
-    return mapping.get(key)
+    return value
 
 
 def cidrs_in(texts):
@@ -804,20 +805,23 @@ class KubernetesStore(Store):
             self.wake()
 
     def _parse_node(self, item):
-        """(name, Seen) of a Node or of its metadata. Whatever may be absent in a Node may be null, too."""
-        metadata, cidrs = item["metadata"], None if self.guard else tuple((item.get("spec") or {}).get("podCIDRs") or ())
-        facts = Facts(metadata.get("uid"), metadata.get("creationTimestamp"), cidrs)
-        return metadata["name"], Seen((metadata.get("annotations") or {}).get(RECORD), facts)
+        """(name, Seen) of a Node or of its metadata. Whatever may be absent in a Node may be null, too. ApiError."""
+        with told("read", NODES):
+            metadata, cidrs = item["metadata"], cidrs_in((item.get("spec") or {}).get("podCIDRs") or ())
+            facts = [text_in(metadata, key, False) for key in ("uid", "creationTimestamp")]
+            record = text_in(metadata.get("annotations") or {}, RECORD, False)
+            return text_in(metadata, "name"), Seen(record, Facts(*facts, None if self.guard else tuple(map(str, cidrs))))
 
     def _parse_own(self, item):
         """The same of our own Node: (name, see self.own)."""
         name, (text, facts) = self._parse_node(item)
-        spec, status = item.get("spec") or {}, item.get("status") or {}
-        found = [entry for entry in status.get("conditions") or () if entry.get("type") == "NetworkUnavailable"]
-        own = {"uid": facts.uid, "podCIDRs": spec.get("podCIDRs") or [], "record": text, "version": item["metadata"]["resourceVersion"]}
-        own["condition"] = {key: found[0].get(key) for key in ("status", "reason", "lastTransitionTime")} if found else {}
-        own["addresses"] = [entry.get("address") for entry in status.get("addresses") or ()]
-        return name, own
+        with told("read", NODES):
+            cidrs, status = (item.get("spec") or {}).get("podCIDRs") or [], item.get("status") or {}
+            found = [entry for entry in status.get("conditions") or () if entry.get("type") == "NetworkUnavailable"]
+            own = {"uid": facts.uid, "podCIDRs": cidrs, "record": text, "version": text_in(item["metadata"], "resourceVersion")}
+            own["condition"] = {key: found[0].get(key) for key in ("status", "reason", "lastTransitionTime")} if found else {}
+            own["addresses"] = [entry.get("address") for entry in status.get("addresses") or ()]
+            return name, own
 
     def _take_nodes(self, kind, items):
         """Take over one node, or (LIST) all. One that says nothing new to us, like a kubelet's sign of life, is no news."""
@@ -854,13 +858,14 @@ class KubernetesStore(Store):
         """Whether an admission policy bites: a change of another node's record, tried without effect (dryRun), is to be refused. None if
         that cannot be tried. Were it done all the same, that record would have a space more."""
         try:
-            items = self.api.request("GET", NODES, params={"limit": 2}, accept=METADATA_LIST)["items"]
-            others = [item["metadata"] for item in items if item["metadata"]["name"] != self.node_name]
+            items = self.api.request("GET", NODES, params={"limit": 2}, accept=METADATA_LIST)
+            with told("read", NODES):
+                nodes = dict(map(self._parse_node, items["items"]))
+            others = [name for name in nodes if name != self.node_name]
             if not others:
                 return None
-            text = (others[0].get("annotations") or {}).get(RECORD, "") + " "
-            body = {"metadata": {"annotations": {RECORD: text}}}
-            self.api.request("PATCH", f"{NODES}/{others[0]['name']}", body, {"dryRun": "All"}, MERGE_PATCH)
+            body = {"metadata": {"annotations": {RECORD: (nodes[others[0]].text or "") + " "}}}
+            self.api.request("PATCH", f"{NODES}/{others[0]}", body, {"dryRun": "All"}, MERGE_PATCH)
             return False
         except ApiError as error:
             return True if error.status in (403, 422) else None
@@ -1255,20 +1260,32 @@ def sync(path):
         os.close(descriptor)
 
 
-def load_json(path):
-    """The object in a file of ours; {} if there is none, or it is unreadable: it is a help, no truth."""
-    with contextlib.suppress(OSError, ValueError):
-        value = json.loads(mncni.read_file(path) or "{}")
-        if isinstance(value, dict):
-            return value
-    log.warning("%s is unreadable; going on without", path)
-    return {}
+def load_json(path, check=dict):
+    """The object in a file of ours; {} if there is none, or it is unreadable: it is a help, no truth. check(object) fails for one that
+    is not what we write."""
+    try:
+        value = mncni.parse_json_object(mncni.read_file(path) or "{}", path)
+        check(value)
+        return value
+    except (OSError, CNIError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        log.warning("%s is unreadable (%s %s); going on without", path, type(error).__name__, error)
+        return {}
+
+
+def check_loaded(tables):
+    """ValueError, TypeError unless this is what Context.loaded may be."""
+    for text, _ in tables.values():
+        text.splitlines()
 
 
 def load_state(path):
     """{"own": our record's fields, "records": {name: text}}, the last good list."""
     state = load_json(path)
     own, records = (state.get(key) if isinstance(state.get(key), dict) else {} for key in ("own", "records"))
+    kinds = {"uid": str, "created": str, "text": str, "gen": int, "seen": bool, "podCIDRs": list, "addresses": list}
+    own = {key: value for key, value in own.items() if type(value) is kinds.get(key)}
+    with contextlib.suppress(ValueError):
+        own["podCIDRs"] = [str(cidr) for cidr in cidrs_in(own.pop("podCIDRs", ()))]
     return {"own": own, "records": {name: text for name, text in records.items() if isinstance(text, str)}}
 
 
@@ -1423,7 +1440,7 @@ def parse_nft(text):
     """(what `nft -j list table` says less handles and counts, (packets, bytes) of the leak counter)."""
     items = [item for item in json.loads(text or "{}").get("nftables", []) if "metainfo" not in item]
     counters = [item["counter"] for item in items if item.get("counter", {}).get("name") == "leaked"]
-    return without_volatile(items), (counters[0]["packets"], counters[0]["bytes"]) if counters else (0, 0)
+    return without_volatile(items), tuple(max(0, int(counters[0][key])) for key in ("packets", "bytes")) if counters else (0, 0)
 
 
 def without_volatile(value):
@@ -1455,11 +1472,12 @@ def parse_dump(text):
         lines = [["" if word in ("(none)", "off") else word for word in line.split("\t")] for line in text.splitlines()]
         peers = {}
         for key, _, endpoint, allowed_ips, handshake, rx, tx, _ in lines[1:]:
-            peers[key] = {"endpoint": endpoint, "allowed_ips": set(filter(None, allowed_ips.split(",")))}
-            peers[key].update(handshake=int(handshake), rx=int(rx), tx=int(tx))
+            figures = dict(zip(("handshake", "rx", "tx"), map(int, (handshake, rx, tx))))
+            peers[parse_key(key)] = {"endpoint": endpoint, "allowed_ips": set(filter(None, allowed_ips.split(","))), **figures}
         private, public, port = lines[0][:3]
+        private, public = (key and parse_key(key) for key in (private, public))
         return {"private_key": private, "public_key": public, "port": int(port), "peers": peers}
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, BadRecord):
         raise CNIError(mncni.COMMAND_FAILED, "cannot understand what `wg show dump` says; is this wireguard-tools too new?") from None
 
 
@@ -1511,7 +1529,7 @@ class Context:
 def look_routes(run, netns=""):
     """Our routes, both families, in the form of route()."""
     command = f"route show table main proto {ROUTE_PROTOCOL}"
-    return [parse_route(entry, family) for family in ("-4", "-6") for entry in look_ip([command], run, netns, family)]
+    return [parse_route(entry, family) for family in ("-4", "-6") for entry in look_ip([command], run, netns, family) if "dst" in entry]
 
 
 def ensure_endpoints(context):
@@ -1572,7 +1590,7 @@ def ensure_firewall(context, where, text_of):
 
 
 def look_firewall(run, netns):
-    return parse_nft(ask(Command(in_netns(netns, ["nft", "-j", "list", "table", "inet", "mncni"])), run).stdout)
+    return mncni.understood("nft", parse_nft, ask(Command(in_netns(netns, ["nft", "-j", "list", "table", "inet", "mncni"])), run).stdout)
 
 
 def ensure_namespace(context):
@@ -1614,7 +1632,8 @@ def plan_ns_sysctls(facts, netns):
     """Forward both families (a new namespace does not forward IPv6), and no reverse path filter: routes are few and strict already."""
     entries = [entry for entry in facts if "interface" in entry]
     keys = {"inet": "net/ipv4/ip_forward", "inet6": "net/ipv6/conf/all/forwarding"}
-    off = [keys[entry["family"]] for entry in entries if entry["interface"] == "all" and not entry["forwarding"]]
+    every = [entry for entry in entries if entry["interface"] == "all" and entry.get("family") in keys]
+    off = [keys[entry["family"]] for entry in every if not entry.get("forwarding")]
     filtered = [f"net/ipv4/conf/{entry['interface']}/rp_filter" for entry in entries if entry.get("rp_filter", "off") != "off"]
     return [mncni.write_sysctls(sorted(keys), value, netns) for keys, value in ((off, 1), (filtered, 0)) if keys]
 
@@ -1802,7 +1821,8 @@ def ensure_forwarding(context):
     gateways = [str(gateway) for gateway in context.settings.gateways.values()]
     plan = mncni.plan_forwarding(gateways, mncni.look_forwarding(context.run))
     if any("ipv6" in " ".join(command.argv) for command in plan):  # a router heeds no other router's advertisements, unless told to
-        uplinks = {entry["dev"] for entry in look_ip(["route show default"], context.run, "", "-6") if entry.get("protocol") == "ra"}
+        defaults = [entry for entry in look_ip(["route show default"], context.run, "", "-6") if "dev" in entry]
+        uplinks = {entry["dev"] for entry in defaults if entry.get("protocol") == "ra"}
         plan = [mncni.write_sysctls([f"net/ipv6/conf/{uplink}/accept_ra"], 2) for uplink in sorted(uplinks)] + plan
     apply(plan, context.run)
 
@@ -1905,7 +1925,8 @@ class Agent:
 
     def __init__(self, settings, store, run, clock=time.monotonic):
         self.store, self.clock = store, clock
-        self.context = Context(settings, run, mncni.boot_id(), loaded=load_json(os.path.join(settings.run_dir, "firewall.json")))
+        loaded = load_json(os.path.join(settings.run_dir, "firewall.json"), check_loaded)
+        self.context = Context(settings, run, mncni.boot_id(), loaded=loaded)
         self.roster = Roster(settings)
         self.state_path = os.path.join(settings.state_dir, "nodes.json")
         self.state = load_state(self.state_path)
@@ -2317,11 +2338,22 @@ class Election:
             log.warning("%s", trouble)
         self.trouble = trouble
 
+    def ask(self, *arguments):
+        """The Lease in the answer to a request. ApiError, also for what is none."""
+        lease = self.api.request(*arguments)
+        with told("read", self.path):
+            meta, spec = lease["metadata"], lease.get("spec") or {}
+            text_in(meta, "resourceVersion"), text_in(meta.get("annotations") or {}, USED, False), text_in(spec, "holderIdentity", False)
+            numbers = [spec.get(key) or 0 for key in ("leaseDurationSeconds", "leaseTransitions")]
+            if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
+                raise ValueError(f"{shown(numbers)} are no numbers of a Lease")
+        return lease
+
     def look(self):
         """Read the Lease. ApiError."""
         before = self.lease
         try:
-            self.lease = self.api.request("GET", f"{self.path}/{self.name}")
+            self.lease = self.ask("GET", f"{self.path}/{self.name}")
         except ApiError as error:
             if error.status != 404:
                 raise
@@ -2348,7 +2380,7 @@ class Election:
         lease["metadata"] = {**meta, "annotations": {**notes, USED: self.note}}
         method, path = ("PUT", f"{self.path}/{self.name}") if self.lease else ("POST", self.path)
         sent, self.known = self.clock(), False
-        self.lease = self.api.request(method, path, lease)
+        self.lease = self.ask(method, path, lease)
         self.known, self.renewed = True, sent if holder else float("-inf")
         if not self.ours:
             self.ours, self.term = True, self.term + 1
@@ -2455,7 +2487,7 @@ class NodeIpam:
         texts, self.given[claim.uid] = [str(cidr) for cidr in cidrs], cidrs
         body = {"metadata": {"resourceVersion": claim.version}, "spec": {"podCIDR": texts[0], "podCIDRs": texts}}
         try:
-            node = self.api.request("PATCH", f"{NODES}/{claim.name}", body, {"fieldManager": MANAGER}, MERGE_PATCH)
+            node = parse_claim(self.api.request("PATCH", f"{NODES}/{claim.name}", body, {"fieldManager": MANAGER}, MERGE_PATCH))
         except ApiError as error:
             changed = error.status in (404, 409)  # the watch will tell
             self.counts.add("mncni_nodeipam_write_failures_total", cause="conflict" if changed else "other")
@@ -2464,7 +2496,7 @@ class NodeIpam:
                 self.not_before = self.clock() + max(RETRY_S, error.retry_after_s or 0)
             return
         self.counts.add("mncni_nodeipam_ranges_given_total")
-        self.observe("MODIFIED", [parse_claim(node)])  # as it was stored: the next pass compares it with all others
+        self.observe("MODIFIED", [node])  # as it was stored: the next pass compares it with all others
         log.info("node %s has pod CIDRs %s", claim.name, ", ".join(texts))
 
     def say(self, refused):
@@ -2533,7 +2565,7 @@ def look_status(settings, run):
     """The agent's own word, with WireGuard's figures per peer: {"node", "ok", "reason", "running", "peers": [...], "quarantine", ...}.
 
     Of a peer, present: WireGuard has it; handshake: when last, in Unix time, 0 for never."""
-    status = load_json(os.path.join(settings.run_dir, "status.json"))
+    status = load_json(os.path.join(settings.run_dir, "status.json"), check_status)
     if not status:
         nothing = {"ok": False, "running": False, "peers": [], "quarantine": {}}
         return {**nothing, "node": settings.node_name, "reason": "no agent has run here since the boot"}
@@ -2547,16 +2579,30 @@ def look_status(settings, run):
         present = look_device(Context(settings, run, ""))["peers"]
     except CNIError as error:
         reasons.append(f"the WireGuard device is not there: {error}")
-    for peer in status["peers"]:
-        there = present.get(peer["key"], {})
-        figures = {key: there.get(key, 0) for key in ("handshake", "rx", "tx")}
-        peer.update(figures, present=bool(there), endpoint=there.get("endpoint") or peer["endpoint"])
+    with_figures(status, present)
     if not status["running"]:
         reasons.append("no agent is running; the network stands as the last one left it")
     if status["quarantine"]:
         reasons.append(f"records of {len(status['quarantine'])} nodes are quarantined, see below")
     status["reason"] = next(filter(None, reasons), "")
     status["ok"] = not status["reason"] and not status["store"] and all(peer["present"] for peer in status["peers"])
+    return status
+
+
+def check_status(status):
+    """Fails for what cannot be shown, see load_json; nothing at all can."""
+    if status:
+        whole = {**with_figures(status, {}), "ok": False, "up": False, "leases": 0}
+        texts = [status["reason"], status["store"], *status["quarantine"], *status["quarantine"].values()]
+        "".join([*texts, format_status(whole, 0), format_metrics(plan_metrics(whole))]).encode()
+
+
+def with_figures(status, present):
+    """The status with WireGuard's figures of each peer, where it is present."""
+    for peer in status["peers"]:
+        there = present.get(peer["key"], {})
+        figures = {key: there.get(key, 0) for key in ("handshake", "rx", "tx")}
+        peer.update(figures, present=bool(there), endpoint=there.get("endpoint") or peer["endpoint"])
     return status
 
 

@@ -620,7 +620,8 @@ def quote(word):
     if all(char.isprintable() or char in "\n\t" for char in word):
         return shlex.quote(word)
     plain = word.replace("\\", "\\\\").replace("'", "\\'")
-    return "$'" + "".join(char if char.isprintable() else "".join(f"\\{byte:03o}" for byte in char.encode("utf-8", "replace")) for char in plain) + "'"
+    octal = (char if char.isprintable() else "".join(f"\\{byte:03o}" for byte in char.encode("utf-8", "replace")) for char in plain)
+    return f"$'{''.join(octal)}'"
 
 
 def replay_line(call):
@@ -1199,7 +1200,8 @@ def tell_slow(calls, slow, now):
 
 # What a recording has to hold, see Calls; a list or object of one form: [form], {str: form}.
 COMMAND_FORM = {"argv": [str], "exit": (int, type(None)), "signal": str, "duration_ms": (int, float), "stdin": str, "stderr": str}
-CALL_FORM = {**COMMAND_FORM, **dict.fromkeys(("command", "plugin", "path", "container_id", "netns", "ifname", "network", "error", "stdout"), str),
+CALL_TEXTS = ("command", "plugin", "path", "container_id", "netns", "ifname", "network", "error", "stdout")
+CALL_FORM = {**COMMAND_FORM, **dict.fromkeys(CALL_TEXTS, str),
              **dict.fromkeys(("stdin_size", "stdout_size", "stderr_size", "chain"), int), "time": (int, float), "env": {str: str},
              "parent": {"pid": int, "comm": str}, "incomplete": bool, "running": bool, "commands": [COMMAND_FORM]}
 CALL_FORM["delegates"] = [CALL_FORM]
@@ -1215,7 +1217,8 @@ def has_form(value, form):
     if isinstance(form, dict):
         optional = {key: type(OPTIONAL[key]) for key in OPTIONAL if key in value} if isinstance(value, dict) else {}
         return isinstance(value, dict) and all(key in value and has_form(value[key], kind) for key, kind in {**form, **optional}.items())
-    return isinstance(value, form) and (isinstance(value, bool) == (form is bool)) and (not isinstance(value, (int, float)) or abs(value) < 1e11)
+    bounded = not isinstance(value, (int, float)) or abs(value) < 1e11
+    return isinstance(value, form) and isinstance(value, bool) == (form is bool) and bounded
 
 
 def view(options):
@@ -1363,7 +1366,7 @@ def plan_plugins(network):
     common = {"name": network["name"], "cniVersion": max(versions, key=lambda text: [int(part) for part in re.findall(r"\d{1,9}", text)])}
     for plugin in network["plugins"]:
         kind = plugin["ipam"].get("type") if isinstance(plugin.get("ipam"), dict) else None
-        found += [(name, {**plugin, **common}) for name in (plugin["type"], kind) if name and name not in ("mncni.py",)]
+        found += [(name, {**plugin, **common}) for name in (plugin["type"], str(kind or "")) if name not in ("", "mncni.py")]
     return found
 
 

@@ -714,7 +714,7 @@ def understood(program, parse, text):
     """parse(text), of what a program said. CNIError 100 where that is nothing that parse reads."""
     try:
         return parse(text)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         what = f"cannot understand what {program} says: {type(error).__name__} {error}"[:300]
         raise CNIError(COMMAND_FAILED, what, text[:1000]) from None
 
@@ -743,10 +743,10 @@ def parse_ip(text):
     items = [item for line in text.splitlines() if line for item in json.loads(line)]
     for part in [*items, *(info for item in items for info in item.get("addr_info", ()))]:
         wrong = [key for key, fits in IP_KEYS.items() if key in part and not fits(part[key])]
-        wrong += ["flags, mtu"] if "ifname" in part and not {"flags", "mtu"} <= part.keys() else []
+        wrong += ["flags, mtu"] if {"ifname", "addr_info"} & part.keys() and not {"flags", "mtu"} <= part.keys() else []
         if wrong:
             raise ValueError(wrong[0])
-    return [item for item in items if is_ifname(item.get("ifname", item.get("dev", item.get("interface", "none"))))]
+    return [item for item in items if all(is_ifname(item[key]) for key in ("ifname", "dev", "interface") if key in item)]
 
 
 def look_nft(what, parse, run):
@@ -1808,7 +1808,7 @@ def parse_state(text):
     well_formed = is_identifier(network) and is_identifier(container_id) and is_ifname(ifname)
     if not well_formed or not is_ifname(typed(state, "device", str, "") or "none") or type(state["since"]) is not int:
         raise ValueError
-    return {**state, "ports": plan_ports(state["mappings"], state["ips"])}
+    return {**state, "device": state.get("device") or "", "ports": plan_ports(state["mappings"], state["ips"])}
 
 
 def look_ports(run_dir):
@@ -2492,6 +2492,11 @@ def edited(text, wanted, anchor, added):
     object goes with the comma before it. All the rest stays, however it is written."""
     decode = json.JSONDecoder().raw_decode
     for start in (place for place, char in enumerate(text) if char == "{"):
+        before = start - 1
+        while before >= 0 and text[before].isspace():
+            before -= 1
+        if text[before] not in "[,":  # no element of a list
+            continue
         try:
             found, end = decode(text, start)
             changed = text[: end if added else text.rindex(",", 0, start)] + added + text[end:] if found == anchor else "{}"

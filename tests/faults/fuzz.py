@@ -15,13 +15,68 @@ import time
 INPUT_S = 10  # far more than any input takes: one that takes longer hangs
 
 SPLICES = (
-    "\0 \n \r \t \x1b[2J \u202e \u0301 \ud800 \udcff \ufeff ; ' \" \\ # { } [ ] * % | & ` $(id) $HOME {0} %s = , : / ../ ./ - --".split(" ")
-    + [" ", "\nroute flush table main", "; flush ruleset", "}; add table inet x {", " metric 1", "%eth0", "\n[Peer]\n", "é", "１", "²", "٣"]
+    *("\0", "\n", "\r", "\t", "\x1b[2J", "\u202e", "\u0301", "\ud800", "\udcff", "\ufeff", " ", "é", "１", "²", "٣"),
+    *(
+        ";",
+        "'",
+        '"',
+        "\\",
+        "#",
+        "{",
+        "}",
+        "[",
+        "]",
+        "*",
+        "%",
+        "|",
+        "&",
+        "`",
+        "$(id)",
+        "$HOME",
+        "{0}",
+        "%s",
+        "=",
+        ",",
+        ":",
+        "/",
+        "../",
+        "./",
+    ),
+    *("-", "--", "\nroute flush table main", "; flush ruleset", "}; add table inet x {", " metric 1", "%eth0", "\n[Peer]\n"),
 )
 STRINGS = (
     *("", " ", "-", "--", "-x", "--help", "-batch", ".", "..", "../../etc/passwd", "/", "/etc/passwd", "/proc/self/environ", "a/b", "x\ny"),
-    *("a\0b", "\ud800", "\udcff", "ü", "x" * 16, "x" * 300, "x" * 70_000, "0", "-1", "1e400", "NaN", "null", "true", "all", "default", "lo"),
-    *("type", "dev", "10.0.0.0/8", "0.0.0.0/0", "::/0", "::1", "10.88.0.1", "10.88.0.0/24", "10.244.1.0/24\n", "fd00::%x;y/64", "10.0.0.010"),
+    *(
+        "a\0b",
+        "\ud800",
+        "\udcff",
+        "ü",
+        "x" * 16,
+        "x" * 300,
+        "x" * 70_000,
+        "0",
+        "-1",
+        "1e400",
+        "NaN",
+        "null",
+        "true",
+        "all",
+        "default",
+        "lo",
+    ),
+    *(
+        "type",
+        "dev",
+        "10.0.0.0/8",
+        "0.0.0.0/0",
+        "::/0",
+        "::1",
+        "10.88.0.1",
+        "10.88.0.0/24",
+        "10.244.1.0/24\n",
+        "fd00::%x;y/64",
+        "10.0.0.010",
+    ),
     *("fd00:244:1::%x\n/64", "::ffff:10.0.0.1", "fe80::1%eth0", "255.255.255.255/32", "127.0.0.1", "1.1.0", "1.0.0", "0.1.0", "$(reboot)"),
     *("9" * 5000, "naivewg", "portmap", "mncni", "lat", "eth0", "c1", "net", "50ms", "02:00:00:00:00:01", "2024-01-01T00:00:00Z", "²"),
 )
@@ -117,7 +172,18 @@ class Fuzz(random.Random):
         if isinstance(value, bool) or value is None:
             return self.hostile_value()
         if isinstance(value, (int, float)):
-            return self.choice((-value, value + 1, value - 1, value * 2**40, value / 3 if abs(value) < 1e9 else 0.5, str(value)[:9], [value], value * 10**300))
+            return self.choice(
+                (
+                    -value,
+                    value + 1,
+                    value - 1,
+                    value * 2**40,
+                    value / 3 if abs(value) < 1e9 else 0.5,
+                    str(value)[:9],
+                    [value],
+                    value * 10**300,
+                )
+            )
         if isinstance(value, str):
             return self.choice((self.spliced(value), self.hostile_text(), [value], {value: value}, value.upper(), value * 300))
         if isinstance(value, list):
@@ -136,8 +202,15 @@ class Fuzz(random.Random):
                 value = changed(value, path, lambda at, key, new=new: at.__setitem__(key, new))
             elif kind == 3 and path and isinstance(path[-1], str):
                 key, item = self.choice((Twice(path[-1]), path[-1].swapcase(), self.hostile_text())), self.hostile_value()
-                value = changed(value, path[:-1], lambda at, place, key=key, item=item: at[place].update({key: item}) if isinstance(
-                    at[place], dict) else None) if isinstance(get(value, path[:-1]), dict) else value
+                value = (
+                    changed(
+                        value,
+                        path[:-1],
+                        lambda at, place, key=key, item=item: at[place].update({key: item}) if isinstance(at[place], dict) else None,
+                    )
+                    if isinstance(get(value, path[:-1]), dict)
+                    else value
+                )
             elif kind == 4:
                 other = get(value, self.choice(list(places(value))))
                 value = changed(value, path, lambda at, key, other=other: at.__setitem__(key, other))
@@ -154,7 +227,9 @@ class Fuzz(random.Random):
         if kind == 0:
             return self.mutated_text(text)
         if kind == 1:
-            return self.choice(("", " ", "null", "[]", "{}", "0", '""', "{" * 100_000, "\ufeff" + text, text * 2, "\0" * 300, self.hostile_text()))
+            return self.choice(
+                ("", " ", "null", "[]", "{}", "0", '""', "{" * 100_000, "\ufeff" + text, text * 2, "\0" * 300, self.hostile_text())
+            )
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
@@ -276,7 +351,18 @@ class Fence:
     """While it is up, nothing is started, no connection made, and nothing written but below its directories. The rest is refused with
     an OSError, and noted unless `configured(path)` says that the input itself names that place."""
 
-    WRITES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.chmod", "os.chown", "os.link", "os.symlink", "os.truncate", "shutil.rmtree")
+    WRITES = (
+        "os.mkdir",
+        "os.remove",
+        "os.rename",
+        "os.rmdir",
+        "os.chmod",
+        "os.chown",
+        "os.link",
+        "os.symlink",
+        "os.truncate",
+        "shutil.rmtree",
+    )
     STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "socket.bind", "socket.sendto")
     current = None
     is_hooked = False
@@ -300,7 +386,11 @@ class Fence:
         paths = arguments[:2] if event in ("os.rename", "os.link") else arguments[1:2] if event == "os.symlink" else arguments[:1]
         if event == "open":
             is_write = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            if not is_write and str(arguments[0]).startswith(("/dev/", "/proc/kmsg")) and not str(arguments[0]).startswith(("/dev/shm/", "/dev/urandom")):
+            if (
+                not is_write
+                and str(arguments[0]).startswith(("/dev/", "/proc/kmsg"))
+                and not str(arguments[0]).startswith(("/dev/shm/", "/dev/urandom"))
+            ):
                 raise PermissionError(13, "the fence", arguments[0])  # some have no end
             if not is_write:
                 return
@@ -311,7 +401,9 @@ class Fence:
             return  # below an open directory: what shutil.rmtree does
         for path in map(os.fsdecode, (path for path in paths if isinstance(path, (str, bytes, os.PathLike)))):
             Fence.current = None  # what follows is our own
-            place = os.path.join(os.path.realpath(os.path.dirname(os.path.abspath(path))), os.path.basename(path)) if "\0" not in path else path
+            place = (
+                os.path.join(os.path.realpath(os.path.dirname(os.path.abspath(path))), os.path.basename(path)) if "\0" not in path else path
+            )
             Fence.current = self
             if not (place + "/").startswith(self.directories) and place not in ("/dev/null",):
                 if not self.configured(os.path.abspath(path)):

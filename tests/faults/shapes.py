@@ -27,27 +27,40 @@ IP_LINES = (
     *("route show table (?:all|main proto 201)", "route show default", "route get <ADDRESS>"),
     *("link add name <NAME> (?:mtu <NUMBER> )?address <MAC> type bridge", "link add name mncni-wg0 type wireguard"),
     "link add name <NAME> (?:mtu <NUMBER> )?address <MAC> type veth peer name <NAME> netns <NETNS> (?:mtu <NUMBER> )?address <MAC>",
-    *("link add name <NAME> mtu <NUMBER> type ifb", "link set dev <NAME>(?: mtu <NUMBER>)?(?: up)?", "link delete dev <NAME>"),
+    *("link (?:set dev <NAME>|delete) group <NUMBER>",
+    "link add name <NAME> mtu <NUMBER> type ifb", "link set dev <NAME>(?: mtu <NUMBER>)?(?: up)?", "link delete dev <NAME>"),
     *(f"link set dev <NAME> alias {ALIAS}(?: master <NAME>)?(?: up)?", "link set dev <NAME> master <NAME> up"),
     *("link set dev <NAME> type bridge_slave hairpin on", "link set dev mncni-wg0 netns <NETNS>"),
     *("address (?:delete|replace) <PREFIX> dev <NAME>(?: nodad)?", r"address add <PREFIX> dev <NAME> (?:nodad|brd \+)"),
     f"route prepend <PREFIX>(?: via <ADDRESS>)? dev <NAME>{METRICS}",
-    "route (?:replace|delete) (?:(?:unreachable|[a-z]+) )?<PREFIX>(?: via <ADDRESS>)?(?: dev <NAME>)?(?: src <ADDRESS>)?(?: metric <NUMBER>)?"
+    "route (?:replace|delete) (?:[A-Za-z]+ )?<PREFIX>(?: via <ADDRESS>)?(?: dev <NAME>)?(?: src "
+    "<ADDRESS>)?(?: metric <NUMBER>)?"
     "(?: onlink)? proto 201",
     r"route replace [^\s-][^\n]* dev <NAME> quickack 1",  # in ip's own words
 )
 TC_LINES = (
     "qdisc replace dev <NAME> root tbf rate \\d{1,19}bit burst \\d{1,20}b limit \\d{1,20}b",
-    *("qdisc add dev <NAME> ingress", "filter add dev <NAME> ingress protocol all u32 match u32 0 0 action mirred egress redirect dev <NAME>"),
+    *(
+        "qdisc add dev <NAME> ingress",
+        "filter add dev <NAME> ingress protocol all u32 match u32 0 0 action mirred egress redirect dev <NAME>",
+    ),
 )
 NFT_LINES = (
-    *("table inet mncni_portmap(?: \\{)?", "delete table inet mncni_portmap", "  map (?:given|any)[46] \\{ type [a-z0-9_. :]+; \\}", "\\}", "  \\}"),
+    *(
+        "table inet mncni_portmap(?: \\{)?",
+        "delete table inet mncni_portmap",
+        "  map (?:given|any)[46] \\{ type [a-z0-9_. :]+; \\}",
+        "\\}",
+        "  \\}",
+    ),
     "  chain [a-z]+ \\{(?: type (?:nat|filter) hook [a-z]+ priority -?\\d+;(?: fib daddr type local ct label set 109 jump ports;)? \\})?",
     "    dnat ip6? to (?:ip6? daddr \\. )?meta l4proto \\. th dport map @(?:given|any)[46]",
     "add rule inet mncni_portmap postrouting ct status dnat ct label 109 <FAMILY> saddr <PREFIX> <FAMILY> daddr <PREFIX> masquerade",
     'add rule inet mncni_portmap postrouting ct status dnat ip saddr 127.0.0.0/8 oifname "<NAME>" masquerade',
     'add rule inet mncni_portmap guard iifname "<NAME>" ip [sd]addr 127.0.0.0/8 drop',
-    'add element inet mncni_portmap (?:given|any)[46] \\{ (?:<ADDRESS> \\. )?<PROTOCOL> \\. <NUMBER> comment "<ID>:<ID>:<NAME>" : <ADDRESS> \\. <NUMBER> \\}',
+    "add element inet mncni_portmap (?:given|any)[46] \\{ (?:<ADDRESS> \\. )?<PROTOCOL> \\. <NUMBER> comment "
+    '"<ID>:<ID>:<NAME>" : <ADDRESS> \\. <NUMBER> \\}',
+    "create table inet mncni_portmap",
     "add table inet mncni_masq",
     "(?:add|flush) chain inet mncni_masq net_<HASH>(?: \\{ type nat hook postrouting priority srcnat; policy accept; \\})?",
     "add set inet mncni_masq pods[46]_<HASH> \\{ type ipv[46]_addr; flags interval; auto-merge; \\}",
@@ -58,7 +71,7 @@ NFT_LINES = (
     *("(?:delete )?table inet mncni(?: \\{)?", "  counter leaked \\{ packets \\d+ bytes \\d+ \\}"),
     "  set (?:pods|cluster)[46] \\{ type ipv[46]_addr; flags interval; elements = \\{ <PREFIX>(?:, <PREFIX>)* \\}; \\}",
     "    type (?:nat|filter) hook [a-z]+ priority [a-z]+(?: - 10)?; policy (?:accept|drop);",
-    "    <FAMILY> daddr @cluster[46] oifname != \\{ \"<NAME>\", \"mncni-host\", \"lo\" \\} counter name leaked drop",
+    '    <FAMILY> daddr @cluster[46] oifname != \\{ "<NAME>", "mncni-host", "lo" \\} counter name leaked drop',
     '    iifname "<NAME>" (?:meta nfproto ipv[46]|<FAMILY> [sd]addr != @pods[46](?: ip6 [sd]addr != [a-z0-9:/]+)*) drop',
     '    oifname "mncni-host" <FAMILY> saddr != @pods[46] snat <FAMILY> to <ADDRESS>',
     "    <FAMILY> saddr @pods[46] <FAMILY> daddr != @cluster[46] <FAMILY> daddr != <PREFIX> masquerade",
@@ -66,11 +79,21 @@ NFT_LINES = (
     "    icmpv6 type \\{ nd-neighbor-solicit, nd-neighbor-advert \\} accept",
 )
 COMMANDS = (  # the whole argv, its words joined by NUL
-    "ip -batch -", "ip -json -details(?: -[46])? -force -batch -", "tc -batch -", "nft -f -", "ip link delete dev <NAME>",
-    "nft -j list (?:table inet mncni(?:_portmap)?|chain inet mncni_masq net_<HASH>)", "tc -json (?:qdisc|filter) show dev <NAME>(?: ingress)?",
-    "ip -[46] -oneline route show table all type unicast dev <NAME>", "tc qdisc replace dev <NAME> root netem(?: [a-z0-9.%]+)+",
-    "tc qdisc delete dev <NAME> root", "tee(?: <SYSCTL>)+", "mncni.py forget-flows(?: (?:<ADDRESS>/)?<NUMBER>)+", "ip netns (?:add|delete) <NAME>",
-    "wg show mncni-wg0 dump", "nft delete table inet mncni(?:_portmap)?",
+    "ip(?: -force)? -batch -",
+    "ip -json -details(?: -[46])? -force -batch -",
+    "tc -batch -",
+    "nft -f -",
+    "ip link delete dev <NAME>",
+    "nft -j list (?:table inet mncni(?:_portmap)?|chain inet mncni_masq net_<HASH>)",
+    "tc -json (?:qdisc|filter) show dev <NAME>(?: ingress)?",
+    "ip -[46] -oneline route show table all type unicast dev <NAME>",
+    "tc qdisc replace dev <NAME> root netem(?: [a-z0-9.%]+)+",
+    "tc qdisc delete dev <NAME> root",
+    "tee(?: <SYSCTL>)+",
+    "mncni.py forget-flows(?: (?:<ADDRESS>/)?<NUMBER>)+",
+    "ip netns (?:add|delete) <NAME>",
+    "wg show mncni-wg0 dump",
+    "nft delete table inet mncni(?:_portmap)?",
     "wg set mncni-wg0(?: listen-port <NUMBER>)?(?: private-key /[^ ]+)?"
     "(?: peer <KEY>(?: remove)?(?: endpoint <ENDPOINT>)?(?: allowed-ips <PREFIX>(?:,<PREFIX>)*)?)*",
 )

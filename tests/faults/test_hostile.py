@@ -7,6 +7,7 @@ Good inputs to begin with are the golden cases' (tests/cases), whose commands al
 import contextlib
 import dataclasses
 import io
+import ipaddress
 import json
 import logging
 import os
@@ -26,8 +27,9 @@ import mncni
 from tests import golden
 from tests.faults.fuzz import Fence, fuzz
 from tests.faults.shapes import inspect
-from tests.unit.agent_data import V4, V6, key_of, make_settings, text_of
+from tests.unit.agent_data import V4, V6, FakeWireGuard, key_of, make_settings, text_of
 from tests.unit.test_agent_records import BAD_RECORDS
+from tests.unit.test_agent_state import Bench
 from tests.unit.test_snoop import sample
 
 COUNT = int(os.environ.get("MNCNI_INPUTS", 20_000))
@@ -155,7 +157,9 @@ def judge_answer(exit_code, stdout, delegates=False):
     assert isinstance(reply, dict)
     if exit_code == 0:
         return True
-    assert set(reply) <= {"cniVersion", "code", "msg", "details"} and reply["msg"] and reply["cniVersion"] in mncni.CNI_VERSIONS, stdout[:300]
+    assert set(reply) <= {"cniVersion", "code", "msg", "details"} and reply["msg"] and reply["cniVersion"] in mncni.CNI_VERSIONS, stdout[
+        :300
+    ]
     assert reply["code"] in CODES or (delegates and reply["code"] != 999), stdout[:1000]
     return False
 
@@ -188,8 +192,11 @@ class Plugin:
         data_dir = conf["ipam"].get("dataDir") if isinstance(conf.get("ipam"), dict) else None
         data_dir = os.path.join(data_dir or mncni.DEFAULT_DATA_DIR, conf["name"])
         log = conf.get("logFile") or "/nowhere"
-        return path in (os.path.abspath(log), os.path.abspath(f"{log}.1")) or (data_dir + "/").startswith(path + "/") or path.startswith(
-            os.path.abspath(data_dir) + "/")
+        return (
+            path in (os.path.abspath(log), os.path.abspath(f"{log}.1"))
+            or (data_dir + "/").startswith(path + "/")
+            or path.startswith(os.path.abspath(data_dir) + "/")
+        )
 
 
 @pytest.fixture
@@ -198,17 +205,47 @@ def plugin(feed, ram):
 
 
 VARIABLES = ("CNI_COMMAND", "CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS", "CNI_PATH")
-NETNS = ("{TMP}/netns", "{TMP}/with space", "{TMP}/netns type dummy", "{TMP}/a'b", "{TMP}/ü", "/proc/self/ns/net", "{TMP}", "/proc/1/ns/net")
+NETNS = (
+    "{TMP}/netns",
+    "{TMP}/with space",
+    "{TMP}/netns type dummy",
+    "{TMP}/a'b",
+    "{TMP}/ü",
+    "/proc/self/ns/net",
+    "{TMP}",
+    "/proc/1/ns/net",
+)
 MORE_CONFS = [  # of keys that no golden case has
-    {"plugin": "naivewg", "mtu": 1400, "ipMasq": True, "clusterCIDRs": ["10.0.0.0/8", "fd00::/8"], "logFile": "{TMP}/log", "dns": {"search": ["a"]},
-     "args": {"cni": {"ips": ["10.88.0.9"], "mac": "02:00:00:00:00:09"}}, "ipam": {"dataDir": "{TMP}/data", "resolvConf": "{TMP}/resolv.conf",
-     "subnet": "10.88.0.0/24", "rangeStart": "10.88.0.9", "rangeEnd": "10.88.0.19", "gateway": "10.88.0.1",
-     "routes": [{"dst": "10.0.0.0/8", "gw": "10.88.0.3", "mtu": 1300, "advmss": 1200, "priority": 5, "table": 100, "scope": 0}]}},
-    {"plugin": ["naivewg", "portmap", "bandwidth", "lat"], "ipam": {"dataDir": "{TMP}/data", "ranges": [[{"subnet": "10.88.0.0/24"}], [{"subnet":
-     "fd00::/64"}]]}, "runtimeConfig": {"portMappings": [{"hostPort": 53, "containerPort": 53, "protocol": "udp", "hostIP": "192.0.2.1"}],
-     "bandwidth": {"ingressRate": 8000, "ingressBurst": 80000, "egressRate": 8000, "egressBurst": 80000}, "ips": ["10.88.0.7/24"],
-     "io.kubernetes.cri.pod-annotations": {"lat": "delay 50ms 10ms 25% loss 1% distribution normal"}, "mac": "02:00:00:00:00:08"}},
-]  # fmt: skip
+    {
+        "plugin": "naivewg",
+        "mtu": 1400,
+        "ipMasq": True,
+        "clusterCIDRs": ["10.0.0.0/8", "fd00::/8"],
+        "logFile": "{TMP}/log",
+        "dns": {"search": ["a"]},
+        "args": {"cni": {"ips": ["10.88.0.9"], "mac": "02:00:00:00:00:09"}},
+        "ipam": {
+            "dataDir": "{TMP}/data",
+            "resolvConf": "{TMP}/resolv.conf",
+            "subnet": "10.88.0.0/24",
+            "rangeStart": "10.88.0.9",
+            "rangeEnd": "10.88.0.19",
+            "gateway": "10.88.0.1",
+            "routes": [{"dst": "10.0.0.0/8", "gw": "10.88.0.3", "mtu": 1300, "advmss": 1200, "priority": 5, "table": 100, "scope": 0}],
+        },
+    },
+    {
+        "plugin": ["naivewg", "portmap", "bandwidth", "lat"],
+        "ipam": {"dataDir": "{TMP}/data", "ranges": [[{"subnet": "10.88.0.0/24"}], [{"subnet": "fd00::/64"}]]},
+        "runtimeConfig": {
+            "portMappings": [{"hostPort": 53, "containerPort": 53, "protocol": "udp", "hostIP": "192.0.2.1"}],
+            "bandwidth": {"ingressRate": 8000, "ingressBurst": 80000, "egressRate": 8000, "egressBurst": 80000},
+            "ips": ["10.88.0.7/24"],
+            "io.kubernetes.cri.pod-annotations": {"lat": "delay 50ms 10ms 25% loss 1% distribution normal"},
+            "mac": "02:00:00:00:00:08",
+        },
+    },
+]
 
 
 def with_shared_keys(conf):
@@ -217,8 +254,12 @@ def with_shared_keys(conf):
 
 def test_environment_and_standard_input_of_the_plugin(feed, plugin):
     """All six commands, every plugin: an answer of the protocol, commands of our own making, and nothing written elsewhere."""
-    good = corpus() + [(dict(golden.DEFAULTS, CNI_COMMAND=verb), with_shared_keys(conf), "resolv.conf\n  nameserver 192.0.2.53\n", [])
-                       for conf in MORE_CONFS for verb in mncni.VERBS for _ in range(4)]  # fmt: skip
+    good = corpus() + [
+        (dict(golden.DEFAULTS, CNI_COMMAND=verb), with_shared_keys(conf), "resolv.conf\n  nameserver 192.0.2.53\n", [])
+        for conf in MORE_CONFS
+        for verb in mncni.VERBS
+        for _ in range(4)
+    ]
 
     def make(fuzz):
         number = fuzz.randrange(len(good))
@@ -228,7 +269,9 @@ def test_environment_and_standard_input_of_the_plugin(feed, plugin):
             parts["stdin"] = fuzz.mutated_json(stdin)
         if fuzz.random() < 0.3:
             name = fuzz.choice(VARIABLES)
-            parts[name] = fuzz.choice((fuzz.choice(NETNS) if name == "CNI_NETNS" else fuzz.spliced(parts.get(name, "")), fuzz.hostile_text()))
+            parts[name] = fuzz.choice(
+                (fuzz.choice(NETNS) if name == "CNI_NETNS" else fuzz.spliced(parts.get(name, "")), fuzz.hostile_text())
+            )
         if fuzz.random() < 0.1:
             parts["CNI_COMMAND"] = fuzz.choice((*mncni.VERBS, "VERSION", fuzz.hostile_text()))
         return parts
@@ -276,14 +319,26 @@ STATE_FILES = {  # as an ADD leaves them, and what lies beside them
     "data/net/10.88.0.9": "c9\neth0\n{BOOT_ID}\n",
     "data/net/attachments/KEY": "c1\neth0\n{BOOT_ID}\n10.88.0.2\nfd00::2\n",
     "data/net/last.0": "10.88.0.2\n",
-    "run/portmap/KEY": json.dumps({
-        "owner": ["net", "c1", "eth0"], "since": 5, "device": "mncni0", "mappings": [{"hostPort": 80, "containerPort": 8080, "hostIP": "192.0.2.1"}],
-        "ips": [{"address": "10.88.0.2/24", "interface": 2}]}),
-    "run/portmap/0123456789abcdef": json.dumps({
-        "owner": ["net", "c2", "eth0"], "since": 7, "device": "mncni0", "mappings": [{"hostPort": 53, "containerPort": 53, "protocol": "udp"}],
-        "ips": [{"address": "10.88.0.3/24", "interface": 2}]}),
+    "run/portmap/KEY": json.dumps(
+        {
+            "owner": ["net", "c1", "eth0"],
+            "since": 5,
+            "device": "mncni0",
+            "mappings": [{"hostPort": 80, "containerPort": 8080, "hostIP": "192.0.2.1"}],
+            "ips": [{"address": "10.88.0.2/24", "interface": 2}],
+        }
+    ),
+    "run/portmap/0123456789abcdef": json.dumps(
+        {
+            "owner": ["net", "c2", "eth0"],
+            "since": 7,
+            "device": "mncni0",
+            "mappings": [{"hostPort": 53, "containerPort": 53, "protocol": "udp"}],
+            "ips": [{"address": "10.88.0.3/24", "interface": 2}],
+        }
+    ),
     "ready": json.dumps({"bootID": "{BOOT_ID}", "device": "lo", "ok": True, "reason": ""}),
-}  # fmt: skip
+}
 
 
 def test_state_files_of_the_plugin(feed, plugin, ram):
@@ -296,7 +351,9 @@ def test_state_files_of_the_plugin(feed, plugin, ram):
             text = STATE_FILES[name]
             parts[name] = fuzz.mutated_json(text) if text.startswith("{") else fuzz.mutated_text(text)
         if fuzz.random() < 0.2:
-            parts[fuzz.choice(("data/net/", "data/net/attachments/", "run/portmap/")) + fuzz.hostile_text()[:200].replace("/", "_")] = fuzz.hostile_text()
+            parts[fuzz.choice(("data/net/", "data/net/attachments/", "run/portmap/")) + fuzz.hostile_text()[:200].replace("/", "_")] = (
+                fuzz.hostile_text()
+            )
         return parts
 
     def check(parts):
@@ -332,7 +389,12 @@ def conflists():
     """Texts of configurations: ours in conf/, the agent's, and others'."""
     texts = [path.read_text() for path in sorted(Path(mncni.__file__).parent.glob("conf/*.conflist"))]
     texts += [agent.conflist(make_settings(), 1400)]
-    bridge = {"type": "bridge", "bridge": "cni0", "isGateway": True, "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.22.0.0/16"}]]}}
+    bridge = {
+        "type": "bridge",
+        "bridge": "cni0",
+        "isGateway": True,
+        "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.22.0.0/16"}]]},
+    }
     plugins = [bridge, {"type": "portmap", "capabilities": {"portMappings": True}}, {"type": "mncni", "plugin": "lat"}]
     texts += [json.dumps({"cniVersion": "1.0.0", "cniVersions": ["0.4.0", "1.1.0"], "name": "net", "plugins": plugins}, indent=2)]
     texts += [with_shared_keys(conf) for conf in MORE_CONFS] + [json.dumps({"cniVersion": "0.4.0", "name": "single", **bridge})]
@@ -340,7 +402,8 @@ def conflists():
 
 
 def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True)
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     return path
 
@@ -381,7 +444,7 @@ def test_explain_of_any_configuration(feed, ram, monkeypatch):
 
 def test_install_chain_into_any_configuration_and_out_of_it(feed, ram):
     """The list with our plugin at its end, or without it, and all else as it was; or the file untouched. The agent's uninstall reads it."""
-    good = conflists()
+    good, settings = conflists(), dataclasses.replace(make_settings(), conf_dir=str(ram / "conf"), bin_dir=str(ram / "bin"))
 
     def make(fuzz):
         text = fuzz.choice(good)
@@ -391,7 +454,7 @@ def test_install_chain_into_any_configuration_and_out_of_it(feed, ram):
         text, plugin = parts["conflist"] or "", parts["plugin"] or "lat"
         path = write(ram / "conf" / "10-x.conflist", text)
         before = path.read_bytes()
-        arguments = (plugin, str(ram / "conf"), str(ram / "backup"))
+        arguments = (plugin, str(ram / "conf"), str(emptied(ram / "backup")))
         taken = told(mncni.chain, *arguments)
         if taken and path.read_bytes() != before:
             was, now = json.loads(text), json.loads(path.read_text())
@@ -400,7 +463,7 @@ def test_install_chain_into_any_configuration_and_out_of_it(feed, ram):
         else:
             assert path.read_bytes() == before
             told(mncni.chain, *arguments, True)
-        told(agent.remove_plugins, dataclasses.replace(make_settings(), conf_dir=str(ram / "conf"), bin_dir=str(ram / "bin")))
+        told(agent.remove_plugins, settings)
         return taken
 
     feed("install --chain", make, check)
@@ -411,20 +474,30 @@ def is_shown(text):
     return all(char.isprintable() or char == "\n" for char in text)
 
 
-CACHED = {"kind": "cniCacheV1", "containerId": "c1", "config": "e30=", "ifName": "eth0", "networkName": "net", "netns": "/run/netns/c1",
-          "result": {"interfaces": [{"name": "eth0", "sandbox": "/run/netns/c1"}], "ips": [{"address": "10.1.2.3/24"}]}}  # fmt: skip
+CACHED = {
+    "kind": "cniCacheV1",
+    "containerId": "c1",
+    "config": "e30=",
+    "ifName": "eth0",
+    "networkName": "net",
+    "netns": "/run/netns/c1",
+    "result": {"interfaces": [{"name": "eth0", "sandbox": "/run/netns/c1"}], "ips": [{"address": "10.1.2.3/24"}]},
+}
 
 
 def test_doctor_and_cache_of_cnisnoop(feed, ram, monkeypatch):
-    """Configurations, cached results, leases, and what plugins and nft answer: findings. Only programs of the plugin directory are started."""
+    """Configurations, cached results, leases, answers of plugins and nft: findings. Only programs of the plugin directory are started."""
     good, started = conflists(), []
     for name in ("mncni", "bridge", "portmap", "host-local", "loopback"):
         write(ram / "bin" / name, "").chmod(0o755)
     write(ram / "outside", "").chmod(0o755)
-    answers = {"VERSION": json.dumps({"cniVersion": "1.1.0", "supportedVersions": ["0.4.0", "1.0.0", "1.1.0"]}),
-               "STATUS": json.dumps({"code": 50, "msg": "not yet"}),
-               "nft": json.dumps({"nftables": [{"metainfo": {}}, {"chain": {"family": "ip", "table": "f", "name": "F", "hook": "forward",
-                                                                            "policy": "drop"}}]})}  # fmt: skip
+    answers = {
+        "VERSION": json.dumps({"cniVersion": "1.1.0", "supportedVersions": ["0.4.0", "1.0.0", "1.1.0"]}),
+        "STATUS": json.dumps({"code": 50, "msg": "not yet"}),
+        "nft": json.dumps(
+            {"nftables": [{"metainfo": {}}, {"chain": {"family": "ip", "table": "f", "name": "F", "hook": "forward", "policy": "drop"}}]}
+        ),
+    }
     lease, cached = f"c1\neth0\n{mncni.boot_id()}\n", json.dumps(CACHED)
 
     def make(fuzz):
@@ -445,7 +518,12 @@ def test_doctor_and_cache_of_cnisnoop(feed, ram, monkeypatch):
         write(ram / "conf" / "10-x.conflist", parts["conflist"] or "")
         write(ram / "results" / "net-c1-eth0", parts["cached"] or "")
         write(ram / "leases" / "net" / "10.1.2.3", parts["lease"] or "")
-        places = {"cache_dir": str(ram / "results"), "data_dir": [str(ram / "leases")], "bin_dir": [str(ram / "bin")], "conf_dir": str(ram / "conf")}
+        places = {
+            "cache_dir": str(ram / "results"),
+            "data_dir": [str(ram / "leases")],
+            "bin_dir": [str(ram / "bin")],
+            "conf_dir": str(ram / "conf"),
+        }
         options = SimpleNamespace(json=bool(parts["json"]), **places)
         healthy = cnisnoop.doctor(options) == 0
         assert cnisnoop.cache(options) == 0
@@ -461,17 +539,34 @@ QUOTED = re.compile(r"""\$'(?:[^'\\]|\\.)*'|'[^']*'|"'\"""", re.DOTALL)
 
 def test_recordings_that_cnisnoop_views(feed, ram):
     """Calls with anything in them are shown as text, with a shell line that says nothing but what was called; or the line is refused."""
-    call = sample(exit=1, stdout='{"code": 11, "msg": "later"}', stderr="oh", commands=[{
-        "time": 1.0, "argv": ["ip", "link"], "exit": 1, "signal": "", "duration_ms": 1.5, "stdin": "", "stderr": "no"}])  # fmt: skip
-    good = [json.dumps(sample()), json.dumps(call), json.dumps(sample(delegates=[call], stdin_base64="eyI=", masked=True, changes="host: x"))]
+    call = sample(
+        exit=1,
+        stdout='{"code": 11, "msg": "later"}',
+        stderr="oh",
+        commands=[{"time": 1.0, "argv": ["ip", "link"], "exit": 1, "signal": "", "duration_ms": 1.5, "stdin": "", "stderr": "no"}],
+    )
+    good = [
+        json.dumps(sample()),
+        json.dumps(call),
+        json.dumps(sample(delegates=[call], stdin_base64="eyI=", masked=True, changes="host: x")),
+    ]
 
     def make(fuzz):
         return {"line": fuzz.mutated_json(fuzz.choice(good)), "json": fuzz.choice((None, None, "yes")), "full": fuzz.choice((None, "yes"))}
 
     def check(parts):
-        options = SimpleNamespace(file=str(write(ram / "calls", (parts["line"] or "").replace("\n", " "))), json=bool(parts["json"]), out=None,
-                                  full=bool(parts["full"]), replay="always", show_secrets=False, plugin=None, command=None, container=None,
-                                  failed=False)  # fmt: skip
+        options = SimpleNamespace(
+            file=str(write(ram / "calls", (parts["line"] or "").replace("\n", " "))),
+            json=bool(parts["json"]),
+            out=None,
+            full=bool(parts["full"]),
+            replay="always",
+            show_secrets=False,
+            plugin=None,
+            command=None,
+            container=None,
+            failed=False,
+        )
         try:
             cnisnoop.view(options)
         except cnisnoop.SnoopError as error:
@@ -494,14 +589,21 @@ def test_recordings_that_cnisnoop_views(feed, ram):
 
 
 HONEST = {f"honest{number}": text_of(number, created="0001-01-01T00:00:00Z") for number in (1, 2, 3)}
-RECORDS = [text_of(7), text_of(7, endpoints=["192.0.2.7", "2001:db8::7"], podCIDRs=["10.244.7.0/24", "fd00:244:7::/64"]), text_of(1), text_of(2)]
+RECORDS = [
+    text_of(7),
+    text_of(7, endpoints=["192.0.2.7", "2001:db8::7"], podCIDRs=["10.244.7.0/24", "fd00:244:7::/64"]),
+    text_of(1),
+    text_of(2),
+]
 RECORDS += [text for text, _ in BAD_RECORDS.values() if len(text) < 2000]
 
 
 def test_records_of_hostile_nodes(feed, ram):
     """Whatever one node says of itself, and whatever the cluster says of it: the peers of honest nodes stay what they are."""
     settings, own_key, own = make_settings(), key_of(999), (V4, V6)
-    facts = {name: agent.Facts(f"uid-{number}", "0001-01-01T00:00:00Z", (f"10.244.{number}.0/24",)) for number, name in enumerate(HONEST, 1)}
+    facts = {
+        name: agent.Facts(f"uid-{number}", "0001-01-01T00:00:00Z", (f"10.244.{number}.0/24",)) for number, name in enumerate(HONEST, 1)
+    }
     expected = agent.desired_peers(agent.Roster(settings).judge(HONEST, own_key, own)[0], own)
     assert len(expected) == 3
 
@@ -540,35 +642,34 @@ def test_records_of_hostile_nodes(feed, ram):
 
 
 class Socket:
-    """An API server's end of a connection, which says what it is told to."""
+    """An API server's end of a connection: it answers the first request with the first text, and so on; then it is gone."""
 
     def __init__(self, said):
-        self.said, self.sent = said, []
+        self.said = list(said)
 
     def settimeout(self, seconds):
         pass
 
     def sendall(self, data):
-        self.sent.append(data)
+        if not self.said:
+            raise ConnectionResetError(104, "Connection reset by peer")
 
     def makefile(self, mode):
-        return io.BufferedReader(io.BytesIO(self.said))
+        return io.BufferedReader(io.BytesIO(self.said.pop(0)))
 
     def close(self):
         pass
 
 
 def api_that_says(*texts):
-    """An Api whose server answers the first request with the first text, and so on; then it is gone."""
+    """An Api whose server says that, see Socket."""
     import http.client
 
-    left = list(texts)
+    end = Socket(texts)
 
     def connect(server):
-        if not left:
-            raise ConnectionRefusedError(111, "Connection refused")
         connection = http.client.HTTPConnection("server", 443)
-        connection.sock, connection.prefix, connection.auto_open = Socket(left.pop(0)), "", 0
+        connection.sock, connection.prefix, connection.auto_open = end, "", 0
         return connection
 
     api = agent.Api({"server": "https://server", "token": "secret-token"})
@@ -592,7 +693,9 @@ def framed(body, fuzz=None):
         return f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n".encode() + data
     if kind == 3:
         sizes = [fuzz.choice(("5", "-1", "fffffffffff", "zz", "", "0")) for _ in range(3)]
-        return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(f"{size}\r\n".encode() + data[:5] + b"\r\n" for size in sizes)
+        return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(
+            f"{size}\r\n".encode() + data[:5] + b"\r\n" for size in sizes
+        )
     if kind == 4:
         after = fuzz.choice(("1", "-1", "9" * 20, "9" * 400, "²", "nan", "1e400", "Wed, 21 Oct 2015 07:28:00 GMT", "\x00"))
         code = fuzz.choice(("401", "403", "404", "409", "410", "422", "429", "500", "503", "999", "300", "100", "1000", "-1", "²00", "abc"))
@@ -606,22 +709,48 @@ def framed(body, fuzz=None):
 
 def node_object(number, name=None, **spec):
     """A Node as the API has it."""
-    metadata = {"name": name or f"n{number}", "uid": f"uid-{number}", "resourceVersion": str(100 + number), "creationTimestamp": "2024-01-01T00:00:00Z",
-                "annotations": {agent.RECORD: text_of(number)}, "managedFields": [{"manager": "kubelet", "fieldsV1": {"f:spec": {}}}]}  # fmt: skip
-    status = {"addresses": [{"type": "InternalIP", "address": f"192.0.2.{number}"}], "conditions": [
-        {"type": "NetworkUnavailable", "status": "False", "reason": "X", "lastTransitionTime": "2024-01-01T00:00:00Z"}]}  # fmt: skip
+    metadata = {
+        "name": name or f"n{number}",
+        "uid": f"uid-{number}",
+        "resourceVersion": str(100 + number),
+        "creationTimestamp": "2024-01-01T00:00:00Z",
+        "annotations": {agent.RECORD: text_of(number)},
+        "managedFields": [{"manager": "kubelet", "fieldsV1": {"f:spec": {}}}],
+    }
+    status = {
+        "addresses": [{"type": "InternalIP", "address": f"192.0.2.{number}"}],
+        "conditions": [{"type": "NetworkUnavailable", "status": "False", "reason": "X", "lastTransitionTime": "2024-01-01T00:00:00Z"}],
+    }
     return {"kind": "Node", "metadata": metadata, "spec": {"podCIDRs": [f"10.244.{number}.0/24"], **spec}, "status": status}
 
 
 LIST = {"kind": "NodeList", "metadata": {"resourceVersion": "500"}, "items": [node_object(1), node_object(2), node_object(255, "self")]}
-EVENTS = [{"type": "ADDED", "object": node_object(3)}, {"type": "MODIFIED", "object": node_object(1)}, {"type": "DELETED", "object": node_object(2)},
-          {"type": "BOOKMARK", "object": {"kind": "Node", "metadata": {"resourceVersion": "900"}}},
-          {"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"}}]  # fmt: skip
+EVENTS = [
+    {"type": "ADDED", "object": node_object(3)},
+    {"type": "MODIFIED", "object": node_object(1)},
+    {"type": "DELETED", "object": node_object(2)},
+    {"type": "BOOKMARK", "object": {"kind": "Node", "metadata": {"resourceVersion": "900"}}},
+    {"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"}},
+]
 STATUS = {"kind": "Status", "status": "Failure", "reason": "Forbidden", "message": "nodes is forbidden", "code": 403}
 
 
 class Enough(BaseException):
     """Ends a thread's loop that never ends."""
+
+
+class Stopping:
+    """In the place of a threading.Event, or of time.sleep: it notes how long a pause would be, and ends the loop."""
+
+    def __init__(self, pauses):
+        self.pauses = pauses
+
+    def is_set(self):
+        return False
+
+    def wait(self, seconds):
+        self.pauses.append(seconds)
+        raise Enough
 
 
 class Work:
@@ -644,16 +773,16 @@ def test_answers_of_the_api_server_to_the_agent(feed, caplog, monkeypatch):
     """Lists, watches, objects, refusals, framing: an ApiError or something understood; what follows from it is a pass without a defect."""
     pauses = []
 
-    def pause(seconds):
-        pauses.append(seconds)
-        raise Enough
-
-    monkeypatch.setattr(agent.time, "sleep", pause)
+    monkeypatch.setattr(agent.time, "sleep", Stopping(pauses).wait)
     settings = make_settings(endpoints=())
 
     def make(fuzz):
-        bodies = {"list": json.dumps(LIST), "watch": "".join(json.dumps({**event, "object": {**event["object"]}}) + "\n" for event in EVENTS),
-                  "patch": json.dumps(node_object(255, "self")), "status": json.dumps(STATUS)}  # fmt: skip
+        bodies = {
+            "list": json.dumps(LIST),
+            "watch": "".join(json.dumps({**event, "object": {**event["object"]}}) + "\n" for event in EVENTS),
+            "patch": json.dumps(node_object(255, "self")),
+            "status": json.dumps(STATUS),
+        }
         name = fuzz.choice(("list", "list", "watch", "watch", "patch", "status"))
         bodies[name] = fuzz.mutated_reply(bodies[name]) if name == "watch" else fuzz.mutated_json(bodies[name])
         parts = {key: framed(body).decode("latin-1") for key, body in bodies.items()}
@@ -661,18 +790,19 @@ def test_answers_of_the_api_server_to_the_agent(feed, caplog, monkeypatch):
             parts["list"] = framed(bodies["status"]).decode("latin-1").replace("200 OK", fuzz.choice(("403 F", "429 T", "500 I", "410 G")))
         if fuzz.random() < 0.3:
             parts[name] = framed(bodies[name], fuzz).decode("latin-1")
-        return {**parts, "what": fuzz.choice(("nodes", "own")), "guard": fuzz.choice((None, "yes"))}
+        return {**parts, "what": fuzz.choice(("nodes", "own")), "guard": fuzz.choice((None, "yes", "no"))}
 
     def check(parts):
         caplog.clear(), pauses.clear()
         said = [(parts[key] or "").encode("latin-1") for key in ("list", "watch", "patch")]
         api, what = api_that_says(*said[:2]), parts["what"] or "nodes"
         store = agent.KubernetesStore(api, "self")
-        store.guard, store.own = bool(parts["guard"]), {}
+        store.guard, store.own = {"yes": True, "no": False}.get(parts["guard"]), {}
         if what == "own":
             store.nodes = {}
+        parse, take = (store._parse_node, store._take_nodes) if what == "nodes" else (store._parse_own, store._take_own)
         with contextlib.suppress(Enough):
-            store._follow(what, {})
+            agent.follow_nodes(api, parse, take, lambda trouble: store._tell(what, trouble), Stopping(pauses), is_whole=store._is_whole)
         with contextlib.suppress(Enough):
             store.api = api_that_says(said[2])
             store.record, store.condition = text_of(255, uid=(store.own or {}).get("uid")), ("True", "Down", "x")
@@ -700,3 +830,272 @@ def test_answers_of_the_api_server_to_the_agent(feed, caplog, monkeypatch):
         running.judge()
 
     feed("answers of the API server", make, check)
+
+
+LEASE = {
+    "kind": "Lease",
+    "metadata": {"name": "l", "namespace": "kube-system", "resourceVersion": "7", "annotations": {agent.USED: "10.244.1.255"}},
+    "spec": {"holderIdentity": "other", "leaseDurationSeconds": 1, "leaseTransitions": 3, "renewTime": "2024-01-01T00:00:00Z"},
+}
+
+
+def test_answers_of_the_api_server_to_nodeipam(feed, caplog):
+    """Leases, lists and answers to writes: nobody gets what is not free, and no error ends it."""
+    pools = {4: (24, (ipaddress.ip_network("10.244.0.0/16"),))}
+    new = {**node_object(3), "spec": {}}
+
+    def make(fuzz):
+        bodies = {
+            "lease": LEASE,
+            "taken": LEASE,
+            "published": LEASE,
+            "list": {**LIST, "items": [node_object(1), new]},
+            "patch": node_object(3),
+        }
+        parts = {name: json.dumps(body) for name, body in bodies.items()}
+        name = fuzz.choice(list(parts))
+        parts[name] = fuzz.mutated_json(parts[name])
+        framed_parts = {name: framed(text, None).decode("latin-1") for name, text in parts.items()}
+        if fuzz.random() < 0.2:
+            framed_parts[name] = framed(parts[name], fuzz).decode("latin-1")
+        return framed_parts
+
+    def check(parts):
+        caplog.clear()
+        said = {name: (text or "").encode("latin-1") for name, text in parts.items()}
+        now = [1000.0]
+        api = api_that_says(said["lease"], said["lease"], said["taken"], said["published"], said["patch"])
+        election = agent.Election(api, "kube-system/l", "me", lambda: now[0])
+
+        def follow(put, stopping):
+            with contextlib.suppress(agent.ApiError):
+                put("LIST", api_that_says(said["list"]).list(agent.NODES, take=agent.parse_claim)[0])
+
+        ipam = agent.NodeIpam(api, pools, election, lambda: now[0], follow)
+        for _ in range(5):
+            now[0] += 3
+            ipam.tick(0)
+        assert "a defect" not in caplog.text, caplog.text[-1500:]
+        assert ipam.counters["allocated"] < 2
+        return bool(ipam.counters["allocated"])
+
+    feed("answers of the API server to nodeipam", make, check)
+
+
+LINKS = {
+    "mncni0": {
+        "ifindex": 5,
+        "mtu": 1400,
+        "address": "0a:58:0a:f4:ff:01",
+        "linkinfo": {"info_kind": "bridge"},
+        "ifalias": "mncni",
+        "addr_info": [
+            {"local": "10.244.255.1", "prefixlen": 24, "scope": "global"},
+            {"local": "10.9.9.9", "prefixlen": 24, "scope": "global"},
+        ],
+    },
+    "mncni-host": {
+        "ifindex": 6,
+        "mtu": 1400,
+        "address": "0a:59:00:00:00:01",
+        "linkinfo": {"info_kind": "veth"},
+        "ifalias": "mncni",
+        "addr_info": [],
+    },
+    "mncni-ns": {
+        "ifindex": 7,
+        "mtu": 1300,
+        "address": "0a:59:00:00:00:02",
+        "addr_info": [{"local": "fe80::1", "prefixlen": 64, "scope": "link"}],
+    },
+    "mncni-wg0": {"ifindex": 8, "mtu": 1420, "link_type": "none", "linkinfo": {"info_kind": "wireguard"}, "addr_info": []},
+    "lo": {"ifindex": 1, "mtu": 65536, "address": "00:00:00:00:00:00", "addr_info": []},
+    "eth0": {
+        "ifindex": 2,
+        "mtu": 1500,
+        "address": "02:00:00:00:00:02",
+        "addr_info": [{"local": "192.0.2.1", "prefixlen": 24, "scope": "global"}],
+    },
+    "mn0123456789a": {"ifindex": 9, "mtu": 1400, "linkinfo": {"info_kind": "veth"}, "ifalias": "mncni:mncni:c1:eth0", "master": "br0"},
+}
+for _name, _link in LINKS.items():
+    _link.update(ifname=_name, flags=["BROADCAST"] if _name in ("mncni-ns", "mncni-wg0") else ["UP"])
+NETCONF = [
+    {"family": family, "interface": name, "forwarding": False, "rp_filter": "strict"}
+    for family in ("inet", "inet6")
+    for name in ("all", "lo")
+]
+ROUTES = [
+    {"dst": "10.244.0.0/16", "gateway": "169.254.28.84", "dev": "mncni-host", "prefsrc": "10.244.255.1"},
+    {"dst": "default", "metric": 5},
+    {"type": "unreachable", "dst": "10.99.0.0/16", "dev": "lo", "metric": 4278198272},
+    {"dst": "10.98.0.0/16", "dev": "eth0"},
+]
+NFT = {
+    "nftables": [
+        {"metainfo": {"version": "1.0.6"}},
+        {"table": {"family": "inet", "name": "mncni", "handle": 3}},
+        {"counter": {"name": "leaked", "packets": 7, "bytes": 700}},
+        {"rule": {"chain": "inbound", "expr": [{"drop": None}]}},
+    ]
+}
+DUMP = "".join(
+    "\t".join(line) + "\n"
+    for line in (
+        (key_of(5), key_of(6), "28384", "off"),
+        (key_of(1), "(none)", "192.0.2.1:28384", "10.244.1.0/24", "1700000000", "10", "20", "off"),
+        (key_of(9), "(none)", "[2001:db8::9]:28384", "10.244.9.0/24,fd00:244:9::/64", "0", "0", "0", "25"),
+    )
+)
+PRINTED = {  # what a node's tools say; which, see Node
+    "links": json.dumps(list(LINKS.values())),
+    "netconf": json.dumps(NETCONF),
+    "routes": json.dumps(ROUTES),
+    "nft": json.dumps(NFT),
+    "dump": DUMP,
+    "default": json.dumps([{"dst": "default", "gateway": "fe80::1", "dev": "eth0", "protocol": "ra"}]),
+    "get": json.dumps([{"dst": "192.0.2.1", "dev": "eth0", "prefsrc": "192.0.2.1"}]),
+}
+
+
+class Node:
+    """A `run` that plays the tools of a node, with what `parts` has them print."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __call__(self, command):
+        inspect(command)
+        argv = command.argv[2:] if command.argv[0] == "nsenter" else command.argv
+        if "list" in argv:
+            return mncni.Reply(0, self.printed("nft"), "")
+        if argv[:2] == ["wg", "show"]:
+            return mncni.Reply(0, self.printed("dump"), "")
+        if "-json" in argv:
+            return mncni.Reply(0, "".join(self.rows(line.split()) + "\n" for line in command.stdin.splitlines()), "")
+        return mncni.Reply(0, "", "")
+
+    def printed(self, name):
+        return (self.parts[name] or "").encode("utf-8", "replace").decode()
+
+    def rows(self, words):
+        text = self.printed(
+            {"netconf": "netconf", "route": "routes"}.get(words[0], "links").replace(
+                "routes", "get" if words[1] == "get" else "default" if words[-1] == "default" else "routes"
+            )
+        )
+        if words[:2] == ["address", "show"] and len(words) == 4 and text == PRINTED["links"]:  # of one link; a mutated text as it is
+            return json.dumps([link for link in LINKS.values() if words[3] in (link["ifname"], "192.0.2.1")])
+        return text
+
+
+def test_answers_of_commands_to_the_agent(feed, ram, caplog):
+    """ip, nft and wg that say anything at all: the stage's own error, and no command made of it. The private key is in none of them."""
+    settings = make_settings(state_dir=str(ram / "state"), run_dir=str(ram / "run"), mtu=0)
+    stages = [
+        *agent.FLOOR,
+        *(stage for stage in agent.STAGES if stage is not agent.ensure_host_ports),
+        agent.ensure_peers,
+        agent.look_device,
+    ]
+    nodes = agent.Roster(settings).judge(HONEST, key_of(999), (V4,))[0]
+
+    def make(fuzz):
+        parts = dict(PRINTED)
+        for name in fuzz.sample(list(parts), fuzz.choice((1, 1, 2))):
+            parts[name] = fuzz.mutated_text(parts[name]) if name == "dump" else fuzz.mutated_json(parts[name])
+        return {**parts, "stage": str(fuzz.randrange(len(stages)))}
+
+    def check(parts):
+        stage = stages[int(parts["stage"] or 0)]
+        context = agent.Context(settings, Node(parts), "boot", endpoints=(V4,), mtu=1400, sent={})
+        context.peers = agent.desired_peers(nodes, (V4,))
+        if stage is agent.ensure_identity:
+            emptied(settings.state_dir)
+        try:
+            stage(context)
+        except (mncni.CNIError, OSError) as error:
+            said = f"{error} {getattr(error, 'details', '')}"
+            assert key_of(5) not in said and getattr(error, "code", 5) in CODES, said
+            return False
+        assert context.mtu > 0 and type(context.mtu) is int
+        return True
+
+    feed("answers of commands to the agent", make, check)
+    assert key_of(5) not in caplog.text
+
+
+STATE = {
+    "own": {
+        "uid": "u",
+        "created": "2024-01-01T00:00:00Z",
+        "gen": 3,
+        "seen": True,
+        "text": "{}",
+        "podCIDRs": ["10.244.255.0/24"],
+        "addresses": ["192.0.2.1"],
+    },
+    "records": HONEST,
+}
+
+
+def test_files_of_the_agent(feed, ram, monkeypatch, caplog):
+    """nodes.json, status.json, firewall.json, the ready file, the key, and records in a shared directory under any name: passes go on, the
+    status is shown, and a damaged key is the one thing that stops."""
+    monkeypatch.setattr(agent, "FLOOR", (agent.ensure_endpoints,))
+    monkeypatch.setattr(agent, "STAGES", (agent.ensure_mtu, agent.ensure_identity))
+    monkeypatch.setattr(mncni, "install", lambda bin_dir: None)
+    monkeypatch.setattr(mncni, "DEFAULT_DATA_DIR", str(ram / "data"))
+    bench = Bench(Path(emptied(ram / "good")))
+    for name, text in HONEST.items():
+        write(ram / "good" / "nodes_dir" / f"{name}.json", text)
+    bench.settle()
+    files = {name: bench.text(name) for name in ("run_dir/status.json", "run_dir/ready", "state_dir/key0")}
+    files.update({"state_dir/nodes.json": json.dumps(STATE), "run_dir/firewall.json": json.dumps({"ns": ["table", [{"table": {}}]]})})
+
+    def make(fuzz):
+        parts = dict(files)
+        for name in fuzz.sample(list(files), fuzz.choice((1, 1, 2))):
+            parts[name] = fuzz.mutated_text(parts[name]) if name.endswith("key0") else fuzz.mutated_json(parts[name])
+        parts["name"] = fuzz.choice(("hostile", fuzz.hostile_text()[:100])).replace("/", "_").replace("\0", "_")
+        return {
+            **parts,
+            "record": fuzz.mutated_json(fuzz.choice(RECORDS)),
+            "dump": fuzz.mutated_text(DUMP) if fuzz.random() < 0.1 else None,
+        }
+
+    def check(parts):
+        caplog.clear()
+        os.makedirs(emptied(ram / "x") / "nodes_dir")
+        for name in files:
+            if parts[name] is not None:
+                write(ram / "x" / name, parts[name])
+        for name, text in [*HONEST.items(), (parts["name"] or "", parts["record"] or ""), ("self", bench.own.read_text())]:
+            with contextlib.suppress(OSError, UnicodeEncodeError):
+                write(ram / "x" / "nodes_dir" / f"{name}.json", text)
+        device = FakeWireGuard()
+
+        def run(command):
+            inspect(command)
+            return mncni.Reply(1, "", mncni.GONE_NFT) if command.argv[0] == "nft" else device(command)
+
+        settings = dataclasses.replace(
+            bench.settings, **{key: str(ram / "x" / key) for key in ("nodes_dir", "conf_dir", "bin_dir", "state_dir", "run_dir")}
+        )
+        shown = agent.look_status(settings, run)
+        assert agent.format_status(shown, 0)
+        running = agent.Agent(settings, agent.DirectoryStore(settings.nodes_dir), run, clock=lambda: 1000.0)
+        stands = running.tick()
+        assert "a defect" not in caplog.text, caplog.text[-1500:]
+        assert stands or "key0" in running.reason, running.reason
+        if stands and parts["name"] not in (*HONEST, "self"):
+            assert {peer["name"] for peer in running.context.peers.values()} >= set(HONEST)
+        if parts["dump"]:
+            device.broken = (0, parts["dump"].encode("utf-8", "replace").decode(), "")
+        for page in agent.pages(running, agent.agent_figures).values():
+            code, text = page()
+            assert code in (200, 503) and text.encode().endswith(b"\n")
+        assert not stands or (ram / "x" / "state_dir" / "key0").stat().st_mode & 0o777 == 0o600
+        return stands
+
+    feed("files of the agent", make, check)

@@ -1,5 +1,6 @@
 """The runner, the one place that starts a process, and what turns commands into errors."""
 
+import json
 import os
 
 import pytest
@@ -108,8 +109,9 @@ def test_apply_stops_at_the_first_failure():
 
 
 def test_looking_for_what_is_gone_is_no_error_but_any_other_failure_is():
-    reply = Reply(1, '[{"ifname": "lo"}]\n', 'Device "x" does not exist.\nCommand failed -:2\n')
-    assert mncni.look_ip(["link show dev lo", "link show dev x"], lambda command: reply) == [{"ifname": "lo"}]
+    lo = {"ifname": "lo", "flags": ["UP"], "mtu": 65536}
+    reply = Reply(1, f"{json.dumps([lo])}\n", 'Device "x" does not exist.\nCommand failed -:2\n')
+    assert mncni.look_ip(["link show dev lo", "link show dev x"], lambda command: reply) == [lo]
     denied, no_namespace = "RTNETLINK answers: Operation not permitted\n", "nsenter: cannot open /x: No such file or directory\n"
     for stderr, code in ((denied, 100), (no_namespace, 8)):
         with pytest.raises(mncni.CNIError) as raised:
