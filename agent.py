@@ -1284,8 +1284,8 @@ def load_state(path):
     own, records = (state.get(key) if isinstance(state.get(key), dict) else {} for key in ("own", "records"))
     kinds = {"uid": str, "created": str, "text": str, "gen": int, "seen": bool, "podCIDRs": list, "addresses": list}
     own = {key: value for key, value in own.items() if type(value) is kinds.get(key)}
-    with contextlib.suppress(ValueError):
-        own["podCIDRs"] = [str(cidr) for cidr in cidrs_in(own.pop("podCIDRs", ()))]
+    with contextlib.suppress(ValueError, KeyError):
+        own["podCIDRs"] = [str(cidr) for cidr in cidrs_in(own.pop("podCIDRs"))]
     return {"own": own, "records": {name: text for name, text in records.items() if isinstance(text, str)}}
 
 
