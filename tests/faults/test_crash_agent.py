@@ -10,7 +10,6 @@ import json
 import os
 import re
 import subprocess
-import threading
 import time
 from pathlib import Path
 
@@ -121,19 +120,17 @@ class Node:
 def run_agent():
     """Until the network stands, and one pass more."""
     settings, run = parse(*FLAGS), mncni.make_run({"PATH": TOOLS})
-    os.makedirs(settings.run_dir, exist_ok=True)
-    lock = agent.take_lock(os.path.join(settings.run_dir, "agent.lock"), timeout_s=1)
-    assert lock is not None
-    made, deadline = agent.Agent(settings, agent.make_store(settings, {}, run, None), run), time.monotonic() + PATIENCE_S
-    while not made.tick(event=True):
-        assert time.monotonic() < deadline, made.reason
-        time.sleep(0.02)
-    assert made.tick(event=True), made.reason
-    return made.store_trouble
+    with agent.agent_lock(settings, 1):
+        made, deadline = agent.Agent(settings, agent.make_store(settings, {}, run, None), run), time.monotonic() + PATIENCE_S
+        while not made.tick(event=True):
+            assert time.monotonic() < deadline, made.reason
+            time.sleep(0.02)
+        assert made.tick(event=True), made.reason
+        return made.store_trouble
 
 
 def run_uninstall():
-    return agent.run_uninstall(parse(*FLAGS), mncni.make_run({"PATH": TOOLS}), force=False)
+    return agent.main(["uninstall", *FLAGS], {"PATH": TOOLS})
 
 
 @pytest.fixture
@@ -194,7 +191,7 @@ def test_uninstall_leaves_nothing_of_a_killed_first_start(new_node, survived):
     clean = node.look()
     for child in each_step(node.start):
         killed = child.outcome()
-        if "started wireguard-go" in str(killed):
+        if "started wireguard-go" in killed.get("killed", ""):
             node.sh("until ip link show dev mncni-wg0; do sleep 0.01; done")
         node.uninstall()
         assert diff(clean, node.look()) == "", killed
@@ -295,7 +292,7 @@ def allocate(kubeconfig, lease, count):
         return time.monotonic() * SPEED
 
     def follow(put, stopping):
-        threading.Thread(target=agent.follow_nodes, args=(api, put, stopping), daemon=True).start()
+        agent.start_thread(agent.follow_nodes, api, agent.parse_claim, put, ipam.tell, stopping)
 
     api, deadline = agent.open_api(kubeconfig, {}, None), time.monotonic() + PATIENCE_S
     election = agent.Election(agent.Api(api.access), lease, str(os.getpid()), clock)
