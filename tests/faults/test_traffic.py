@@ -48,16 +48,22 @@ def seconds_until(is_so, what, timeout_s=60):
     return time.monotonic() - begin
 
 
-def ghost(lab, name="ghost", number=99):
-    """A node of a record alone joins; returns how many seconds it took until node1 had it as a peer."""
-    record = json.loads((lab.store / "node2.json").read_text())
-    record["slots"]["0"]["key"] = "A" * 6 + record["slots"]["0"]["key"][6:]
-    record.update(podCIDRs=[f"10.244.{number}.0/24"], endpoints=[f"192.0.2.{number}"], uid=name, created="2999-01-01T00:00:00Z")
-    labs.write_atomically(lab.store / f"{name}.json", json.dumps(record))
-    took_s = seconds_until(lambda: record["slots"]["0"]["key"] in wg_peers(lab, "node1"), "peer")
+def ghost(lab, name="ghost"):
+    """A node of a record alone joins and leaves; returns how many seconds it took until node1 had it as a peer."""
+    text = ghost_record(lab, name, 99, "A")
+    key = json.loads(text)["slots"]["0"]["key"]
+    labs.write_atomically(lab.store / f"{name}.json", text)
+    took_s = seconds_until(lambda: key in wg_peers(lab, "node1"), "peer")
     (lab.store / f"{name}.json").unlink()
-    labs.wait_until(lambda: record["slots"]["0"]["key"] not in wg_peers(lab, "node1"), 60, "end of the peer")
+    labs.wait_until(lambda: key not in wg_peers(lab, "node1"), 60, "end of the peer")
     return took_s
+
+
+def ghost_record(lab, name, number, letter):
+    record = json.loads((lab.store / "node2.json").read_text())
+    record["slots"]["0"]["key"] = letter * 6 + record["slots"]["0"]["key"][6:]
+    record.update(podCIDRs=[f"10.244.{number}.0/24"], endpoints=[f"192.0.2.{number}"], uid=name, created="2999-01-01T00:00:00Z")
+    return json.dumps(record)
 
 
 def has_table(lab, node="node1"):
@@ -373,47 +379,68 @@ def test_a_machines_clock_that_jumps_is_no_loss(lab, fault):
 
 DISKS = {"full": ("dd if=/dev/zero of={0}/fill bs=4k 2>/dev/null || true", "rm {0}/fill"),
          "read-only": ("mount -o remount,ro {0}", "mount -o remount,rw {0}")}
+STATE, LEASES = "/var/lib/mncni", "/var/lib/cni/mncni"
+STATE_FILES = f"ls -A {STATE} {LEASES}/mncni | grep -v fill"
+
+
+@pytest.fixture
+def disks(lab):
+    """node1's key and last good nodes, and the leases of its pods, on small disks of their own. disks(command) runs one on both."""
+    for path in (STATE, LEASES):
+        mount = f"mount -t tmpfs -o size=64k,mode=0700 disk {path}"
+        node_sh(lab, "node1", f"cp -a {path} /tmp/kept && {mount} && cp -a /tmp/kept/. {path}/ && rm -r /tmp/kept")
+    yield lambda command: [node_sh(lab, "node1", command.format(path)) for path in (STATE, LEASES)]
+    for path in (STATE, LEASES):
+        node_sh(lab, "node1", f"cp -a {path} /tmp/kept; umount {path}; cp -a /tmp/kept/. {path}/; rm -rf /tmp/kept {path}/fill")
+
+
+def status(lab):
+    argv = [*labs.node_argv(lab, "node1"), labs.PYTHON, "/opt/mncni/agent.py", "status", "--json"]
+    return json.loads(labs.run(argv)[1])
 
 
 @pytest.mark.parametrize("kind", DISKS)
-def test_a_disk_that_takes_nothing_is_no_loss(lab, kind, fault):
-    """Key and last good nodes (/var/lib/mncni), leases (/var/lib/cni/mncni): on a small disk of their own."""
-    directories = ("/var/lib/mncni", "/var/lib/cni/mncni")
-    for path in directories:
-        node_sh(lab, "node1", f"cp -a {path} /tmp/kept && mount -t tmpfs -o size=64k,mode=0700 disk {path} && cp -a /tmp/kept/. {path}/"
-                              " && rm -r /tmp/kept")
+def test_a_disk_that_takes_nothing_is_no_loss(lab, disks, kind, fault):
+    """A new agent begins there, nodes come and go; no pod comes, and what tries leaves nothing."""
     breaks, heals = DISKS[kind]
-    files = f"ls -A {' '.join(directories)}/mncni | grep -v fill"
-    status = [*labs.node_argv(lab, "node1"), labs.PYTHON, "/opt/mncni/agent.py", "status", "--json"]
-    store = lambda: json.loads(labs.run(status)[1])["store"]  # noqa: E731
 
     def act():
-        for path in directories:
-            node_sh(lab, "node1", breaks.format(path))
-        before = node_sh(lab, "node1", files)
+        disks(breaks)
+        before = node_sh(lab, "node1", STATE_FILES)
         restart_agent(lab, sign="KILL")
         ghost(lab)
-        record = json.loads((lab.store / "node2.json").read_text())
-        record.update(podCIDRs=["10.244.98.0/24"], endpoints=["192.0.2.98"], uid="new", created="2999-01-01T00:00:00Z")
-        record["slots"]["0"]["key"] = "B" * 6 + record["slots"]["0"]["key"][6:]
-        labs.write_atomically(lab.store / "new.json", json.dumps(record))
-        labs.wait_until(lambda: "cannot write /var/lib/mncni/nodes.json" in store(), 30, "word of the disk")
-        with pytest.raises(labs.LabError, match="code 5: .*/var/lib/cni/mncni"):
+        labs.write_atomically(lab.store / "new.json", ghost_record(lab, "new", 98, "B"))
+        labs.wait_until(lambda: f"cannot write {STATE}/nodes.json" in status(lab)["store"], 60, "word of the disk")
+        with pytest.raises(labs.LabError, match=f"code 5: .*{LEASES}"):
             labs.add_pod(lab, "node1", "late")
-        assert node_sh(lab, "node1", files) == before
-        for path in directories:
-            node_sh(lab, "node1", heals.format(path))
+        assert node_sh(lab, "node1", STATE_FILES) == before
+        disks(heals)
         pod_comes_and_goes(lab, "node1")
-        took_s = seconds_until(lambda: not store(), "agent that can write")
+        took_s = seconds_until(lambda: not status(lab)["store"], "agent that can write")
         (lab.store / "new.json").unlink()
         wait_well(lab)
         return took_s
 
-    try:
-        quiet(lab, fault, f"disk {kind}: key, nodes, leases", act)
-    finally:
-        for path in reversed(directories):
-            node_sh(lab, "node1", f"cp -a {path} /tmp/kept; umount {path}; cp -a /tmp/kept/. {path}/; rm -rf /tmp/kept {path}/fill")
+    quiet(lab, fault, f"disk {kind}: nodes, leases", act)
+
+
+@pytest.mark.parametrize("kind", DISKS)
+def test_a_key_that_cannot_be_kept_is_no_loss(lab, disks, kind, fault):
+    """There is none half written, and when there is space, it is that of the device."""
+    breaks, heals = DISKS[kind]
+
+    def act():
+        key = node_sh(lab, "node1", f"cat {STATE}/key0; rm {STATE}/key0")
+        disks(breaks)
+        restart_agent(lab)
+        labs.wait_until(lambda: f"cannot write {STATE}/key0" in status(lab)["reason"], 60, "word of the disk")
+        assert "key0" not in node_sh(lab, "node1", STATE_FILES)
+        disks(heals)
+        took_s = seconds_until(lambda: is_well(lab), "agent that is well")
+        assert node_sh(lab, "node1", f"cat {STATE}/key0") == key
+        return took_s
+
+    quiet(lab, fault, f"disk {kind}: key", act)
 
 
 # ---- neighbours on the node ----
