@@ -18,7 +18,6 @@ IS_ROOT = os.geteuid() == 0
 
 # A feature of the kernel -> a command that works only where it is. It is run in a network namespace that is gone afterwards.
 FEATURES = {
-    "a clock to set": "grep -q virtme /proc/cmdline",  # the virtual machine's
     "br_netfilter": "test -e /proc/sys/net/bridge/bridge-nf-call-iptables",
     "netem": "tc qdisc add dev lo root netem",
     "sctp": "/usr/bin/python3 -c 'import socket; socket.socket(socket.AF_INET, socket.SOCK_STREAM, 132)'",
