@@ -496,10 +496,10 @@ Reply = namedtuple("Reply", "exit_code stdout stderr")
 
 
 class Command:
-    """A process to start: argv (list of str), stdin (text), environ (variables to set on top of ours)."""
+    """A process to start: argv (list of str), stdin (text), environ (variables to set on top of ours), fds (of files to leave open)."""
 
     def __init__(self, argv, stdin="", environ=None):
-        self.argv, self.stdin, self.environ = argv, stdin, environ or {}
+        self.argv, self.stdin, self.environ, self.fds = argv, stdin, environ or {}, ()
 
     def __str__(self):
         """The command as a person would paste it into a shell."""
@@ -528,7 +528,7 @@ def make_run(environ, trace=None, timeout_s=30):
             forget_flows(set(command.argv[2:]))
             return Reply(0, "", "")
         try:
-            reply = run_process(command.argv, command.stdin, {**child_environ, **command.environ}, timeout_s)
+            reply = run_process(command, {**child_environ, **command.environ}, timeout_s)
         except FileNotFoundError:
             raise missing_tool(command.argv[0]) from None
         except TimeoutError:
@@ -540,11 +540,11 @@ def make_run(environ, trace=None, timeout_s=30):
     return run
 
 
-def run_process(argv, stdin, environ, timeout_s):
-    """Run a program to its end. FileNotFoundError, TimeoutError. Inheritable files stay open in it: a command holds the lock of its
-    attachment until it ends, even if we are killed before. subprocess.run does the same, but its import takes 3 ms, and then each
+def run_process(command, environ, timeout_s):
+    """Run a program to its end. FileNotFoundError, TimeoutError. subprocess.run does the same, but its import takes 3 ms, and then each
     process 1 ms more.
     """
+    argv = command.argv
     places = [argv[0]] if "/" in argv[0] else [os.path.join(part, argv[0]) for part in environ["PATH"].split(":")]
     program = next((path for path in places if os.access(path, os.X_OK)), places[0])
     (its_in, our_in), (our_out, its_out), (our_err, its_err) = os.pipe(), os.pipe(), os.pipe()
@@ -552,11 +552,12 @@ def run_process(argv, stdin, environ, timeout_s):
     try:
         try:
             actions = [(os.POSIX_SPAWN_DUP2, end, number) for number, end in enumerate((its_in, its_out, its_err))]
+            actions += [(os.POSIX_SPAWN_DUP2, fd, 100 + number) for number, fd in enumerate(command.fds)]
             pid = os.posix_spawn(program, argv, environ, file_actions=actions, setsigdef=[13, 25])  # SIGPIPE, SIGXFSZ: Python ignores them
         finally:
             for end in (its_in, its_out, its_err):
                 os.close(end)
-        said = talk(ends, our_in, stdin.encode(), time.monotonic() + timeout_s)
+        said = talk(ends, our_in, command.stdin.encode(), time.monotonic() + timeout_s)
         status, pid = os.waitpid(pid, 0)[1], 0
         return Reply(os.waitstatus_to_exitcode(status), *(said[end].decode("utf-8", "replace") for end in (our_out, our_err)))
     finally:
@@ -788,17 +789,17 @@ def addresses_of(link, scope=""):
 class Locked:
     """`with Locked(path):` one process at a time. CNIError 11 after timeout_s."""
 
-    def __init__(self, path, timeout_s=60, inherit=False):
-        self.path, self.timeout_s, self.inherit = path, timeout_s, inherit
+    def __init__(self, path, timeout_s=60):
+        self.path, self.timeout_s = path, timeout_s
 
     def __enter__(self):
         os.makedirs(os.path.dirname(self.path), mode=0o755, exist_ok=True)
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        os.set_inheritable(self.fd, self.inherit)
         deadline = time.monotonic() + self.timeout_s
         while True:
             try:
-                return fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return self
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     os.close(self.fd)
@@ -807,6 +808,15 @@ class Locked:
 
     def __exit__(self, *exc_info):
         os.close(self.fd)
+
+    def held(self, run):
+        """run, whose commands hold the lock until they end, even if we are killed before."""
+
+        def run_holding(command):
+            command.fds += (self.fd,)
+            return run(command)
+
+        return run_holding
 
 
 def read_file(path):
@@ -1447,18 +1457,18 @@ def ensure_bridge(request, conf, bridge, gateways, run):
     """Make the bridge what it has to be. Returns its MAC. Looks again under a lock when there is something to do: ADDs run side by side."""
     if not plan_bridge(conf, bridge, gateways) and not plan_no_advertisements(conf["bridge"], bridge):
         return bridge.get("address", "")
-    with bridge_lock(request):
+    with bridge_lock(request) as lock:
         bridge, _ = look_host(request, conf["bridge"], run)
         refuse_foreign_bridge(conf, bridge)
         lines = plan_bridge(conf, bridge, gateways)
         plan = plan_forwarding(gateways, look_forwarding(run)) + ([ip_batch(lines)] if lines else [])
-        apply(plan + plan_no_advertisements(conf["bridge"], bridge), run)
+        apply(plan + plan_no_advertisements(conf["bridge"], bridge), lock.held(run))
         bridge, _ = look_host(request, conf["bridge"], run)
         return (bridge or {}).get("address", "")
 
 
 def bridge_lock(request):
-    return Locked(os.path.join(request.run_dir, "bridge.lock"), inherit=True)
+    return Locked(os.path.join(request.run_dir, "bridge.lock"))
 
 
 def families_of(addresses):
@@ -1586,15 +1596,15 @@ def naivewg_result(request, conf, ipam, bridge_mac, mac):
 def attachment_lock(request):
     """One ADD or DEL of an attachment at a time: a runtime that gave up on one starts the next while a command of the first still runs."""
     bucket = short_hash(request.network, request.container_id, request.ifname)[-3:]
-    return Locked(os.path.join(request.run_dir, "attachments", bucket), inherit=True)
+    return Locked(os.path.join(request.run_dir, "attachments", bucket))
 
 
 def naivewg_add(request, run):
     """ADD: join the pod to the bridge. Returns a 1.1.0 result. Its undo is detach."""
     conf = parse_naivewg(request)
     require_ready(conf, TRY_AGAIN, TRY_AGAIN)
-    with attachment_lock(request):
-        return attach(request, conf, run)
+    with attachment_lock(request) as lock:
+        return attach(request, conf, lock.held(run))
 
 
 def attach(request, conf, run):
@@ -1631,8 +1641,8 @@ def with_gateways(conf, ipam):
 def naivewg_del(request, run):
     """DEL: the link goes before the lease, so that no address is given out again while it is still in use. Needs neither the
     namespace nor prevResult: both ends of a veth go together."""
-    with attachment_lock(request):
-        detach(request, run)
+    with attachment_lock(request) as lock:
+        detach(request, lock.held(run))
 
 
 def detach(request, run):
@@ -1833,7 +1843,7 @@ def half_written_ports(run_dir):
 
 
 def ports_lock(run_dir):
-    return Locked(os.path.join(run_dir, "portmap", "lock"), inherit=True)
+    return Locked(os.path.join(run_dir, "portmap", "lock"))
 
 
 def winners(states):
@@ -1887,13 +1897,13 @@ def plan_more_ports(before, after):
 
 def change_ports(run_dir, changes, run):
     """Take up the states in changes, {path: state, or None to drop it}, and make the table what follows."""
-    with ports_lock(run_dir):
+    with ports_lock(run_dir) as lock:
         for path in half_written_ports(run_dir):
             remove_file(path)  # only who holds the lock writes
         before, new = look_ports(run_dir), {path: state for path, state in changes.items() if state}
         for path, state in new.items():
             write_file(path, json.dumps(state))
-        apply_ports(before, {**without(before, *changes), **new}, run)
+        apply_ports(before, {**without(before, *changes), **new}, lock.held(run))
         for path in changes.keys() - new.keys():
             remove_file(path)
 
@@ -2052,14 +2062,14 @@ def restore_portmap(run_dir, run):
     wrong, a list of messages; without host ports it starts no command."""
     if not look_ports(run_dir):
         return []
-    with ports_lock(run_dir):
+    with ports_lock(run_dir) as lock:
         states = look_ports(run_dir)
         problems = check_ports(states, winners(states), run)
         for device in sorted(devices_of(states)):
             if read_file(f"/proc/sys/net/ipv4/conf/{device}/route_localnet") == "0\n":
                 problems.append(f"{device} does not accept 127.0.0.1 (route_localnet)")
         if problems:
-            apply_ports({}, states, run)
+            apply_ports({}, states, lock.held(run))
     return problems
 
 
@@ -2133,10 +2143,10 @@ def bandwidth_add(request, run):
     if not limits:
         return request.prev_result
     peer = request.new_peer or look_peer(request, run)
-    with attachment_lock(request):
+    with attachment_lock(request) as lock:
         try:
             qdiscs = [] if request.new_peer else look_qdiscs(peer["ifname"], run)
-            apply(plan_bandwidth(request, limits, peer, qdiscs), run)
+            apply(plan_bandwidth(request, limits, peer, qdiscs), lock.held(run))
         except Exception:
             best_effort(delete_links, [own_ifb(request)], run)
             raise
@@ -2147,8 +2157,8 @@ def bandwidth_add(request, run):
 def bandwidth_del(request, run):
     """DEL: the ifb goes, together with the veth pair if naivewg is in this call; everything else goes with that."""
     if own_veth(request) not in request.links:
-        with attachment_lock(request):
-            delete_links([own_ifb(request)], run)
+        with attachment_lock(request) as lock:
+            delete_links([own_ifb(request)], lock.held(run))
 
 
 def bandwidth_check(request, run):

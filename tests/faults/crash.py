@@ -33,10 +33,13 @@ PATIENCE_S = 60
 
 
 class Steps:
-    """Counts the steps of this process; its `at`-th is its last. say(text): where the name of that goes."""
+    """Counts the steps of this process; its `at`-th is its last, and goes to the pipe `writer`."""
 
-    def __init__(self, at, say):
-        self.names, self.at, self.say, self.lock = [], at, say, threading.Lock()
+    def __init__(self, at, writer):
+        self.names, self.at, self.writer, self.lock, self.send = [], at, writer, threading.Lock(), os.write
+
+    def say(self, what):
+        self.send(self.writer, (json.dumps(what) + "\n").encode())
 
     def __call__(self, name):
         if self.is_last(name):
@@ -128,36 +131,46 @@ class HalfFile:
 
 def hook_commands(steps):
     """The steps of commands that change something."""
-    feeding, write = threading.local(), os.write
+    now, spawn, write, wait = threading.local(), os.posix_spawn, os.write, os.waitpid
+
+    def posix_spawn(program, argv, environ, file_actions, **options):
+        changes = not LOOKS & set(argv)
+        if changes:
+            steps(f"before {' '.join(argv)}")
+        pid = spawn(program, argv, environ, file_actions=[*file_actions, (os.POSIX_SPAWN_DUP2, steps.writer, 99)], **options)
+        if changes:
+            steps(f"started {' '.join(argv)}")
+        now.argv, now.pid = argv if changes else None, pid
+        return pid
+
+    def write_piece(fd, data):
+        argv = getattr(now, "argv", None)
+        lines = data.decode().splitlines(True) if argv and "-batch" in argv else []
+        for number in range(1, len(lines)):
+            if steps.is_last(f"after {lines[number - 1].strip()!r}, the command killed along"):
+                write(fd, "".join(lines[:number]).encode())
+                os.close(fd)
+                wait(now.pid, 0)
+                steps.die()
+        size = write(fd, data)
+        if argv:
+            steps(f"{size} bytes more to {' '.join(argv)}")
+        return size
+
+    def waitpid(pid, flags):
+        now.argv = None
+        return wait(pid, flags)
 
     class Popen(subprocess.Popen):
         def __init__(self, argv, **options):
-            self.changes = not LOOKS & set(argv)
-            if self.changes:
-                steps(f"before {' '.join(argv)}")
+            steps(f"before {' '.join(argv)}")
             super().__init__(argv, **options)
-            if self.changes:
-                steps(f"started {' '.join(argv)}")
+            steps(f"started {' '.join(argv)}")
 
-        def communicate(self, input=None, timeout=None):
-            lines = input.splitlines(True) if self.changes and input and "-batch" in self.args else []
-            for number in range(1, len(lines)):
-                if steps.is_last(f"after {lines[number - 1].strip()!r}, the command killed along"):
-                    super().communicate("".join(lines[:number]), timeout)
-                    steps.die()
-            feeding.what = self.args if self.changes else None
-            try:
-                return super().communicate(input, timeout)
-            finally:
-                feeding.what = None
+    os.posix_spawn, os.write, os.waitpid, subprocess.Popen = posix_spawn, write_piece, waitpid, Popen
 
-    def write_piece(fd, data):
-        size = write(fd, data)
-        if getattr(feeding, "what", None):
-            steps(f"{size} bytes more to {' '.join(feeding.what)}")
-        return size
 
-    subprocess.Popen, os.write = Popen, write_piece
+# ---- children ----
 
 
 class Child:
@@ -175,9 +188,7 @@ class Child:
 
     def live(self, enter, act, at, hook, writer):
         try:
-            os.set_inheritable(writer, True)  # to all commands that it starts
-            send = os.write
-            steps = Steps(at or 0, lambda what: send(writer, (json.dumps(what) + "\n").encode()))
+            steps = Steps(at or 0, writer)
             enter()
             if at is not None:
                 hook(steps)

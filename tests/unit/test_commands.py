@@ -42,11 +42,12 @@ def test_a_pipe_whose_reader_is_gone_ends_a_program_as_it_does_in_a_shell(tmp_pa
     assert reply == Reply(0, "y\n", "")
 
 
-def test_of_our_open_files_only_an_inheritable_one_is_open_in_the_process(tmp_path):
-    with open(tmp_path / "lock", "w") as lock, open(tmp_path / "other", "w"):
-        os.set_inheritable(lock.fileno(), True)
-        reply = mncni.make_run(program(tmp_path, "tc", "readlink /proc/$$/fd/*"))(Command(["tc"]))
-    assert str(tmp_path / "lock") in reply.stdout and str(tmp_path / "other") not in reply.stdout
+def test_of_our_locks_a_process_holds_those_that_it_is_run_under(tmp_path):
+    run = mncni.make_run(program(tmp_path, "tc", "readlink /proc/$$/fd/*"))
+    one, two, other = (mncni.Locked(str(tmp_path / name)) for name in ("one", "two", "other"))
+    with one, two, other:
+        reply = two.held(one.held(run))(Command(["tc"]))
+    assert one.path in reply.stdout and two.path in reply.stdout and other.path not in reply.stdout
 
 
 def test_the_trace_gets_a_command_before_it_runs(tmp_path):

@@ -169,7 +169,7 @@ def test_a_lock_is_waited_for_and_given_up_with_code_11(tmp_path):
     assert raised.value.code == 11 and path in raised.value.msg
     entered = threading.Event()
     with mncni.Locked(path):
-        waiting = threading.Thread(target=lambda: mncni.Locked(path).__enter__() or entered.set())
+        waiting = threading.Thread(target=lambda: [mncni.Locked(path).__enter__(), entered.set()])
         waiting.start()
         assert not entered.wait(0.05)
     assert entered.wait(10)
