@@ -545,14 +545,14 @@ def run_process(command, environ, timeout_s):
     process 1 ms more.
     """
     argv = command.argv
-    places = [argv[0]] if "/" in argv[0] else [os.path.join(part, argv[0]) for part in environ["PATH"].split(":")]
-    program = next((path for path in places if os.access(path, os.X_OK)), places[0])
+    paths = [argv[0]] if "/" in argv[0] else [os.path.join(part, argv[0]) for part in environ["PATH"].split(":")]
+    program = next((path for path in paths if os.access(path, os.X_OK)), paths[0])
     (its_in, our_in), (our_out, its_out), (our_err, its_err) = os.pipe(), os.pipe(), os.pipe()
     ends, pid = {our_in, our_out, our_err}, 0
     try:
         try:
-            actions = [(os.POSIX_SPAWN_DUP2, end, number) for number, end in enumerate((its_in, its_out, its_err))]
-            actions += [(os.POSIX_SPAWN_DUP2, fd, 100 + number) for number, fd in enumerate(command.fds)]
+            places = [*((fd, 100 + number) for number, fd in enumerate(command.fds)), (its_in, 0), (its_out, 1), (its_err, 2)]
+            actions = [(os.POSIX_SPAWN_DUP2, fd, place) for fd, place in places]
             pid = os.posix_spawn(program, argv, environ, file_actions=actions, setsigdef=[13, 25])  # SIGPIPE, SIGXFSZ: Python ignores them
         finally:
             for end in (its_in, its_out, its_err):
