@@ -795,7 +795,7 @@ class Locked:
     def __enter__(self):
         os.makedirs(os.path.dirname(self.path), mode=0o755, exist_ok=True)
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        deadline = time.monotonic() + self.timeout_s
+        deadline, pause_s = time.monotonic() + self.timeout_s, 0.002
         while True:
             try:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -804,7 +804,8 @@ class Locked:
                 if time.monotonic() > deadline:
                     os.close(self.fd)
                     raise CNIError(TRY_AGAIN, f"another process holds {self.path} for more than {self.timeout_s} s") from None
-                time.sleep(0.002)  # flock has no deadline of its own
+                time.sleep(pause_s)  # flock has no deadline of its own
+                pause_s = min(2 * pause_s, 0.05)  # a hundred that wait and look all the time leave nothing to the one that works
 
     def __exit__(self, *exc_info):
         os.close(self.fd)
