@@ -12,11 +12,11 @@ NEED_ROOT = test "$$(id -u)" = 0 || { echo "needs root: sudo make $@" >&2; exit 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo lab lab-down test kubernetes test-faults test-runtimes test-matrix test-vm bench bench-agent lint golden record clean
+.PHONY: help demo lab lab-down test kubernetes test-faults soak test-runtimes test-matrix test-vm bench bench-agent lint golden record clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo 'More words for the command behind demo, lab, test, test-faults, test-runtimes, test-matrix, test-vm: ARGS="...", for example  make test ARGS="-k lease -x"'
+	@echo 'More words for the command behind demo, lab, test, test-faults, soak, test-runtimes, test-matrix, test-vm: ARGS="...", for example  make test ARGS="-k lease -x"'
 
 demo: ## two nodes and four pods on this machine: pings over WireGuard, and proof that nothing goes in clear (root)
 	@$(NEED_ROOT)
@@ -50,6 +50,11 @@ test-faults: ## what faults cost, as one table: crashes, storms, traffic through
 	@$(NEED_ROOT)
 	@tests/setup.sh test
 	@.venv/bin/python -m pytest $(FAULT_TESTS) $(ARGS)
+
+soak: ## an hour of pods, nodes and agents that come and go; exit status 1 if anything grows; ARGS="--minutes 3" (root)
+	@$(NEED_ROOT)
+	@tests/setup.sh test
+	@.venv/bin/python -m tests.faults.soak $(ARGS)
 
 test-runtimes: ## tests under real container runtimes: containerd by ctr and by CRI, podman (root; installs them)
 	@$(NEED_ROOT)

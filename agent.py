@@ -1228,9 +1228,9 @@ def ensure_key(path, device_key):
     """The private key in the file at path; made first if there is none, taken from a running device if that has one. CNIError 5
     for a damaged file: a new key would be a new identity, so that is the operator's decision."""
     directory = os.path.dirname(path)
-    os.makedirs(directory, mode=0o700, exist_ok=True)
+    mncni.own_directory(directory, 0o700)
     ensure_mode(directory, 0o700)
-    text = mncni.read_file(path)
+    text = mncni.read_file(path) if is_own_file(path) else None
     if text is None:  # half a key must not survive a power failure either, hence each step is on the disk before the next
         text = device_key or make_key()
         write_if_changed(f"{path}.new", text + "\n", mode=0o600)
@@ -1244,6 +1244,17 @@ def ensure_key(path, device_key):
     except BadRecord as error:
         what = f"the key file {path} is damaged: {error}"
         raise CNIError(mncni.IO_FAILURE, f"{what}; put the key back, or remove the file and restart to get a new one") from None
+
+
+def is_own_file(path):
+    """Whether there is a file. CNIError 5 for a link, or what is linked from elsewhere, or another user's: we made no such thing."""
+    if not os.path.lexists(path):
+        return False
+    status = os.lstat(path)
+    if status.st_mode & 0o170000 != 0o100000 or status.st_nlink > 1 or status.st_uid != os.geteuid():
+        what = f"{path} is a link, or has a second name, or is another user's: it is not used, and what it leads to stays as it is"
+        raise CNIError(mncni.IO_FAILURE, f"{what}; put the file itself there, or remove it")
+    return True
 
 
 def ensure_mode(path, mode):
@@ -1264,7 +1275,7 @@ def load_json(path, check=dict):
     """The object in a file of ours; {} if there is none, or it is unreadable: it is a help, no truth. check(object) fails for one that
     is not what we write."""
     try:
-        value = mncni.parse_json_object(mncni.read_file(path) or "{}", path)
+        value = mncni.parse_json_object(mncni.read_state(path) or "{}", path)
         check(value)
         return value
     except (OSError, CNIError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
@@ -1292,9 +1303,9 @@ def load_state(path):
 def write_if_changed(path, text, mode=0o644):
     """Write a file unless it says so already. Returns whether it was written. CNIError 5 naming the file."""
     try:
-        if mncni.read_file(path) == text:
+        if mncni.read_state(path) == text:
             return False
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
         write_file(path, text, mode)
     except OSError as error:  # a full disk does not say which file was written
         raise CNIError(mncni.IO_FAILURE, f"cannot write {path}: {error.strerror}") from None
@@ -1982,7 +1993,7 @@ class Agent:
         """One pass: all stages, what the store says, our record, then the files that let pods in. look: False for a pass that only the
         store has asked for: nothing in the kernel has changed but what follows from that."""
         context = self.context
-        os.makedirs(self.settings.run_dir, exist_ok=True)
+        mncni.own_directory(self.settings.run_dir)
         adopted, trouble = self.adopt()
         for stage in FLOOR if look or adopted or trouble else ():
             stage(context)
@@ -2847,6 +2858,7 @@ def remove_plugins(settings):
 
 def main(arguments, environ):
     """The exit code."""
+    os.umask(os.umask(0o077) | 0o022)  # whatever we make, nobody else is to change it
     parser = build_parser(environ)
     options = parser.parse_args(arguments)
     level = logging.DEBUG if environ.get("MNCNI_DEBUG") == "1" else logging.INFO

@@ -328,8 +328,9 @@ def answer(environ, stdin_text, run, plugins=None, called_as="mncni", at_once=Fa
         where = f": {error.filename}" if error.filename else ""
         return 1, error_reply(CNIError(IO_FAILURE, f"input/output failure: {error.strerror or error}{where}"), version)
     except Exception as error:
-        if isinstance(error, UnicodeEncodeError) or "embedded null" in str(error):
-            return 1, error_reply(config_error(f"a string of the configuration holds a character that no name can have: {error}"), version)
+        if isinstance(error, (UnicodeEncodeError, RecursionError)) or "embedded null" in str(error):
+            what = "a character that no name can have" if isinstance(error, ValueError) else "a path or value that is nested too deep"
+            return 1, error_reply(config_error(f"a string of the configuration holds {what}: {error}"), version)
         import traceback  # only when it is too late to be fast
 
         traceback.print_exc()
@@ -744,7 +745,10 @@ def parse_ip(text):
     items = [item for line in text.splitlines() if line for item in json.loads(line)]
     for part in [*items, *(info for item in items for info in item.get("addr_info", ()))]:
         wrong = [key for key, fits in IP_KEYS.items() if key in part and not fits(part[key])]
-        wrong += ["flags, mtu"] if {"ifname", "addr_info"} & part.keys() and not {"flags", "mtu"} <= part.keys() else []
+        whole = f"{part.get('local', '::')}/{part.get('prefixlen', 0)}"
+        wrong += [] if is_address(whole, ipaddress.ip_interface) else [whole]
+        wrong += ["flags"] if "ifname" in part and "flags" not in part else []
+        wrong += ["mtu"] if {"ifname", "addr_info"} & part.keys() and "mtu" not in part else []
         if wrong:
             raise ValueError(wrong[0])
     return [item for item in items if all(is_ifname(item[key]) for key in ("ifname", "dev", "interface") if key in item)]
@@ -793,7 +797,7 @@ class Locked:
         self.path, self.timeout_s = path, timeout_s
 
     def __enter__(self):
-        os.makedirs(os.path.dirname(self.path), mode=0o755, exist_ok=True)
+        own_directory(os.path.dirname(self.path))
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         deadline, pause_s = time.monotonic() + self.timeout_s, 0.002
         while True:
@@ -820,6 +824,16 @@ class Locked:
         return run_holding
 
 
+def own_directory(path, mode=0o755):
+    """Make a directory for state. CNIError 5 for one that others can change, or that a link of theirs leads to: so is all that is in it."""
+    os.makedirs(path, mode=mode, exist_ok=True)
+    for status in (os.lstat(path), os.stat(path)):
+        is_link = status.st_mode & 0o170000 == 0o120000
+        if status.st_uid not in (0, os.geteuid()) or (status.st_mode & 0o022 and not is_link):
+            what = f"others than root can change {path}, owner {status.st_uid}, mode {status.st_mode & 0o7777:o}"
+            raise CNIError(IO_FAILURE, f"{what}: look what is in it, then chown root and chmod go-w, or remove it")
+
+
 def read_file(path):
     """The text of a small file, None if there is none. What is not UTF-8 is replaced, so that it can be judged."""
     try:
@@ -827,6 +841,11 @@ def read_file(path):
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def read_state(path):
+    """The same of a file of ours; "" for a link, which we never make, and for what is no file."""
+    return "" if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)) else read_file(path)
 
 
 def write_file(path, text, mode=0o644):
@@ -900,18 +919,18 @@ class Leases:
 
     def holder(self, address):
         """(container ID, interface) that holds an address, None if it is free: no lease, an unreadable one, or one of an earlier boot."""
-        owner, _ = self._parse(read_file(os.path.join(self.dir, str(address))))
+        owner, _ = self._parse(read_state(os.path.join(self.dir, str(address))))
         return owner
 
     def addresses(self, container_id, ifname):
         """The addresses (list of str) that the index names for an attachment and whose leases are still its own."""
         attachment = (container_id, ifname)
-        owner, addresses = self._parse(read_file(self.index_path(container_id, ifname)))
+        owner, addresses = self._parse(read_state(self.index_path(container_id, ifname)))
         return [address for address in addresses if self.holder(address) == attachment] if owner == attachment else []
 
     def take(self, addresses, container_id, ifname):
         """Write the index, then the leases."""
-        os.makedirs(self.index_dir, exist_ok=True)
+        own_directory(self.index_dir)
         lines = [container_id, ifname, self.boot_id]
         write_file(self.index_path(container_id, ifname), "\n".join([*lines, *map(str, addresses)]) + "\n")
         for address in addresses:
@@ -945,11 +964,11 @@ class Leases:
         """(path, owner) of every entry of the index; None for an owner that counts as none."""
         for key in sorted(os.listdir(self.index_dir)) if os.path.isdir(self.index_dir) else []:
             path = os.path.join(self.index_dir, key)
-            yield path, None if key.startswith(".") else self._parse(read_file(path))[0]
+            yield path, None if key.startswith(".") else self._parse(read_state(path))[0]
 
     def last(self, set_index):
         """The address (int) that a range set gave out last, 0 if none."""
-        text = (read_file(os.path.join(self.dir, f"last.{set_index}")) or "").strip()
+        text = (read_state(os.path.join(self.dir, f"last.{set_index}")) or "").strip()
         return int(ipaddress.ip_address(text)) if is_address(text, ipaddress.ip_address) else 0
 
     def set_last(self, set_index, address):
@@ -961,7 +980,7 @@ class Leases:
         lines = (text or "").splitlines()
         if len(lines) < 3 or lines[2] != self.boot_id or not is_identifier(lines[0]) or not is_ifname(lines[1]):
             return None, []
-        return (lines[0], lines[1]), lines[3:]
+        return (lines[0], lines[1]), [line for line in lines[3:] if is_address(line, ipaddress.ip_address)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1828,7 +1847,7 @@ def look_ports(run_dir):
     directory, states = os.path.join(run_dir, "portmap"), {}
     for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
         path = os.path.join(directory, name)
-        text = read_file(path) if len(name) == 16 else None  # the others are the lock, and what a crash left half written
+        text = read_state(path) if len(name) == 16 else None  # the others are the lock, and what a crash left half written
         try:
             if text is not None:
                 states[path] = parse_state(text)
@@ -2104,8 +2123,9 @@ def tbf(rate, burst, mtu):
     """The words of a token bucket for `tc`. Without a burst: what the rate lets through in 100 ms. Never less than ten packets: a
     packet that exceeds the burst would never be sent. The queue holds 25 ms more."""
     burst_bytes = max(rate // 80 if burst is None else burst // 8, 10 * mtu)
-    burst_bytes = min(burst_bytes, 2**32 - 1 - rate // 320)
-    return f"tbf rate {rate}bit burst {burst_bytes}b limit {burst_bytes + rate // 320}b"
+    queue_bytes = min(rate // 320, 2**31)
+    burst_bytes = min(burst_bytes, 2**32 - 1 - queue_bytes)
+    return f"tbf rate {rate}bit burst {burst_bytes}b limit {burst_bytes + queue_bytes}b"
 
 
 def own_ifb(request):
@@ -2471,8 +2491,9 @@ def chain(name, conf_dir, backup_dir, remove=False):
     if active is None:
         raise config_error(f"there is no network in {conf_dir} yet: a chained plugin needs one before it")
     path = os.path.realpath(os.path.join(conf_dir, active))
-    text = read_file(path) or ""
-    conf = parse_json_object(text, path)
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        text = file.read()
+    conf = parse_json_object(text, path)  # which refuses what is no UTF-8: it would not stay as it is
     plugins = typed(conf, "plugins", list, [])
     if not plugins:
         listed = [without(conf, "name", "cniVersion"), CHAINED[name]]
@@ -2520,7 +2541,7 @@ def edited(text, wanted, anchor, added):
 
 def keep_backup(path, text, backup_dir):
     """Keep a text as backup_dir/NAME.1, .2, ..., unless the last of them is the same: another network may write its file often."""
-    os.makedirs(backup_dir, mode=0o700, exist_ok=True)
+    own_directory(backup_dir, 0o700)
     backup, number = os.path.join(backup_dir, os.path.basename(path)), 1
     while os.path.exists(f"{backup}.{number}"):
         number += 1
@@ -2703,6 +2724,7 @@ top of this file; mncni.py --help lists what else it does.
 def main(plugins=None):
     """The program. A plugin of somebody else's imports this module and calls it with a verb table of its own: see the README."""
     environ = dict(os.environ)
+    os.umask(os.umask(0o077) | 0o022)  # whatever we make, nobody else is to change it
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (closed: print would go to stdout, which is the protocol's)
     if not environ.get("CNI_COMMAND"):
         if len(sys.argv) > 1:

@@ -14,6 +14,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,8 +26,9 @@ import agent
 import cnisnoop
 import mncni
 from tests import golden
-from tests.faults.fuzz import Fence, fuzz
+from tests.faults.fuzz import Fence, Fuzz, fuzz
 from tests.faults.shapes import inspect
+from tests.integration.conftest import PLUGIN, Host
 from tests.unit.agent_data import V4, V6, FakeWireGuard, key_of, make_settings, text_of
 from tests.unit.test_agent_records import BAD_RECORDS
 from tests.unit.test_agent_state import Bench
@@ -382,6 +384,78 @@ def test_state_files_of_the_plugin(feed, plugin, ram):
     feed("state files of the plugin", make, check)
 
 
+DRIVER = r"""
+import json, os, subprocess, sys
+for line in sys.stdin:
+    environ, stdin = json.loads(line)
+    environ = {name.encode("latin-1"): value.encode("latin-1") for name, value in environ.items()}
+    done = subprocess.run([sys.argv[1]], input=stdin.encode("latin-1"), env=environ, capture_output=True, timeout=60)
+    print(json.dumps([done.returncode, done.stdout.decode("latin-1"), done.stderr.decode("latin-1")]), flush=True)
+"""
+SEALED = 'mount --bind "$1" "$1" && for at in / /run /dev/shm; do mount -o remount,bind,ro $at; done 2>/dev/null; shift; exec "$@"'
+
+
+@pytest.mark.root
+def test_real_processes_with_garbage_change_nothing(seed, figure, tmp_path, ram):
+    """The program itself, in a host of its own whose files it cannot write: what is refused in process is refused, and nothing is left."""
+    host, count, fed, place = Host(tmp_path), COUNT // 80, 0, tmp_path / "w"
+    argv = [
+        "nsenter",
+        f"--net=/run/netns/{host.netns}",
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        SEALED,
+        "sh",
+        str(tmp_path),
+    ]
+    good = [(environ, stdin) for environ, stdin, _, _ in corpus()]
+    names, number = golden.Names(place), 0
+    place.mkdir()
+    (place / "netns").touch()
+    try:
+        pod = host.pod("pod")
+        host.add(host.conf(), netns=pod)
+        host.cni("DEL", host.conf(), netns=pod)
+        before = host.snapshot()
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen([*argv, "/usr/bin/python3", "-c", DRIVER, PLUGIN], **pipes) as driver:
+            while fed < count:
+                number += 1
+                chance = Fuzz(f"processes {seed} {number}")
+                environ, stdin = chance.choice(good)
+                stdin = chance.mutated_json(stdin) if chance.random() < 0.8 else chance.hostile_text()
+                environ = {name: value for name, value in environ.items() if name.isupper()}
+                if chance.random() < 0.3:
+                    environ[chance.choice(VARIABLES)] = chance.hostile_text().replace("\0", "")[:100_000]
+                if not environ["CNI_COMMAND"]:
+                    continue  # it tells about itself
+                apart = golden.Names(emptied(ram / "w"))
+                (ram / "w" / "netns").touch()
+                with Fence(ram):
+                    if mncni.answer({name: apart.show(value) for name, value in environ.items()}, apart.show(stdin), Kernel([]))[0] == 0:
+                        continue  # it would leave a bridge, as it should
+                environ, stdin = {name: names.show(value) for name, value in environ.items()}, names.show(stdin)
+                raw = [
+                    {key: value.encode("utf-8", "surrogatepass").decode("latin-1") for key, value in environ.items()},
+                    stdin.encode("utf-8", "surrogatepass").decode("latin-1"),
+                ]
+                print(json.dumps(raw), file=driver.stdin, flush=True)
+                exit_code, stdout, stderr = json.loads(driver.stdout.readline())
+                assert not judge_answer(exit_code, stdout, delegates=True) and "Traceback" not in stderr, (raw, stdout, stderr)
+                assert golden.list_leases(place) == "", raw
+                shutil.rmtree(place / "run", ignore_errors=True)
+                fed += 1
+            driver.stdin.close()
+        assert host.snapshot() == before
+    finally:
+        host.close()
+    figure(f"hostile input, real processes: {count} refused, nothing changed (MNCNI_SEED={seed})")
+
+
 # ---- configuration files: explain, install --chain, the agent's uninstall, doctor; what libcni keeps; recordings ----
 
 
@@ -418,7 +492,7 @@ def told(act, *arguments):
     return True
 
 
-EXPLAINED_LINE = re.compile(r"(#.*|(CNI_COMMAND=\w+ )?(nsenter|ip|tc|nft|tee|mncni\.py|'?/[^;&|`$]*) .*|)")
+EXPLAINED_LINE = re.compile(r"(#.*|(CNI_COMMAND=\w+ )?(nsenter|ip|tc|nft|tee|mncni\.py|'?/[^;&|`$]*)( .*|)|)")
 
 
 def test_explain_of_any_configuration(feed, ram, monkeypatch):
@@ -512,7 +586,7 @@ def test_doctor_and_cache_of_cnisnoop(feed, ram, monkeypatch):
             assert os.path.dirname(argv[0]) == str(ram / "bin") or argv[0] in ("nft", "iptables-legacy", "unshare"), f"starts {argv}"
             assert "/" not in argv[0] or os.path.realpath(argv[0]).startswith(str(ram / "bin") + "/"), f"starts {argv}"
             text = parts.get((environ or {}).get("CNI_COMMAND", argv[0])) or ""
-            return int((environ or {}).get("CNI_COMMAND") == "STATUS"), text.encode("utf-8", "replace").decode(), ""
+            return int('"code"' in text), text.encode("utf-8", "replace").decode(), ""
 
         monkeypatch.setattr(cnisnoop, "run", run)
         write(ram / "conf" / "10-x.conflist", parts["conflist"] or "")
@@ -608,7 +682,7 @@ def test_records_of_hostile_nodes(feed, ram):
     assert len(expected) == 3
 
     def make(fuzz):
-        parts = {"record": fuzz.mutated_json(fuzz.choice(RECORDS)), "name": "hostile"}
+        parts = {"record": fuzz.mutated_json(fuzz.choice(fuzz.choice((RECORDS, RECORDS[:4])))), "name": "hostile"}
         if fuzz.random() < 0.1:
             parts["name"] = fuzz.choice((fuzz.hostile_text()[:100], "-x", "honest1 ", "Honest1"))
         if fuzz.random() < 0.4:
@@ -1099,3 +1173,73 @@ def test_files_of_the_agent(feed, ram, monkeypatch, caplog):
         return stands
 
     feed("files of the agent", make, check)
+
+
+# ---- what the fuzzers found, as cases ----
+
+PREV = {"interfaces": [{"name": "v*"}, {"name": "eth0", "sandbox": "/x"}], "ips": [{"address": "10.88.0.2/24", "interface": 1}]}
+FOUND = {  # name: (a configuration, the code of the answer, 0 for a result)
+    "a number that is infinite to Python": ('{"cniVersion":"1.1.0","name":"n","plugin":"loopback","prevResult":{"ips":[],"x":1e400}}', 6),
+    "a star in the name of a host's interface": (
+        with_shared_keys(
+            {"plugin": "portmap", "prevResult": PREV, "runtimeConfig": {"portMappings": [{"hostPort": 80, "containerPort": 80}]}}
+        ),
+        0,
+    ),
+    "a directory of a thousand levels": (
+        with_shared_keys({"plugin": "naivewg", "ipam": {"dataDir": "/dev/null" + "/a" * 1500, "subnet": "10.88.0.0/24"}}),
+        7,
+    ),
+    "a rate beyond 32 bits of bytes in 25 ms": (with_shared_keys({"plugin": ["naivewg", "bandwidth"], "egressRate": 6_093_022_208_000}), 0),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found_once(plugin, feed, ram, name):
+    conf, code = FOUND[name]
+    (ram / "w").mkdir()
+    (ram / "w" / "netns").touch()
+    environ = {key: plugin.names.show(value) for key, value in golden.DEFAULTS.items()}
+    exit_code, stdout = mncni.answer({**environ, "CNI_COMMAND": "ADD"}, conf, Kernel([]))
+    assert (json.loads(stdout)["code"] if exit_code else 0) == code, stdout
+
+
+def test_a_namespace_whose_path_is_two_words_is_refused_before_anything_is_changed(plugin, ram):
+    asked = []
+    (ram / "w x").touch()
+    environ = {**golden.DEFAULTS, "CNI_COMMAND": "ADD", "CNI_NETNS": str(ram / "w x"), "MNCNI_RUN_DIR": str(ram / "run")}
+    exit_code, stdout = mncni.answer(environ, with_shared_keys({"plugin": "naivewg"}), asked.append)
+    assert (exit_code, json.loads(stdout)["code"], asked) == (1, 4, [])
+
+
+@pytest.mark.parametrize(
+    "text", ["}", "[1]", '[{"ifname": "lo"}]', '[{"mtu": "1; x"}]', '[{"local": "x"}]', '[{"dst": "10.0.0.0/8 dev x"}]', "[" * 9999]
+)
+def test_words_of_ip_that_nobody_understands_are_an_error_100(text):
+    with pytest.raises(mncni.CNIError, match="cannot understand what ip says") as caught:
+        mncni.look_ip(["link show"], lambda command: mncni.Reply(0, text, ""))
+    assert caught.value.code == 100
+
+
+def test_a_wish_of_the_api_server_is_granted_for_five_minutes_at_most():
+    refused = b"HTTP/1.1 429 Slow\r\nRetry-After: " + b"9" * 400 + b"\r\nContent-Length: 0\r\n\r\n"
+    with pytest.raises(agent.ApiError) as caught:
+        api_that_says(refused).request("GET", agent.NODES)
+    assert caught.value.retry_after_s == agent.LONGEST_WISH_S
+
+
+@pytest.mark.parametrize("lease", ["{}", '{"metadata":{"resourceVersion":1}}', '{"metadata":{"resourceVersion":"1"},"spec":"x"}', "[]"])
+def test_a_lease_that_is_none_is_trouble_and_no_end_of_nodeipam(lease):
+    election = agent.Election(api_that_says(framed(lease)), "kube-system/l", "me", lambda: 1000.0)
+    election.tick()
+    assert "cannot understand the answer" in election.trouble and not election.leads(election.term)
+
+
+def test_doctor_starts_nothing_outside_the_plugin_directories(tmp_path):
+    ((what, _),) = cnisnoop.look_plugin("../../bin/true", {"cniVersion": "1.0.0"}, [str(tmp_path)])
+    assert "is no name of a plugin" in what
+
+
+def test_metrics_are_served_although_there_is_no_status_file(tmp_path):
+    status = agent.look_status(dataclasses.replace(make_settings(), run_dir=str(tmp_path)), None)
+    assert agent.plan_metrics({**status, "up": False, "leases": 0})["mncni_quarantined_nodes", ()] == 0
