@@ -164,10 +164,8 @@ def check_calls(calls, directory):
 
 def calls_of(events):
     """All calls of events, in the order in which they ended."""
-    ordered, calls = cnisnoop.Ordered(), cnisnoop.Calls()
-    for event in events:
-        ordered.add(event)
-    return [call for call in map(calls.feed, ordered.take()) if call]
+    calls = cnisnoop.Calls()
+    return [call for call in map(calls.feed, cnisnoop.take(list(events))) if call]
 
 
 def recorded(backend):

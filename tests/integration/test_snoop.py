@@ -269,6 +269,7 @@ def test_secrets_are_masked_in_the_recording_and_view_prints_it(tmp_path):
         snoop.make_calls(tmp_path, [("reader", "ADD", conf), ("silent", "DEL", b"{}")])
         (call,) = running.finish(tmp_path)
     recording = (tmp_path / "calls.jsonl").read_text()
+    assert (tmp_path / "calls.jsonl").stat().st_mode & 0o777 == 0o600
     assert json.loads(call["stdin"])["password"] == "***" and "swordfish" not in recording
     argv = [sys.executable, PROGRAM, "view", f"{tmp_path}/calls.jsonl", "--replay", "always"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
