@@ -254,10 +254,8 @@ def parse_object(text):
 # ---------------------------------------------------------------------------------------------------------------------
 # strace: its output
 # ---------------------------------------------------------------------------------------------------------------------
-# "?": not on every machine. Exit codes come without a system call. -xx writes every string in hexadecimal, so no quote or bracket in
-# it can be taken for one of strace's own.
-STRACE = ("-f", "-q", "-ttt", "--pidns-translation", "-v", "-xx", "-s", str(LIMIT), "-e",
-          "trace=execve,?execveat,clone,?clone3,?fork,?vfork,read,readv,write,writev,close,dup,?dup2,dup3,fcntl,?open,openat")
+# Exit codes come without a system call. -xx writes every string in hexadecimal, so no quote or bracket in it can be taken for one of
+# strace's own.
 STRACE_LINE = re.compile(r"(\d+) +(\d+)\.(\d{6}) (.*)", re.DOTALL)
 STRACE_EXEC = re.compile(r'[^"]*("[^"]*"), \[(.*?)\], \[(.*?)\]', re.DOTALL)
 HEX_STRING = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
@@ -362,6 +360,10 @@ class Strace:
     HANDLERS = {**dict.fromkeys(("clone", "clone3", "fork", "vfork"), clone), **dict.fromkeys(("execve", "execveat"), execve),
                 **dict.fromkeys(("read", "readv", "write", "writev"), transfer),
                 **dict.fromkeys(("close", "dup", "dup2", "dup3", "fcntl", "open", "openat"), descriptor)}
+
+
+# "?": not every machine has it.
+STRACE = ("-f", "-q", "-ttt", "--pidns-translation", "-v", "-xx", "-s", str(LIMIT), "-e", f"trace=?{',?'.join(Strace.HANDLERS)}")
 
 
 def descriptor_number(arguments):
@@ -570,7 +572,8 @@ SECRET_NAME = re.compile(SECRET, re.IGNORECASE)
 # Bounded: a plugin's output may be 64 KB of anything, and no pattern may take longer than reading it.
 SECRET_VALUE = re.compile(rf"""((?:{SECRET})[\w.-]{{0,40}}["']?\s{{0,9}}[=:]\s{{0,9}})("(?:[^"\\]|\\.)*"?|[^\s;,"]+)""", re.IGNORECASE)
 HIDDEN = "***"
-BOLD, DIM, RED, GREEN, YELLOW = "1", "2", "31", "32", "33"
+PLAIN, COLOURED = "{text}", "\033[{code}m{text}\033[0m"
+BOLD, DIM, RED, GREEN, YELLOW = 1, 2, 31, 32, 33
 WIDTH = 110  # of a line of JSON
 
 
@@ -693,26 +696,21 @@ def pod_of(call):
     return f"{args.get('K8S_POD_NAMESPACE', '')}/{args['K8S_POD_NAME']}" if args.get("K8S_POD_NAME") else ""
 
 
-def no_style(text, *_codes):
-    return text
+def format_call(call, is_full=False, replay="error", colour=PLAIN, caller=None):
+    """The lines of a call for people, those of its delegates indented below it. colour: PLAIN or COLOURED."""
+    def style(text, code):
+        return colour.format(code=code, text=text)
 
-
-def terminal_style(text, *codes):
-    return f"\033[{';'.join(codes)}m{text}\033[0m"
-
-
-def format_call(call, is_full=False, replay="error", style=no_style, caller=None):
-    """The lines of a call for people, those of its delegates indented below it. style: no_style or terminal_style."""
     kind = parse_object(call["stdin"]).get("plugin")
     what = f"{call['command']} {call['plugin']}" + (f" ({'+'.join(kind) if isinstance(kind, list) else kind})" if kind else "")
     who = " ".join(filter(None, (pod_of(call), call["container_id"][:13], call["ifname"]))) if not caller else ""
     chain = f"network {call['network']}" + f", plugin {call['chain']}" * (call["chain"] > 1) if call["network"] and not caller else ""
     parent = f"by {call['parent']['comm'] or '?'}[{call['parent']['pid']}]" if not caller else ""
     times = datetime.fromtimestamp(call["time"]).strftime("%H:%M:%S.%f")[:-3]
-    colour = RED if is_failed(call, False) else YELLOW if call["running"] else GREEN
+    end_colour = RED if is_failed(call, False) else YELLOW if call["running"] else GREEN
     head = [style(times, DIM), style(printable(what), BOLD), *map(printable, filter(None, (who, chain, parent)))]
     duration = f"{call['duration_ms']:.0f} ms" if call["duration_ms"] >= 10 else f"{call['duration_ms']:.1f} ms"
-    lines = ["  ".join([*head, duration, style(printable(verdict(call)), colour)])]
+    lines = ["  ".join([*head, duration, style(printable(verdict(call)), end_colour)])]
     body = [("incomplete", ["events were lost: the backend could not keep up"])] * call["incomplete"]
     body += [("netns", [printable(call["netns"])])] if call["netns"] and not caller else []
     for name in ("stdin", "stdout", "stderr"):
@@ -726,7 +724,7 @@ def format_call(call, is_full=False, replay="error", style=no_style, caller=None
     for name, shown in body:
         lines += [f"  {style(f'{name if number == 0 else str():<8}', DIM)} {line}" for number, line in enumerate(shown)]
     for entry in call["delegates"]:
-        lines += [f"    {line}" for line in format_call(entry, is_full, replay, style, call)]
+        lines += [f"    {line}" for line in format_call(entry, is_full, replay, colour, call)]
     if replay == "always" or (replay == "error" and is_failed(call, False)):
         lines.append(f"  {style('replay  ', DIM)} {replay_line(call)}")
     return lines
@@ -1098,8 +1096,8 @@ def show(call, options, counts, file=None):
     if file:
         print(line, file=file, flush=True)
     if not options.json:
-        style = terminal_style if sys.stdout.isatty() and "NO_COLOR" not in os.environ else no_style
-        line = "\n".join([*format_call(call, options.full, options.replay, style), ""])
+        colour = COLOURED if sys.stdout.isatty() and "NO_COLOR" not in os.environ else PLAIN
+        line = "\n".join([*format_call(call, options.full, options.replay, colour), ""])
     print(line.encode("utf-8", "replace").decode(), flush=True)
 
 

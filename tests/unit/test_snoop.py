@@ -412,7 +412,7 @@ def test_a_terminal_is_not_given_what_a_plugin_wrote_as_it_is():
         exit=1,
     )
     assert not [char for line in cnisnoop.format_call(call) for char in line if not char.isprintable()]
-    assert any("\033[" in line for line in cnisnoop.format_call(call, style=cnisnoop.terminal_style))
+    assert any("\033[" in line for line in cnisnoop.format_call(call, colour=cnisnoop.COLOURED))
 
 
 def options(*words):
