@@ -21,7 +21,7 @@ Both give the same small events, which are tuples (kind, time in ns, pid, ...):
     ("word", ts, pid, number, text)            what: 0 the path, 1 to 1023 the arguments, from ENV on CNI_* variables, in parts: + 8 each
     ("exec", ts, pid, error, in, out, err)     error 0: it did; streams behind its descriptors 0, 1, 2: 8 * owning pid + 1, 2 or 3, + 4
                                                for what was put there after the owner's first program. Else it could not
-    ("data", ts, pid, stream, n, bytes)        n bytes went through a stream; bytes: those, or none of them beyond LIMIT
+    ("data", ts, pid, stream, n, bytes)        n bytes went through a stream; or 0, and the contents of those before, up to LIMIT
     ("exit", ts, pid, code)                    256 + exit status, or the signal; 0: not known
     ("lost", 0, n)                             the backend could not keep up
 
@@ -133,29 +133,42 @@ tracepoint:syscalls:sys_enter_%(call)s {
 }
 tracepoint:syscalls:sys_exit_%(call)s /@try[tid]/ { delete(@try[tid]); printf("exec|%%llu|%%d|%%d|0|0|0", nsecs, pid, args->ret); }
 """
-# Contents are read when the call returns: then they are there, and their length is known. @room: what is left of the buffer; readv
-# and writev have several, {address, size} each at @vector. In two probes, for the stack of one is too small.
+# Contents are read when the call returns: then they are there, and their length is known. Whole chunks first, for a loop whose
+# length varies is much work for the verifier.
 TRANSFER = """
-tracepoint:syscalls:sys_enter_%(call)s /@in[pid] && @fd[pid, args->fd]/ { @stream[tid] = @fd[pid, args->fd]; %(buffer)s }
-tracepoint:syscalls:sys_exit_%(call)s /@stream[tid]/ {
-  $s = @stream[tid]; $n = args->ret;
-  if ($n > 0 && ($s & 3) %(direction)s) {
-    $kept = @sent[$s] < %(limit)d ? %(limit)d - @sent[$s] : 0; @sent[$s] = @sent[$s] + $n;
-    if ($n > $kept) { printf("data|%%llu|%%d|%%d|%%d|", nsecs, @in[pid], $s, $n - $kept); }
-    @left[tid] = $n > $kept ? $kept : $n;
-  }
+tracepoint:syscalls:sys_enter_%(call)s /@in[pid] && @fd[pid, args->fd]/ {
+  @stream[tid] = @fd[pid, args->fd]; @buffer[tid] = (uint64)args->%(buffer)s;
 }
 tracepoint:syscalls:sys_exit_%(call)s /@stream[tid]/ {
-  $i = 0;
-  while ($i < %(chunks)d) {
-    if (@left[tid] == 0) { break; }
-    $p = @vector[tid]; $i++;
-    if (@room[tid] == 0) { @buffer[tid] = *(uint64*)uptr($p); @room[tid] = *(uint64*)uptr($p + 8); @vector[tid] = $p + 16; }
-    $n = @left[tid] > @room[tid] ? @room[tid] : @left[tid]; $n = $n > %(chunk)d ? %(chunk)d : $n;
-    printf("data|%%llu|%%d|%%d|%%d|%%rx", nsecs, @in[pid], @stream[tid], $n, buf(uptr(@buffer[tid]), $n));
-    @left[tid] = @left[tid] - $n; @room[tid] = @room[tid] - $n; @buffer[tid] = @buffer[tid] + $n;
+  $s = @stream[tid]; $p = @buffer[tid]; $n = args->ret; $in = @in[pid]; $o = 0; $i = 0;
+  if ($n > 0 && ($s & 3) %(direction)s) {
+    printf("data|%%llu|%%d|%%d|%%d|", nsecs, $in, $s, $n);
+    $room = @sent[$s] < %(limit)d ? %(limit)d - @sent[$s] : 0; @sent[$s] = @sent[$s] + $n; $n = $n > $room ? $room : $n;
+    %(piece)s
   }
-  delete(@left[tid]); delete(@stream[tid]); delete(@buffer[tid]); delete(@room[tid]); delete(@vector[tid]);
+  if (!@left[tid]) { delete(@stream[tid]); delete(@buffer[tid]); }
+}
+"""
+PIECE = """while ($i < %(chunks)d) {
+      if ($o + %(chunk)d > $n) { break; }
+      printf("data|%%llu|%%d|%%d|0|%%rx", nsecs, $in, $s, buf(uptr($p + $o), %(chunk)d));
+      $o = $o + %(chunk)d; $i++;
+    }
+    if ($n > $o) { printf("data|%%llu|%%d|%%d|0|%%rx", nsecs, $in, $s, buf(uptr($p + $o), $n - $o)); }"""
+# readv and writev: the same over several buffers, {address, size} each, in a probe of its own, for the stack of one is too small.
+PIECES = """
+tracepoint:syscalls:sys_exit_%(call)s /@left[tid]/ {
+  $in = @in[pid]; $i = 0;
+  while ($i < %(chunks)d) {
+    $p = @buffer[tid]; $s = *(uint64*)uptr($p + 8) - @offset[tid]; $i++;
+    if ($s > @left[tid]) { $s = @left[tid]; }
+    if ($s > 0) { printf("data|%%llu|%%d|%%d|0|%%rx", nsecs, $in, @stream[tid], buf(uptr(*(uint64*)uptr($p) + @offset[tid]), $s)); }
+    if ($s > %(chunk)d) { $s = %(chunk)d; }
+    @left[tid] = @left[tid] - $s; @offset[tid] = @offset[tid] + $s;
+    if (@left[tid] == 0) { break; }
+    if (@offset[tid] >= *(uint64*)uptr($p + 8)) { @buffer[tid] = $p + 16; delete(@offset[tid]); }
+  }
+  delete(@left[tid]); delete(@stream[tid]); delete(@buffer[tid]); delete(@offset[tid]);
 }
 """
 DUPLICATE_TO = """
@@ -196,21 +209,21 @@ tracepoint:sched:sched_process_exit {
   }
 }
 END {  // else it prints them all
-  clear(@parent); clear(@in); clear(@fd); clear(@code); clear(@sent); clear(@try); clear(@stream); clear(@vector); clear(@buffer);
-  clear(@room); clear(@left); clear(@copied); clear(@env); clear(@envs); clear(@cni);
+  clear(@parent); clear(@in); clear(@fd); clear(@code); clear(@sent); clear(@try); clear(@stream); clear(@left); clear(@offset);
+  clear(@buffer); clear(@copied); clear(@env); clear(@envs); clear(@cni);
 }
 """
 
 
 def bpftrace_program(syscalls):
     """The text of the bpftrace program. syscalls: names that this kernel has tracepoints for; `open` and `dup2` are not everywhere."""
-    values = {"descriptors": DESCRIPTORS, "env": ENV, "step": CHUNK - 1, "chunk": CHUNK, "limit": LIMIT, "chunks": LIMIT // CHUNK + 16}
+    values = {"descriptors": DESCRIPTORS, "env": ENV, "step": CHUNK - 1, "chunk": CHUNK, "limit": LIMIT, "chunks": LIMIT // CHUNK + 1}
     for name in ("CNI_", "CNI_COMM"):
         values[name] = int.from_bytes(name.encode(), sys.byteorder)
-    one = "@buffer[tid] = (uint64)args->buf; @room[tid] = (uint64)args->count; @vector[tid] = (uint64)0;"
-    several = "@vector[tid] = (uint64)args->vec;"
-    parts = [(TRANSFER, {"call": f"{call}{v}", "direction": direction, "buffer": buffer})
-             for call, direction in (("read", "== 1"), ("write", "> 1")) for v, buffer in (("", one), ("v", several))]
+    parts = []
+    for call, direction in (("read", "== 1"), ("write", "> 1")):
+        parts += [(TRANSFER, {"call": call, "direction": direction, "buffer": "buf", "piece": PIECE % values}),
+                  (TRANSFER + PIECES, {"call": f"{call}v", "direction": direction, "buffer": "vec", "piece": "@left[tid] = $n;"})]
     parts += [(DUPLICATE_TO, {"call": call}) for call in ("dup2", "dup3")]
     parts += [(DUPLICATE + COPIED, {"call": "dup", "field": "fildes", "condition": ""}),
               (DUPLICATE + COPIED, {"call": "fcntl", "field": "fd", "condition": " && (args->cmd == 0 || args->cmd == 1030)"})]
@@ -956,8 +969,8 @@ def bpftrace_backend(_options):
     if code or "execve" not in syscalls:
         reason = (stderr.strip().splitlines() or ["no tracepoint syscalls:sys_enter_execve"])[-1]
         raise SnoopError(f"this kernel has no tracepoints for system calls that bpftrace could use ({reason})")
-    environ = {"BPFTRACE_MAP_KEYS_MAX": "65536", "BPFTRACE_PERF_RB_PAGES": "1024",
-               "BPFTRACE_STRLEN": str(CHUNK), "BPFTRACE_MAX_STRLEN": str(CHUNK)}  # the name before and since 0.20
+    environ = {"BPFTRACE_MAP_KEYS_MAX": "65536", "BPFTRACE_MAX_MAP_KEYS": "65536", "BPFTRACE_PERF_RB_PAGES": "1024",
+               "BPFTRACE_STRLEN": str(CHUNK), "BPFTRACE_MAX_STRLEN": str(CHUNK)}  # names before and since 0.20
     argv = plan_tracefs([find_tool("bpftrace"), "--no-warnings", "-f", "json", "-e", bpftrace_program(syscalls)])
     return argv, environ, lambda line: filter(None, [parse_bpftrace(line)])
 
@@ -998,7 +1011,7 @@ class Tracer:
 
     def __init__(self, name, argv, environ, parse, early):
         self.name, self.parse, self.early = name, parse, early
-        self.is_ready, self.is_asked, self.canaries, self.stopped_at, self.deadline = False, False, set(), 0, time.monotonic() + 120
+        self.is_ready, self.is_asked, self.canaries, self.stopped_at, self.deadline = False, False, set(), 0, time.monotonic() + 300
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the backend
         # In a session of its own: Ctrl-C is for us, and we end it.
         self.process = subprocess.Popen([*WITH_PARENT, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.stderr,

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.root
 PROGRAM = os.path.realpath(cnisnoop.__file__)
 REFERENCE = next((path for path in ("/usr/lib/cni", "/opt/cni/bin") if os.access(f"{path}/bridge", os.X_OK)), "")
 needs_reference = pytest.mark.skipif(not REFERENCE, reason="needs the reference plugins: apt-get install containernetworking-plugins")
-READY_S, END_S = 300, 30  # bounds, not expectations
+READY_S, END_S = 400, 30  # bounds, not expectations
 
 
 def require(backend):

@@ -110,7 +110,7 @@ def test_the_order_in_which_processors_are_read_does_not_matter():
         (b'{"type": "printf", "data": "begin|7|5|0|1|cri o|x"}', ("begin", 7, 5, 0, 1, "cri o|x")),
         (b'{"type": "printf", "data": "word|7|5|1|caf\\uffffffc3\\uffffffa9 \\\\uffff"}', ("word", 7, 5, 1, "caf\xc3\xa9 \\uffff")),
         ('{"type": "printf", "data": "word|7|5|1|café"}'.encode(), ("word", 7, 5, 1, "caf\xc3\xa9")),
-        (b'{"type": "printf", "data": "data|7|5|41|3|\\\\x7b\\\\xff\\\\x00"}', ("data", 7, 5, 41, 3, b"{\xff\x00")),
+        (b'{"type": "printf", "data": "data|7|5|41|0|\\\\x7b\\\\xff\\\\x00"}', ("data", 7, 5, 41, 0, b"{\xff\x00")),
         (b'{"type": "printf", "data": "exit|7|5|257"}', ("exit", 7, 5, 257)),
         (b'{"type": "lost_events", "data": {"events": 12}}', ("lost", 0, 12)),
         (b'{"type": "attached_probes", "data": {"probes": 13}}', None),
