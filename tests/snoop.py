@@ -198,9 +198,11 @@ def record(backend):
     process = caller(directory)
     options = cnisnoop.parse_options(["trace", "--backend", backend, "--pid", str(process.pid)])
     _, argv, environ, _ = cnisnoop.choose_backend(options)
+    status = Path(f"/proc/{process.pid}/status")
     with tempfile.TemporaryFile() as out:
         tracer = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL, env={**os.environ, **environ})
-        time.sleep(10)
+        while b"cnisnoop" not in os.pread(out.fileno(), 1 << 20, 0) and f"TracerPid:\t{tracer.pid}\n" not in status.read_text():
+            cnisnoop.run(["true"], environ={"CNI_COMMAND": cnisnoop.CANARY})
         process.communicate("go\n", timeout=60)
         time.sleep(1)
         tracer.send_signal(signal.SIGINT)
