@@ -23,7 +23,7 @@ Both give the same small events, which are tuples (kind, time in ns, pid, ...):
                                                for what was put there after the owner's first program. Else it could not
     ("data", ts, pid, stream, n, bytes)        n bytes went through a stream; or 0, and the contents of those before, up to LIMIT
     ("exit", ts, pid, code)                    256 + exit status, or the signal; 0: not known
-    ("lost", 0, n)                             the backend could not keep up
+    ("lost", 0, 0, n)                            the backend could not keep up
 
 Reading order: the backends' program and parsers; `Calls`, which makes calls of events; how they are printed; changes; cache; doctor;
 the command line. All but the last four sections is pure: tests feed recorded output of the backends.
@@ -241,7 +241,7 @@ def parse_bpftrace(line):
     # bpftrace 0.17 writes a byte above 127 as \uffffffXX, which is no JSON; newer ones write it as it is.
     message = parse_object(re.sub(r"\\uffffff([89a-f][0-9a-f])", r"\\u00\1", line.decode("latin-1")))
     if message.get("type") == "lost_events":
-        return ("lost", 0, message["data"]["events"])
+        return ("lost", 0, 0, message["data"]["events"])
     kind, _, rest = str(message.get("data")).partition("|")
     count = EVENT_NUMBERS.get(kind, 0)
     fields = rest.split("|", count)
@@ -463,7 +463,7 @@ class Calls:
     def feed(self, event):
         return self.on[event[0]](*event[1:])
 
-    def lose(self, _, count):
+    def lose(self, _ts, _pid, count):
         self.lost += count
 
     def begin(self, ts, pid, owner, parent, comm):
@@ -1011,7 +1011,8 @@ class Tracer:
 
     def __init__(self, name, argv, environ, parse, early):
         self.name, self.parse, self.early = name, parse, early
-        self.is_ready, self.is_asked, self.canaries, self.stopped_at, self.deadline = False, False, set(), 0, time.monotonic() + 300
+        self.is_ready, self.is_asked, self.stopped_at, self.deadline = False, False, 0, time.monotonic() + 300
+        self.canaries, self.awaited, self.woken_at, self.count = {}, set(), 0, 0  # {process ID: name}; names; time in ns; started so far
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the backend
         # In a session of its own: Ctrl-C is for us, and we end it.
         self.process = subprocess.Popen([*WITH_PARENT, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.stderr,
@@ -1022,7 +1023,7 @@ class Tracer:
 
     def stop(self):
         """It ends when it has told what it knows."""
-        self.stopped_at = self.stopped_at or time.monotonic()
+        self.stopped_at = self.stopped_at or self.now()
 
     def ask(self):
         """Ask it to end, once: bpftrace throws away what it has not yet read."""
@@ -1039,54 +1040,76 @@ class Tracer:
             self.process.wait()
 
     def events(self):
-        waiting, rest, data, is_woken, out = [], b"", None, self.name == "strace", self.process.stdout.fileno()
-        while data != b"" and not (self.stopped_at and time.monotonic() - self.stopped_at > 10):
+        waiting, rest, data, out = [], b"", None, self.process.stdout.fileno()
+        while data != b"" and not (self.stopped_at and self.now() - self.stopped_at > 15 * 10**9):
             data = os.read(out, 1 << 20) if select.select([out], [], [], 0.1)[0] else None
             *lines, rest = (rest + (data or b"")).split(b"\n")
             for event in (event for line in lines for event in self.parse(line)):
-                self.look(event)
-                waiting.append(event)
-            # Idle: it has told all it knows. Else what is two seconds old, for then every processor's events are here.
-            yield from take(waiting, self.now() - 2 * 10**9) if data else take(waiting)
+                self.collect(event, waiting)
+            settled = float("inf") if self.name == "strace" else self.settle(waiting, data is None)
+            yield from take(waiting, settled)
             yield None
-            if self.stopped_at and not is_woken:
-                is_woken = self.wake() is None
-            elif self.stopped_at and (data is None or time.monotonic() - self.stopped_at > 3):
+            if self.stopped_at and (not self.is_ready or (data is None and settled > self.stopped_at)):
                 self.ask()
             elif not self.is_ready:
                 self.get_ready()
+        yield from take(waiting)
 
-    def look(self, event):
-        if event[0] == "word" and event[4] == f"CNI_COMMAND={CANARY}":
-            self.canaries.add(event[2])
-        elif event[0] == "exit" and event[2] in self.canaries:
+    def collect(self, event, waiting):
+        """Put an event to those that wait, but for those of our own processes."""
+        kind, _, pid = event[:3]
+        if kind == "word" and event[4].startswith(f"CNI_COMMAND={CANARY}"):
+            self.canaries[pid] = event[4].partition("=")[2]
+        if kind == "exit" and pid in self.canaries:
             self.is_ready = True
-        elif event[0] not in ("lost", "data"):
+            self.awaited.discard(self.canaries.pop(pid))
+            waiting[:] = [other for other in waiting if other[2] != pid]
+            return
+        waiting.append(event)
+        if kind not in ("lost", "data"):
             self.early(event)
+
+    def settle(self, waiting, is_idle):
+        """The time in ns up to which every processor's events are here: when the last processes of our own were started and have been
+        seen to end, one on each processor. 0: not known. bpftrace reads one processor after the other, and may be kept from it."""
+        if self.awaited and self.now() - self.woken_at < 5 * 10**9:
+            return 0
+        settled = self.woken_at
+        if self.is_ready and (waiting or self.stopped_at > settled) and (is_idle or self.now() - settled > 10**9):
+            self.wake()
+        return settled
+
+    def wake(self):
+        """A process of our own on every processor. Besides: the kernel tells of events that it lost only with the next one there."""
+        self.woken_at, places = self.now(), {}
+        for processor in os.sched_getaffinity(0):
+            self.count += 1
+            places[f"{CANARY}{self.count}"] = processor
+        self.awaited = set(places)
+        threading.Thread(target=start_on, args=(places,), daemon=True).start()  # meanwhile the backend must find a reader
 
     def get_ready(self):
         """Show that the backend works, before anybody waits for calls."""
         if self.name == "strace":
             traced = [pid for word, pid in zip(self.process.args, self.process.args[1:]) if word == "-p"]
             self.is_ready = not any("TracerPid:\t0\n" in read_text(f"/proc/{pid}/status") for pid in traced)
-        else:
+        elif self.now() - self.woken_at > 10**9 // 2:
             self.wake()
         if time.monotonic() > self.deadline:
             raise SnoopError(f"{self.name} shows nothing, not even a process of our own: {self.said() or 'and does not say why'}")
-
-    def wake(self):
-        """A process of our own on every processor: the kernel tells of events that it lost only with the next one there."""
-        processors = os.sched_getaffinity(0)
-        for processor in processors:
-            os.sched_setaffinity(0, {processor})
-            run(["true"], environ={"CNI_COMMAND": CANARY})
-        os.sched_setaffinity(0, processors)
 
     def said(self):
         """The last lines of what it wrote to stderr, without what is of no interest."""
         self.stderr.seek(0)
         lines = [line for line in self.stderr.read().decode(errors="replace").splitlines() if line.strip() and "RLIMIT_MEMLOCK" not in line]
         return " | ".join(lines[-4:])[-600:]
+
+
+def start_on(places):
+    """Run a process on each processor of {name: processor}: it has the affinity of the thread that starts it."""
+    for name, processor in places.items():
+        os.sched_setaffinity(0, {processor})
+        run(["true"], environ={"CNI_COMMAND": name})
 
 
 def is_wanted(call, options):

@@ -112,7 +112,7 @@ def test_the_order_in_which_processors_are_read_does_not_matter():
         ('{"type": "printf", "data": "word|7|5|1|café"}'.encode(), ("word", 7, 5, 1, "caf\xc3\xa9")),
         (b'{"type": "printf", "data": "data|7|5|41|0|\\\\x7b\\\\xff\\\\x00"}', ("data", 7, 5, 41, 0, b"{\xff\x00")),
         (b'{"type": "printf", "data": "exit|7|5|257"}', ("exit", 7, 5, 257)),
-        (b'{"type": "lost_events", "data": {"events": 12}}', ("lost", 0, 12)),
+        (b'{"type": "lost_events", "data": {"events": 12}}', ("lost", 0, 0, 12)),
         (b'{"type": "attached_probes", "data": {"probes": 13}}', None),
         (b'{"type": "printf", "data": "exit|7|5"}', None),
         (b'{"type": "printf", "data": "nonsense|7|5"}', None),
@@ -166,7 +166,7 @@ def test_a_call_without_an_end_is_still_running():
 
 
 def test_what_the_kernel_lost_is_counted_and_said():
-    events = [*executed(5, "/opt/cni/bin/bridge"), ("lost", 0, 7), ("exit", 9, 5, 256)]
+    events = [*executed(5, "/opt/cni/bin/bridge"), ("lost", 0, 0, 7), ("exit", 9, 5, 256)]
     calls = cnisnoop.Calls()
     (call,) = filter(None, map(calls.feed, events))
     assert calls.lost == 7 and call["incomplete"] and "events were lost" in "\n".join(cnisnoop.format_call(call))
