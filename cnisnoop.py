@@ -572,7 +572,8 @@ class Calls:
         for process in sorted(self.processes.values(), key=lambda process: -process.start):  # delegates before their callers
             if process.is_call and process.speaks():
                 call = self.call(process, ts, 0)  # where events were lost, its end may be one of them
-                call["running"] = not call["incomplete"] or bool(self.look_parent(process.pid))
+                call["running"] = not self.lost or bool(self.look_parent(process.pid))
+                call["incomplete"] = call["incomplete"] or not call["running"]
                 found.append(self.hand_over(process, call))
         return [call for call in found[::-1] if call]
 

@@ -581,3 +581,10 @@ def test_strace_finds_the_child_of_a_process_in_another_pid_namespace_and_a_call
     assert strace.feed("10 5.000001 clone(child_stack=NULL, flags=SIGCHLD) = 2 /* 12 in strace's PID NS */") == []
     assert strace.process_of[12] == 12 and 2 not in strace.process_of
     assert strace.feed("12 5.000002 read(0,  <detached ...>") == []
+
+
+def test_a_call_whose_end_was_lost_is_not_said_to_run():
+    calls = cnisnoop.Calls(look_parent=lambda pid: {"comm": "x"} if pid == 6 else {})
+    for event in [("lost", 0, 0, 9), *executed(5, "/opt/cni/bin/bridge"), *executed(6, "/opt/cni/bin/portmap")]:
+        calls.feed(event)
+    assert {call["pid"]: (call["running"], call["incomplete"]) for call in calls.unfinished(9)} == {5: (False, True), 6: (True, False)}
