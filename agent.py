@@ -381,6 +381,9 @@ JSON, MERGE_PATCH, STRATEGIC_PATCH = "application/json", "application/merge-patc
 METADATA_LIST, METADATA = (f"{JSON};as=PartialObjectMetadata{kind};g=meta.k8s.io;v=v1" for kind in ("List", ""))
 
 
+LONGEST_WISH_S = 300  # that a server is granted: one that errs must not silence a node for good
+
+
 class ApiError(Exception):
     """What the API server said instead of doing it. status: HTTP's, 0 where there was no answer. retry_after_s: its wish, or None."""
 
@@ -428,7 +431,7 @@ def read_kubeconfig(path, run):
 
 
 class Counts:
-    """Figures that only grow, for /metrics: {(name, ((label, value), ...)): figure}. For any number of threads."""
+    """Figures for /metrics: {(name, ((label, value), ...)): figure}. For any number of threads."""
 
     def __init__(self):
         self.lock, self.figures = threading.Lock(), collections.Counter()
@@ -436,6 +439,9 @@ class Counts:
     def add(self, name, amount=1, **labels):
         with self.lock:
             self.figures[name, tuple(sorted(labels.items()))] += amount
+
+    def set(self, name, figure, **labels):
+        self.figures[name, tuple(sorted(labels.items()))] = figure
 
 
 class Api:
@@ -455,12 +461,11 @@ class Api:
         self.access = access
         self.servers = access["server"].split(",")
         self.idle = []  # [(when it was used, connection)]
-        self.tls = (None, None)  # (the files' contents, the context made of them)
 
     def request(self, method, path, body=None, params=None, content_type=JSON, accept=JSON):
         """The object in the answer, {} for none. ApiError. body: an object. params: {name: value} for the query."""
         connection, response = self._exchange(method, path, body, params, content_type, accept, self.READ_S)
-        with self._told(method, path):
+        with told(method, path):
             data = response.read()
             self.counts.add("mncni_api_received_bytes_total", len(data))
             if response.will_close:
@@ -478,10 +483,10 @@ class Api:
         items, query = [], {**(params or {}), "limit": 500}
         while True:
             page = self.request("GET", path, params=query, accept=accept)
-            with self._told("GET", path):
+            with told("GET", path):
                 refuse_kind(path, page["kind"], "List")
                 items += [take(item) for item in page["items"] or ()]
-                version, query["continue"] = page["metadata"]["resourceVersion"], page["metadata"].get("continue")
+                version, query["continue"] = text_in(page["metadata"], "resourceVersion"), page["metadata"].get("continue")
             if not query["continue"]:
                 return items, version
 
@@ -494,31 +499,19 @@ class Api:
 
     def _events(self, path, connection, response):
         rest = b""
-        with contextlib.closing(connection), self._told("watch", path):
+        with contextlib.closing(connection), told("watch", path):
             for data in iter(functools.partial(response.read1, 1 << 16), b""):
                 self.counts.add("mncni_api_received_bytes_total", len(data))
                 *lines, rest = (rest + data).split(b"\n")
                 for event in map(json.loads, filter(bytes.strip, lines)):
                     kind, item = event["type"], event["object"]
                     if kind == "ERROR":
-                        raise ApiError(int(item.get("code") or 500), str(item.get("reason")), str(item.get("message")))
+                        raise ApiError(int(item.get("code") or 500), str(item.get("reason")), str(item.get("message"))[:1000])
                     refuse_kind(path, item["kind"])
-                    item["metadata"]["resourceVersion"]  # the least that it has to say
+                    text_in(item["metadata"], "resourceVersion")  # the least that it has to say
                     yield kind, item
             if rest:
                 raise ValueError("cut")
-
-    @contextlib.contextmanager
-    def _told(self, method, path):
-        """Whatever goes wrong on the way or in what was said, as an ApiError."""
-        import http.client
-
-        try:
-            yield
-        except (OSError, http.client.HTTPException) as error:
-            raise ApiError(0, "Unreachable", f"{method} {path}: {str(error) or type(error).__name__}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ApiError(0, "Garbled", f"{method} {path}: cannot understand the answer: {type(error).__name__} {error}"[:300]) from None
 
     def _exchange(self, method, path, body, params, content_type, accept, timeout_s):
         """(connection, response) of a request that succeeded. What failed because the server had closed a kept connection, or
@@ -532,7 +525,7 @@ class Api:
             headers = {"Accept": accept, "Content-Type": content_type, "User-Agent": f"mncni-agent/{mncni.PROGRAM_VERSION}"}
             headers.update({"Authorization": f"Bearer {token}"} if token else {})
             try:
-                with self._told(method, path):
+                with told(method, path):
                     connection.sock.settimeout(timeout_s)
                     connection.request(method, target, None if body is None else json.dumps(body), headers)
                     response = connection.getresponse()
@@ -559,7 +552,7 @@ class Api:
                 connection.close()
         for server in list(self.servers):
             try:
-                with self._told("connect to", server):
+                with told("connect to", server):
                     return False, self._connect(server)
             except ApiError as failure:
                 error = failure
@@ -583,22 +576,20 @@ class Api:
         return connection
 
     def _context(self):
-        """The TLS context, made anew when a certificate has changed."""
+        """The TLS context for a connection, of the certificates as they are now."""
         import ssl
 
-        parts = [self._part(key) for key in ("certificate-authority", "client-certificate", "client-key")]
-        if parts != self.tls[0]:
-            context = ssl.create_default_context(cadata=parts[0].decode() or None)
-            context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)  # Python 3.13 sets it; many clusters' certificates fail it
-            if self.access.get("insecure-skip-tls-verify"):
-                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            if parts[1]:
-                with open(os.memfd_create("client"), "wb") as file:  # ssl reads it from a file alone; this one is on no disk
-                    file.write(b"\n".join(parts[1:]))
-                    file.flush()
-                    context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
-            self.tls = (parts, context)
-        return self.tls[1]
+        context = ssl.create_default_context(cadata=self._part("certificate-authority").decode() or None)
+        context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)  # Python 3.13 sets it; many clusters' certificates fail it
+        if self.access.get("insecure-skip-tls-verify"):
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        certificate, key = self._part("client-certificate"), self._part("client-key")
+        if certificate:
+            with open(os.memfd_create("client"), "wb") as file:  # ssl reads it from a file alone; this one is on no disk
+                file.write(certificate + b"\n" + key)
+                file.flush()
+                context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
+        return context
 
     def _part(self, key):
         """The bytes of a part of the access, which stands there in base64 or in a file; b"" if it has none."""
@@ -607,8 +598,21 @@ class Api:
         return read_bytes(self.access[key]) if self.access.get(key) else b""
 
     def _token(self):
-        with self._told("read the token", ""):
+        with told("read the token", ""):
             return read_bytes(self.access["tokenFile"]).decode().strip() if self.access.get("tokenFile") else self.access.get("token", "")
+
+
+@contextlib.contextmanager
+def told(method, path):
+    """Whatever goes wrong on the way or in what was said, as an ApiError."""
+    import http.client
+
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as error:
+        raise ApiError(0, "Unreachable", f"{method} {path}: {str(error) or type(error).__name__}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise ApiError(0, "Garbled", f"{method} {path}: cannot understand the answer: {type(error).__name__} {error}"[:300]) from None
 
 
 def open_api(kubeconfig, environ, run):
@@ -620,6 +624,21 @@ def refuse_kind(path, kind, suffix=""):
     """ValueError unless what came from a path is of the kind that the path names in the plural, or the metadata of it."""
     if kind.lower() not in (path.rpartition("/")[2].rstrip("s") + suffix.lower(), f"PartialObjectMetadata{suffix}".lower()):
         raise ValueError(f"it is a {kind}")
+
+
+def text_in(mapping, key, needed=True):
+    """mapping[key], a str; None where it is absent and not needed. TypeError, KeyError: see told()."""
+    value = mapping[key] if needed else mapping.get(key)
+    if not isinstance(value, str) and (needed or value is not None):
+        raise TypeError(f'"{key}" is no text')
+    return value
+
+
+def cidrs_in(texts):
+    """Networks from texts, whatever their host bits. ValueError."""
+    if not all(mncni.is_address(text, functools.partial(ipaddress.ip_network, strict=False)) for text in texts):
+        raise ValueError(f"{shown(texts)} are no networks")
+    return tuple(ipaddress.ip_network(text, strict=False) for text in texts)
 
 
 def read_bytes(path):
@@ -637,11 +656,11 @@ def refusal(method, path, response, data):
     try:
         said = json.loads(data)
         reason, message = str(said.get("reason") or response.reason), str(said.get("message"))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         reason, message = response.reason, data[:200].decode("utf-8", "replace")
     message = f"{method} {path}: {' '.join(message.split())[:1000]}"
     after = response.headers.get("Retry-After") or ""
-    return ApiError(response.status, reason, message, float(after) if after.isascii() and after.isdigit() else None)
+    return ApiError(response.status, reason, message, min(float(after), LONGEST_WISH_S) if after.isascii() and after.isdigit() else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -786,20 +805,23 @@ class KubernetesStore(Store):
             self.wake()
 
     def _parse_node(self, item):
-        """(name, Seen) of a Node or of its metadata. Whatever may be absent in a Node may be null, too."""
-        metadata, cidrs = item["metadata"], None if self.guard else tuple((item.get("spec") or {}).get("podCIDRs") or ())
-        facts = Facts(metadata.get("uid"), metadata.get("creationTimestamp"), cidrs)
-        return metadata["name"], Seen((metadata.get("annotations") or {}).get(RECORD), facts)
+        """(name, Seen) of a Node or of its metadata. Whatever may be absent in a Node may be null, too. ApiError."""
+        with told("read", NODES):
+            metadata, cidrs = item["metadata"], cidrs_in((item.get("spec") or {}).get("podCIDRs") or ())
+            facts = [text_in(metadata, key, False) for key in ("uid", "creationTimestamp")]
+            record = text_in(metadata.get("annotations") or {}, RECORD, False)
+            return text_in(metadata, "name"), Seen(record, Facts(*facts, None if self.guard else tuple(map(str, cidrs))))
 
     def _parse_own(self, item):
         """The same of our own Node: (name, see self.own)."""
         name, (text, facts) = self._parse_node(item)
-        spec, status = item.get("spec") or {}, item.get("status") or {}
-        found = [entry for entry in status.get("conditions") or () if entry.get("type") == "NetworkUnavailable"]
-        own = {"uid": facts.uid, "podCIDRs": spec.get("podCIDRs") or [], "record": text, "version": item["metadata"]["resourceVersion"]}
-        own["condition"] = {key: found[0].get(key) for key in ("status", "reason", "lastTransitionTime")} if found else {}
-        own["addresses"] = [entry.get("address") for entry in status.get("addresses") or ()]
-        return name, own
+        with told("read", NODES):
+            cidrs, status = (item.get("spec") or {}).get("podCIDRs") or [], item.get("status") or {}
+            found = [entry for entry in status.get("conditions") or () if entry.get("type") == "NetworkUnavailable"]
+            own = {"uid": facts.uid, "podCIDRs": cidrs, "record": text, "version": text_in(item["metadata"], "resourceVersion")}
+            own["condition"] = {key: found[0].get(key) for key in ("status", "reason", "lastTransitionTime")} if found else {}
+            own["addresses"] = [entry.get("address") for entry in status.get("addresses") or ()]
+            return name, own
 
     def _take_nodes(self, kind, items):
         """Take over one node, or (LIST) all. One that says nothing new to us, like a kubelet's sign of life, is no news."""
@@ -836,13 +858,14 @@ class KubernetesStore(Store):
         """Whether an admission policy bites: a change of another node's record, tried without effect (dryRun), is to be refused. None if
         that cannot be tried. Were it done all the same, that record would have a space more."""
         try:
-            items = self.api.request("GET", NODES, params={"limit": 2}, accept=METADATA_LIST)["items"]
-            others = [item["metadata"] for item in items if item["metadata"]["name"] != self.node_name]
+            items = self.api.request("GET", NODES, params={"limit": 2}, accept=METADATA_LIST)
+            with told("read", NODES):
+                nodes = dict(map(self._parse_node, items["items"]))
+            others = [name for name in nodes if name != self.node_name]
             if not others:
                 return None
-            text = (others[0].get("annotations") or {}).get(RECORD, "") + " "
-            body = {"metadata": {"annotations": {RECORD: text}}}
-            self.api.request("PATCH", f"{NODES}/{others[0]['name']}", body, {"dryRun": "All"}, MERGE_PATCH)
+            body = {"metadata": {"annotations": {RECORD: (nodes[others[0]].text or "") + " "}}}
+            self.api.request("PATCH", f"{NODES}/{others[0]}", body, {"dryRun": "All"}, MERGE_PATCH)
             return False
         except ApiError as error:
             return True if error.status in (403, 422) else None
@@ -914,7 +937,8 @@ def send_event(api, name, uid, message, **words):
 
 def is_older(version, than):
     """Whether a resourceVersion came before another; unknown counts as no."""
-    return version.isdigit() and than.isdigit() and int(version) < int(than)
+    known = all(text.isascii() and text.isdigit() and len(text) < 30 for text in (version, than))
+    return known and int(version) < int(than)
 
 
 def pause_s(failures, wish):
@@ -1236,21 +1260,32 @@ def sync(path):
         os.close(descriptor)
 
 
-def load_json(path):
-    """The object in a file of ours; {} if there is none, or it is unreadable: it is a help, no truth."""
+def load_json(path, check=dict):
+    """The object in a file of ours; {} if there is none, or it is unreadable: it is a help, no truth. check(object) fails for one that
+    is not what we write."""
     try:
-        value = json.loads(mncni.read_file(path) or "{}")
-    except (OSError, ValueError):
-        value = None
-    if not isinstance(value, dict):
-        log.warning("%s is unreadable; going on without", path)
-    return value if isinstance(value, dict) else {}
+        value = mncni.parse_json_object(mncni.read_file(path) or "{}", path)
+        check(value)
+        return value
+    except (OSError, CNIError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        log.warning("%s is unreadable (%s %s); going on without", path, type(error).__name__, error)
+        return {}
+
+
+def check_loaded(tables):
+    """ValueError, TypeError unless this is what Context.loaded may be."""
+    for text, _ in tables.values():
+        text.splitlines()
 
 
 def load_state(path):
     """{"own": our record's fields, "records": {name: text}}, the last good list."""
     state = load_json(path)
     own, records = (state.get(key) if isinstance(state.get(key), dict) else {} for key in ("own", "records"))
+    kinds = {"uid": str, "created": str, "text": str, "gen": int, "seen": bool, "podCIDRs": list, "addresses": list}
+    own = {key: value for key, value in own.items() if type(value) is kinds.get(key)}
+    with contextlib.suppress(ValueError, KeyError):
+        own["podCIDRs"] = [str(cidr) for cidr in cidrs_in(own.pop("podCIDRs"))]
     return {"own": own, "records": {name: text for name, text in records.items() if isinstance(text, str)}}
 
 
@@ -1403,14 +1438,9 @@ def nft_table(body):
 
 def parse_nft(text):
     """(what `nft -j list table` says less handles and counts, (packets, bytes) of the leak counter)."""
-    leaked, objects = (0, 0), []
-    for item in json.loads(text or "{}").get("nftables", []):
-        if "metainfo" in item:
-            continue
-        if "counter" in item and item["counter"].get("name") == "leaked":
-            leaked = (item["counter"]["packets"], item["counter"]["bytes"])
-        objects.append(without_volatile(item))
-    return objects, leaked
+    items = [item for item in json.loads(text or "{}").get("nftables", []) if "metainfo" not in item]
+    counters = [item["counter"] for item in items if item.get("counter", {}).get("name") == "leaked"]
+    return without_volatile(items), tuple(max(0, int(counters[0][key])) for key in ("packets", "bytes")) if counters else (0, 0)
 
 
 def without_volatile(value):
@@ -1442,11 +1472,12 @@ def parse_dump(text):
         lines = [["" if word in ("(none)", "off") else word for word in line.split("\t")] for line in text.splitlines()]
         peers = {}
         for key, _, endpoint, allowed_ips, handshake, rx, tx, _ in lines[1:]:
-            peers[key] = {"endpoint": endpoint, "allowed_ips": set(filter(None, allowed_ips.split(",")))}
-            peers[key].update(handshake=int(handshake), rx=int(rx), tx=int(tx))
+            figures = dict(zip(("handshake", "rx", "tx"), map(int, (handshake, rx, tx))))
+            peers[parse_key(key)] = {"endpoint": endpoint, "allowed_ips": set(filter(None, allowed_ips.split(","))), **figures}
         private, public, port = lines[0][:3]
+        private, public = (key and parse_key(key) for key in (private, public))
         return {"private_key": private, "public_key": public, "port": int(port), "peers": peers}
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, BadRecord):
         raise CNIError(mncni.COMMAND_FAILED, "cannot understand what `wg show dump` says; is this wireguard-tools too new?") from None
 
 
@@ -1498,7 +1529,7 @@ class Context:
 def look_routes(run, netns=""):
     """Our routes, both families, in the form of route()."""
     command = f"route show table main proto {ROUTE_PROTOCOL}"
-    return [parse_route(entry, family) for family in ("-4", "-6") for entry in look_ip([command], run, netns, family)]
+    return [parse_route(entry, family) for family in ("-4", "-6") for entry in look_ip([command], run, netns, family) if "dst" in entry]
 
 
 def ensure_endpoints(context):
@@ -1559,7 +1590,7 @@ def ensure_firewall(context, where, text_of):
 
 
 def look_firewall(run, netns):
-    return parse_nft(ask(Command(in_netns(netns, ["nft", "-j", "list", "table", "inet", "mncni"])), run).stdout)
+    return mncni.understood("nft", parse_nft, ask(Command(in_netns(netns, ["nft", "-j", "list", "table", "inet", "mncni"])), run).stdout)
 
 
 def ensure_namespace(context):
@@ -1601,7 +1632,8 @@ def plan_ns_sysctls(facts, netns):
     """Forward both families (a new namespace does not forward IPv6), and no reverse path filter: routes are few and strict already."""
     entries = [entry for entry in facts if "interface" in entry]
     keys = {"inet": "net/ipv4/ip_forward", "inet6": "net/ipv6/conf/all/forwarding"}
-    off = [keys[entry["family"]] for entry in entries if entry["interface"] == "all" and not entry["forwarding"]]
+    every = [entry for entry in entries if entry["interface"] == "all" and entry.get("family") in keys]
+    off = [keys[entry["family"]] for entry in every if not entry.get("forwarding")]
     filtered = [f"net/ipv4/conf/{entry['interface']}/rp_filter" for entry in entries if entry.get("rp_filter", "off") != "off"]
     return [mncni.write_sysctls(sorted(keys), value, netns) for keys, value in ((off, 1), (filtered, 0)) if keys]
 
@@ -1627,17 +1659,17 @@ def plan_link(name, link, mtu, netns=""):
 
 def refuse_foreign(link, way_out="rename or remove it"):
     """CNIError 7 unless a link is absent or ours."""
-    if link is not None and link.get("ifalias") != mncni.OWNER_ALIAS:
+    if link is not None and not mncni.is_own(link):
         raise config_error(f'link "{link["ifname"]}" is somebody else\'s: it lacks the alias "{mncni.OWNER_ALIAS}"; {way_out}')
 
 
 def plan_veth(settings, mtu, host, inside):
     """Commands for the veth pair. Half a pair is no pair: what is left of it is removed first. CNIError 7 if it is not ours."""
     refuse_foreign(host)
-    if host and inside:
+    if host and inside and "ifalias" in host:
         return plan_link(HOST_VETH, host, mtu) + plan_link(NS_VETH, inside, mtu, settings.netns)
     inner_first = [ip_batch([f"link delete dev {NS_VETH}"], settings.netns)] if inside else []
-    lines = [f"link delete dev {HOST_VETH}"] if host else []
+    lines = [f"link delete dev {HOST_VETH}"] if host and not inside else []
     host_mac, ns_mac = mncni.mac_of(HOST_VETH, "0a:59"), mncni.mac_of(NS_VETH, "0a:59")
     peer = f"peer name {NS_VETH} netns {settings.netns} mtu {mtu} address {ns_mac}"
     lines.append(f"link add name {HOST_VETH} mtu {mtu} address {host_mac} type veth {peer}")
@@ -1650,11 +1682,16 @@ def move_device(context, device):
     in the host is moved on. Returns {}: nothing of it is set yet."""
     if device is None:
         create_device(context)
-    elif device.get("linkinfo", {}).get("info_kind") not in ("wireguard", "tun"):
+    elif not is_wireguard(device):
         raise config_error(f'link "{DEVICE}" is somebody else\'s: it is no WireGuard device; rename or remove it')
     lines = [f"link set dev {DEVICE} alias {mncni.OWNER_ALIAS}", f"link set dev {DEVICE} netns {context.settings.netns}"]
     apply([ip_batch(lines)], context.run)
     return {}
+
+
+def is_wireguard(link):
+    """Whether a link may be a device of ours that has no alias yet: wireguard-go's are tun."""
+    return link["ifname"] == DEVICE and link.get("linkinfo", {}).get("info_kind") in ("wireguard", "tun")
 
 
 def create_device(context):
@@ -1731,7 +1768,7 @@ def ensure_bridge(context):
     lines = mncni.plan_bridge(conf, bridge, [] if bridge else gateways)
     wanted = {*gateways, BRIDGE_LINK_LOCAL} if 6 in settings.families else set(gateways)
     lines += plan_addresses(settings.bridge, wanted, bridge) if bridge else []
-    apply(([ip_batch(lines)] if lines else []) + ([] if bridge else mncni.plan_no_advertisements(settings.bridge)), context.run)
+    apply(([ip_batch(lines)] if lines else []) + mncni.plan_no_advertisements(settings.bridge, bridge), context.run)
 
 
 def ensure_addresses(context):
@@ -1784,14 +1821,19 @@ def ensure_forwarding(context):
     gateways = [str(gateway) for gateway in context.settings.gateways.values()]
     plan = mncni.plan_forwarding(gateways, mncni.look_forwarding(context.run))
     if any("ipv6" in " ".join(command.argv) for command in plan):  # a router heeds no other router's advertisements, unless told to
-        uplinks = {entry["dev"] for entry in look_ip(["route show default"], context.run, "", "-6") if entry.get("protocol") == "ra"}
+        defaults = [entry for entry in look_ip(["route show default"], context.run, "", "-6") if "dev" in entry]
+        uplinks = {entry["dev"] for entry in defaults if entry.get("protocol") == "ra"}
         plan = [mncni.write_sysctls([f"net/ipv6/conf/{uplink}/accept_ra"], 2) for uplink in sorted(uplinks)] + plan
     apply(plan, context.run)
 
 
-def ensure_peers(context):
-    """WireGuard's peers are the believed nodes."""
-    changes = plan_peers(context.peers, look_device(context)["peers"], context.sent)
+def ensure_peers(context, greet=False):
+    """WireGuard's peers are the believed nodes. greet: they know this node's key, so a new device makes itself known to them at once, by a
+    keepalive: a peer that still has a session with the one before would not notice for 15 s."""
+    present = look_device(context)["peers"]
+    changes = plan_peers(context.peers, present, context.sent)
+    if greet and not present:
+        changes += [["peer", key, "persistent-keepalive", seconds] for seconds in ("1", "0") for key in sorted(context.peers)]
     for start in range(0, len(changes), 100):
         apply([wg_set(context, [word for change in changes[start : start + 100] for word in change])], context.run)
     context.sent = endpoints_of(context.peers)
@@ -1842,7 +1884,7 @@ class Monitors:
     """
 
     COMMANDS = (["ip", "monitor", "all-nsid", "link", "address", "route", "netconf"], ["nft", "monitor"])
-    WORDS = (b"mn", b"proto 201", b" all ")  # our links and table, our routes, sysctls of all links
+    WORDS = (b"mn", b"proto 201", b" all ", b" inet")  # our links and table, our routes, sysctls of all links, addresses
 
     def __init__(self, netns):
         self.netns = netns
@@ -1883,7 +1925,8 @@ class Agent:
 
     def __init__(self, settings, store, run, clock=time.monotonic):
         self.store, self.clock = store, clock
-        self.context = Context(settings, run, mncni.boot_id(), loaded=load_json(os.path.join(settings.run_dir, "firewall.json")))
+        loaded = load_json(os.path.join(settings.run_dir, "firewall.json"), check_loaded)
+        self.context = Context(settings, run, mncni.boot_id(), loaded=loaded)
         self.roster = Roster(settings)
         self.state_path = os.path.join(settings.state_dir, "nodes.json")
         self.state = load_state(self.state_path)
@@ -1952,8 +1995,13 @@ class Agent:
             context.sent = endpoints_of(context.peers)
         troubles = [self.read_store(), self.store.trouble]
         self.judge()
-        ensure_peers(context)
-        self.note([*troubles, self.publish(), self.save_state()])
+        ensure_peers(context, greet=context.public_key in self.state["own"].get("text", ""))
+        for act in (self.publish, self.save_state):
+            try:
+                act()
+            except (StoreError, CNIError) as error:
+                troubles.append(str(error))
+        self.note(troubles)
         if look or adopted:
             mncni.install(self.settings.bin_dir)
         write_if_changed(os.path.join(self.settings.run_dir, "ready"), self.ready_text(""))
@@ -2031,7 +2079,7 @@ class Agent:
         context.peers = desired_peers(nodes, context.endpoints)
 
     def publish(self):
-        """Have our record in the store as it should be; returns why not, or "". Its generation grows with every change."""
+        """Have our record in the store as it should be. StoreError. Its generation grows with every change."""
         own, name, given = self.state["own"], self.settings.node_name, self.store.identity()
         if given is None:
             own.setdefault("uid", str(uuid.uuid4()))
@@ -2044,28 +2092,20 @@ class Agent:
         stored = self.roster.verdict(name, self.stored or "")
         rival = given is None and "text" in own and isinstance(stored, Node) and stored.uid != own["uid"]
         if rival:  # two that write in turn would never end
-            return f"another node has written the record of {name}: give each node a --node-name of its own, or remove the record"
+            raise StoreError(f"another node has written the record of {name}: give each node its own --node-name, or remove the record")
         own["text"] = text
-        try:
-            if self.stored != text:
-                self.store.publish(name, text)
-            return ""
-        except StoreError as error:
-            return str(error)
+        if self.stored != text:
+            self.store.publish(name, text)
 
     def own_record(self):
         own, context = self.state["own"], self.context
         return format_record(self.settings, own["uid"], context.endpoints, context.public_key, own["gen"], own.get("created"))
 
     def save_state(self):
-        """Keep the last good list of nodes for the next start; returns why not, or "". It is a help: the network stands without."""
+        """Keep the last good list of nodes for the next start. CNIError. It is a help: the network stands without."""
         believed = {name: self.records[name] for name in self.context.nodes}
         state = {"own": self.state["own"], "records": believed}
-        try:
-            write_if_changed(self.state_path, json.dumps(state, sort_keys=True) + "\n", mode=0o600)
-            return ""
-        except CNIError as error:
-            return f"{error}; the list of nodes would not outlive a restart"
+        write_if_changed(self.state_path, json.dumps(state, sort_keys=True) + "\n", mode=0o600)
 
     def say(self, reason):
         """Tell plugin, log and status whether the network stands ("") or why not."""
@@ -2173,18 +2213,21 @@ Claim = collections.namedtuple("Claim", "created name uid version cidrs fault")
 
 
 def parse_claim(item):
-    """The Claim of a Node object."""
-    meta, spec = item["metadata"], item.get("spec") or {}
-    texts = spec.get("podCIDRs") or ([spec["podCIDR"]] if spec.get("podCIDR") else [])
-    entries = [(entry.get("manager"), (entry.get("fieldsV1") or {}).get("f:spec") or {}) for entry in meta.get("managedFields") or []]
-    others = [manager for manager, fields in entries if manager != MANAGER and {"f:podCIDR", "f:podCIDRs"} & set(fields)]
-    fault = f"its pod CIDR was set by {shown(others[0])}, not by {MANAGER}" if texts and others else ""
-    try:
-        cidrs = tuple(ipaddress.ip_network(text, strict=False) for text in texts)
-    except ValueError as error:
-        cidrs, fault = (), f"its pod CIDR is no network: {error}"
-    version = "" if texts else meta["resourceVersion"]
-    return Claim(meta.get("creationTimestamp") or "", meta["name"], meta["uid"], version, cidrs, fault)
+    """The Claim of a Node object. ApiError."""
+    with told("read", NODES):
+        meta, spec = item["metadata"], item.get("spec") or {}
+        texts = spec.get("podCIDRs") or ([spec["podCIDR"]] if spec.get("podCIDR") else [])
+        entries = [(entry.get("manager"), (entry.get("fieldsV1") or {}).get("f:spec") or {}) for entry in meta.get("managedFields") or []]
+        others = [manager for manager, fields in entries if manager != MANAGER and {"f:podCIDR", "f:podCIDRs"} & set(fields)]
+        fault = f"its pod CIDR was set by {shown(others[0])}, not by {MANAGER}" if texts and others else ""
+        try:
+            cidrs = cidrs_in(texts)
+        except ValueError as error:
+            cidrs, fault = (), f"its pod CIDR is no network: {error}"
+        if not mncni.is_identifier(meta["name"]):
+            raise ValueError(f"a node named {shown(meta['name'])}")
+        created, uid, version = text_in(meta, "creationTimestamp", False), text_in(meta, "uid"), text_in(meta, "resourceVersion")
+        return Claim(created or "", meta["name"], uid, "" if texts else version, cidrs, fault)
 
 
 def plan_allocations(claims, pools, given, freed, now):
@@ -2295,11 +2338,22 @@ class Election:
             log.warning("%s", trouble)
         self.trouble = trouble
 
+    def ask(self, *arguments):
+        """The Lease in the answer to a request. ApiError, also for what is none."""
+        lease = self.api.request(*arguments)
+        with told("read", self.path):
+            meta, spec = lease["metadata"], lease.get("spec") or {}
+            text_in(meta, "resourceVersion"), text_in(meta.get("annotations") or {}, USED, False), text_in(spec, "holderIdentity", False)
+            numbers = [spec.get(key) or 0 for key in ("leaseDurationSeconds", "leaseTransitions")]
+            if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
+                raise ValueError(f"{shown(numbers)} are no numbers of a Lease")
+        return lease
+
     def look(self):
         """Read the Lease. ApiError."""
         before = self.lease
         try:
-            self.lease = self.api.request("GET", f"{self.path}/{self.name}")
+            self.lease = self.ask("GET", f"{self.path}/{self.name}")
         except ApiError as error:
             if error.status != 404:
                 raise
@@ -2326,7 +2380,7 @@ class Election:
         lease["metadata"] = {**meta, "annotations": {**notes, USED: self.note}}
         method, path = ("PUT", f"{self.path}/{self.name}") if self.lease else ("POST", self.path)
         sent, self.known = self.clock(), False
-        self.lease = self.api.request(method, path, lease)
+        self.lease = self.ask(method, path, lease)
         self.known, self.renewed = True, sent if holder else float("-inf")
         if not self.ours:
             self.ours, self.term = True, self.term + 1
@@ -2354,7 +2408,7 @@ class NodeIpam:
         self.api, self.pools, self.election, self.clock, self.follow = api, pools, election, clock, follow
         self.trouble = ""  # why we do not hear of nodes
         self.reason = ""  # why we are not ready: a replica that waits for its turn is ready, too
-        self.counters = dict.fromkeys(("allocated", "conflicts", "failures", "nodes", "waiting", "foreign", "terms"), 0)
+        self.counts = Counts()
         self.stopping = threading.Event()
         self.begin()
 
@@ -2365,7 +2419,7 @@ class NodeIpam:
         self.claims, self.given, self.freed, self.told = None, {}, {}, {}  # {uid: Claim}; see plan_allocations; {uid: why it was refused}
         self.next_pass = self.not_before = 0
         if self.election.ours:
-            self.counters["terms"] += 1
+            self.counts.add("mncni_nodeipam_terms_total")
             events = self.events
             self.follow(lambda *event: events.put(event), self.stopping)
 
@@ -2415,7 +2469,8 @@ class NodeIpam:
         self.freed = {span: until for span, until in self.freed.items() if until > now}
         writes, refused, taken = plan_allocations(self.claims.values(), self.pools, self.given, self.freed, now)
         foreign = sum(bool(claim.cidrs or claim.fault) for claim in refused)
-        self.counters.update(nodes=len(self.claims), foreign=foreign, waiting=len(refused) - foreign)
+        for state, nodes in (("all", len(self.claims)), ("foreign", foreign), ("waiting", len(refused) - foreign)):
+            self.counts.set("mncni_nodeipam_nodes", nodes, state=state)
         self.next_pass = now + RETRY_S if writes or refused else float("inf")
         self.say(refused)
         self.election.note = format_used(self.pools, taken)
@@ -2432,16 +2487,16 @@ class NodeIpam:
         texts, self.given[claim.uid] = [str(cidr) for cidr in cidrs], cidrs
         body = {"metadata": {"resourceVersion": claim.version}, "spec": {"podCIDR": texts[0], "podCIDRs": texts}}
         try:
-            node = self.api.request("PATCH", f"{NODES}/{claim.name}", body, {"fieldManager": MANAGER}, MERGE_PATCH)
+            node = parse_claim(self.api.request("PATCH", f"{NODES}/{claim.name}", body, {"fieldManager": MANAGER}, MERGE_PATCH))
         except ApiError as error:
             changed = error.status in (404, 409)  # the watch will tell
-            self.counters["conflicts" if changed else "failures"] += 1
+            self.counts.add("mncni_nodeipam_write_failures_total", cause="conflict" if changed else "other")
             log.log(logging.INFO if changed else logging.WARNING, "node %s has no pod CIDR yet: %s", claim.name, error)
             if error.status in (0, 401, 403, 429) or error.status >= 500:  # not this node's fault: the others wait, too
                 self.not_before = self.clock() + max(RETRY_S, error.retry_after_s or 0)
             return
-        self.counters["allocated"] += 1
-        self.observe("MODIFIED", [parse_claim(node)])  # as it was stored: the next pass compares it with all others
+        self.counts.add("mncni_nodeipam_ranges_given_total")
+        self.observe("MODIFIED", [node])  # as it was stored: the next pass compares it with all others
         log.info("node %s has pod CIDRs %s", claim.name, ", ".join(texts))
 
     def say(self, refused):
@@ -2510,7 +2565,7 @@ def look_status(settings, run):
     """The agent's own word, with WireGuard's figures per peer: {"node", "ok", "reason", "running", "peers": [...], "quarantine", ...}.
 
     Of a peer, present: WireGuard has it; handshake: when last, in Unix time, 0 for never."""
-    status = load_json(os.path.join(settings.run_dir, "status.json"))
+    status = load_json(os.path.join(settings.run_dir, "status.json"), check_status)
     if not status:
         nothing = {"ok": False, "running": False, "peers": [], "quarantine": {}}
         return {**nothing, "node": settings.node_name, "reason": "no agent has run here since the boot"}
@@ -2524,16 +2579,30 @@ def look_status(settings, run):
         present = look_device(Context(settings, run, ""))["peers"]
     except CNIError as error:
         reasons.append(f"the WireGuard device is not there: {error}")
-    for peer in status["peers"]:
-        there = present.get(peer["key"], {})
-        figures = {key: there.get(key, 0) for key in ("handshake", "rx", "tx")}
-        peer.update(figures, present=bool(there), endpoint=there.get("endpoint") or peer["endpoint"])
+    with_figures(status, present)
     if not status["running"]:
         reasons.append("no agent is running; the network stands as the last one left it")
     if status["quarantine"]:
         reasons.append(f"records of {len(status['quarantine'])} nodes are quarantined, see below")
     status["reason"] = next(filter(None, reasons), "")
     status["ok"] = not status["reason"] and not status["store"] and all(peer["present"] for peer in status["peers"])
+    return status
+
+
+def check_status(status):
+    """Fails for what cannot be shown, see load_json; nothing at all can."""
+    if status:
+        whole = {**with_figures(status, {}), "ok": False, "up": False, "leases": 0}
+        texts = [status["reason"], status["store"], *status["quarantine"], *status["quarantine"].values()]
+        "".join([*texts, format_status(whole, 0), format_metrics(plan_metrics(whole))]).encode()
+
+
+def with_figures(status, present):
+    """The status with WireGuard's figures of each peer, where it is present."""
+    for peer in status["peers"]:
+        there = present.get(peer["key"], {})
+        figures = {key: there.get(key, 0) for key in ("handshake", "rx", "tx")}
+        peer.update(figures, present=bool(there), endpoint=there.get("endpoint") or peer["endpoint"])
     return status
 
 
@@ -2614,15 +2683,7 @@ def agent_figures(agent):
 
 
 def nodeipam_figures(ipam):
-    counters = ipam.counters
-    figures = {("mncni_nodeipam_leader", ()): ipam.election.ours}
-    for state, name in (("all", "nodes"), ("waiting", "waiting"), ("foreign", "foreign")):
-        figures["mncni_nodeipam_nodes", (("state", state),)] = counters[name]
-    for cause, name in (("conflict", "conflicts"), ("other", "failures")):
-        figures["mncni_nodeipam_write_failures_total", (("cause", cause),)] = counters[name]
-    figures["mncni_nodeipam_ranges_given_total", ()] = counters["allocated"]
-    figures["mncni_nodeipam_terms_total", ()] = counters["terms"]
-    return {**figures, **ipam.api.counts.figures}
+    return {("mncni_nodeipam_leader", ()): ipam.election.ours, **ipam.counts.figures, **ipam.api.counts.figures}
 
 
 def plan_metrics(status):
@@ -2724,8 +2785,8 @@ def uninstall(settings, run, force):
         mncni.remove_file(path)
     links = look_ip(["link show"], run)
     veths = [link["ifname"] for link in links if link.get("ifalias", "").startswith(f"{mncni.OWNER_ALIAS}:{NETWORK}:")]
-    own = [link["ifname"] for link in links if link.get("ifalias") == mncni.OWNER_ALIAS]
-    for name in [*veths, *(name for name in own if name in (settings.bridge, HOST_VETH, DEVICE))]:
+    own = [link["ifname"] for link in links if mncni.is_own(link) and link["ifname"] in (settings.bridge, HOST_VETH) or is_wireguard(link)]
+    for name in [*veths, *own]:
         mncni.delete_links([name], run)
     remove_namespace(settings, run)
     withdraw_record(settings, run)

@@ -630,7 +630,8 @@ def quote(word):
     if all(char.isprintable() or char in "\n\t" for char in word):
         return shlex.quote(word)
     plain = word.replace("\\", "\\\\").replace("'", "\\'")
-    return "$'" + "".join(char if char.isprintable() else "".join(f"\\{byte:03o}" for byte in char.encode()) for char in plain) + "'"
+    octal = (char if char.isprintable() else "".join(f"\\{byte:03o}" for byte in char.encode("utf-8", "replace")) for char in plain)
+    return f"$'{''.join(octal)}'"
 
 
 def replay_line(call):
@@ -640,11 +641,11 @@ def replay_line(call):
         words[:0] = ["nsenter", f"--target={call['parent']['pid']}", "--mount", "--net"]
     line = " ".join(quote(word) for word in words)
     if call.get("stdin_base64"):
-        line = f"echo {call['stdin_base64']} | base64 -d | {line}"
+        line = f"echo {quote(call['stdin_base64'])} | base64 -d | {line}"
     else:
         line = f"printf %s {quote(call['stdin'])} | {line}" if call["stdin"] else f"{line} </dev/null"
     if call["stdin_size"] > LIMIT:
-        line = f"# not whole, {call['stdin_size']} bytes of stdin, of which {LIMIT} are known: {line}"
+        line = f"# not whole, {call['stdin_size']} bytes of stdin, of which {LIMIT} are known: {line}".replace("\n", "\n# ")
     return line + "  # secrets are hidden: trace --show-secrets" * bool(call.get("masked"))
 
 
@@ -1189,12 +1190,35 @@ def slow_calls(calls, now):
             yield f"running for 5 s: {printable(' '.join(words))}"
 
 
+# What a recording has to hold, see Calls; a list or object of one form: [form], {str: form}.
+COMMAND_FORM = {"argv": [str], "exit": (int, type(None)), "signal": str, "duration_ms": (int, float), "stdin": str, "stderr": str}
+CALL_TEXTS = ("command", "plugin", "path", "container_id", "netns", "ifname", "network", "error", "stdout")
+CALL_FORM = {**COMMAND_FORM, **dict.fromkeys(CALL_TEXTS, str),
+             **dict.fromkeys(("stdin_size", "stdout_size", "stderr_size", "chain"), int), "time": (int, float), "env": {str: str},
+             "parent": {"pid": int, "comm": str}, "incomplete": bool, "running": bool, "commands": [COMMAND_FORM]}
+CALL_FORM["delegates"] = [CALL_FORM]
+OPTIONAL = {"stdin_base64": "", "changes": "", "masked": False}
+
+
+def has_form(value, form):
+    """Whether a JSON value is of a form: a type, types, a list of one form, or an object of these keys at least."""
+    if isinstance(form, list):
+        return isinstance(value, list) and all(has_form(entry, form[0]) for entry in value)
+    if isinstance(form, dict) and str in form:
+        return isinstance(value, dict) and has_form([*value.values()], [form[str]])
+    if isinstance(form, dict):
+        optional = {key: type(OPTIONAL[key]) for key in OPTIONAL if key in value} if isinstance(value, dict) else {}
+        return isinstance(value, dict) and all(key in value and has_form(value[key], kind) for key, kind in {**form, **optional}.items())
+    bounded = not isinstance(value, (int, float)) or abs(value) < 1e11
+    return isinstance(value, form) and isinstance(value, bool) == (form is bool) and bounded
+
+
 def view(options):
     """Show a recording."""
     with open(options.file, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             call = parse_object(line)
-            if "command" not in call or "delegates" not in call:
+            if not has_form(call, CALL_FORM):
                 raise SnoopError(f"{options.file}, line {number}: no call as `trace --out` writes it")
             show(call, options, Counter())
     return 0
@@ -1210,15 +1234,20 @@ def look_netns(path):
     """Whether there is a network namespace at path, None without one. A file that is left where it was mounted is no namespace."""
     try:
         return os.stat(path).st_dev == os.stat("/proc/self/ns/net").st_dev if path else None
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL byte
         return False
+
+
+def objects_in(value):
+    """The objects in what should be a list of such."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def parse_cached(text):
     """{network, container_id, ifname, netns, addresses, problem} of one of libcni's files."""
     value = parse_object(text)
     result = value.get("result") if isinstance(value.get("result"), dict) else {}
-    interfaces, ips = ([entry for entry in result.get(key) or [] if isinstance(entry, dict)] for key in ("interfaces", "ips"))
+    interfaces, ips = (objects_in(result.get(key)) for key in ("interfaces", "ips"))
     sandbox = next((entry["sandbox"] for entry in interfaces if entry.get("sandbox")), "")
     return {"network": str(value.get("networkName", "")), "container_id": str(value.get("containerId", "")),
             "ifname": str(value.get("ifName", "")), "netns": str(value.get("netns") or sandbox),
@@ -1311,16 +1340,19 @@ def judge_networks(texts):
 def plan_plugins(network):
     """[(type, network configuration)] of the plugins of a list and of their IPAM plugins, as a runtime hands them out."""
     found = []
-    versions = [str(version) for version in (network.get("cniVersion") or "0.1.0", *(network.get("cniVersions") or []))]
-    common = {"name": network["name"], "cniVersion": max(versions, key=lambda text: [int(part) for part in re.findall(r"\d+", text)])}
+    listed = network.get("cniVersions") if isinstance(network.get("cniVersions"), list) else []
+    versions = [str(version) for version in (network.get("cniVersion") or "0.1.0", *listed)]
+    common = {"name": network["name"], "cniVersion": max(versions, key=lambda text: [int(part) for part in re.findall(r"\d{1,9}", text)])}
     for plugin in network["plugins"]:
         kind = plugin["ipam"].get("type") if isinstance(plugin.get("ipam"), dict) else None
-        found += [(name, {**plugin, **common}) for name in (plugin["type"], kind) if name and name != "mncni.py"]
+        found += [(name, {**plugin, **common}) for name in (plugin["type"], str(kind or "")) if name not in ("", "mncni.py")]
     return found
 
 
 def look_plugin(kind, conf, bin_dirs):
     """Findings about one plugin: is it there, does it speak the version, what does it say to STATUS."""
+    if "/" in str(kind):
+        return [(f'"{kind}" is no name of a plugin', "give the name of a program in a plugin directory, no path: runtimes refuse it")]
     path = next((path for path in (os.path.join(directory, str(kind)) for directory in bin_dirs) if os.path.isfile(path)), None)
     if not path:
         return [(f'plugin "{kind}" is missing: not in {" ".join(bin_dirs)}', "every pod fails until it is installed")]
@@ -1363,10 +1395,10 @@ def look_host():
     findings = []
     if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "0":
         findings.append(("the node does not forward: net.ipv4.ip_forward is 0", "sysctl -w net.ipv4.ip_forward=1"))
-    for entry in parse_object(run(["nft", "-json", "list", "chains"])[1]).get("nftables", []):
-        chain = entry.get("chain", {})
+    entries = objects_in(parse_object(run(["nft", "-json", "list", "chains"])[1]).get("nftables"))
+    for chain in objects_in([entry.get("chain") for entry in entries]):
         if (chain.get("hook"), chain.get("policy")) == ("forward", "drop"):
-            what = f"{chain['family']} {chain['table']} {chain['name']}"
+            what = " ".join(str(chain.get(key)) for key in ("family", "table", "name"))
             findings.append((f"chain {what} drops what is forwarded, unless one of its rules accepts it",
                              f"is it Docker's or a firewall's? Accept pods there: nft insert rule {what} ip saddr POD-CIDR accept"))
     if "-P FORWARD DROP" in run(["iptables-legacy", "-S", "FORWARD"])[1]:

@@ -109,22 +109,28 @@ class Request:
         self.links, self.new_peer = [], None
 
 
+HEX = frozenset("0123456789abcdef")
 ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 
 
 def is_identifier(text):
     """Whether text may be a container ID or a network name: a letter or digit, then letters, digits, '_', '.', '-'."""
-    return bool(text) and text[0] not in "_.-" and ID_CHARACTERS.issuperset(text)
+    return isinstance(text, str) and bool(text) and text[0] not in "_.-" and ID_CHARACTERS.issuperset(text)
 
 
 def is_ifname(text):
-    """Whether text may name an interface: the kernel's rule (dev_valid_name), less what `ip -batch` gives a meaning to."""
+    """Whether text may name an interface: the kernel's rule (dev_valid_name), less what `ip -batch` or nft gives a meaning to."""
     if not isinstance(text, str) or text in ("", ".", "..") or len(text.encode("utf-8", "replace")) > 15:
         return False
-    return not any(char in "/:\"'\\#" or char.isspace() or not char.isprintable() for char in text)
+    return is_word(text) and not any(char in "/:*" for char in text)
 
 
-ATTACHMENT = {"CNI_CONTAINERID": is_identifier, "CNI_NETNS": None, "CNI_IFNAME": is_ifname}
+def is_word(text):
+    """Whether `ip -batch` reads text as one word that means itself."""
+    return not any(char in "\"'\\#" or char.isspace() or not char.isprintable() for char in text)
+
+
+ATTACHMENT = {"CNI_CONTAINERID": is_identifier, "CNI_NETNS": is_word, "CNI_IFNAME": is_ifname}
 NO_NETNS = {"CNI_CONTAINERID": is_identifier, "CNI_IFNAME": is_ifname}
 REQUIRED = {"ADD": ATTACHMENT, "CHECK": ATTACHMENT, "DEL": NO_NETNS, "GC": {}, "STATUS": {}, "VERSION": {}}
 
@@ -134,7 +140,7 @@ def check_environment(environ):
     required = REQUIRED.get(environ.get("CNI_COMMAND", ""), {})
     for name, is_valid in required.items():
         value = environ.get(name, "")
-        if value and is_valid and not is_valid(value):
+        if value and not is_valid(value):
             raise CNIError(BAD_ENVIRONMENT, f"{name} is malformed: {value!r}", value)
     missing = [name for name in ("CNI_COMMAND", *required) if not environ.get(name)]
     if missing:
@@ -149,12 +155,15 @@ def parse_args(text):
 def parse_json_object(text, what="the network configuration on stdin"):
     """The dict that text holds; `what` it is, for messages. CNIError 6 for anything else: no UTF-8, no JSON, no object, nested too deep."""
 
-    def refuse_constant(word):
+    def refuse(word):
         raise ValueError(f"{word} is not JSON")
+
+    def finite(word):  # 1e400 is infinite to Python, which would write Infinity
+        return float(word) if abs(float(word)) < float("inf") else refuse(word)
 
     try:
         text.encode("utf-8")
-        value = json.loads(text, parse_constant=refuse_constant)
+        value = json.loads(text, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:  # UnicodeError and JSONDecodeError are ValueErrors
         why = "it is empty" if not text.strip() else str(error) or type(error).__name__
         raise CNIError(DECODE_FAILURE, f"cannot decode {what}: {why}") from None
@@ -533,39 +542,55 @@ def make_run(environ, trace=None, timeout_s=30):
 
 def run_process(argv, stdin, environ, timeout_s):
     """Run a program to its end. FileNotFoundError, TimeoutError. Inheritable files stay open in it: a command holds the lock of its
-    attachment until it ends, even if we are killed before.
-
-    subprocess.run would do it, but its import takes 3 ms, and then each process 1 ms more. Files in memory instead of pipes: nobody
-    has to read or write along.
+    attachment until it ends, even if we are killed before. subprocess.run does the same, but its import takes 3 ms, and then each
+    process 1 ms more.
     """
     places = [argv[0]] if "/" in argv[0] else [os.path.join(part, argv[0]) for part in environ["PATH"].split(":")]
-    files, pid = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")], 0
+    program = next((path for path in places if os.access(path, os.X_OK)), places[0])
+    (its_in, our_in), (our_out, its_out), (our_err, its_err) = os.pipe(), os.pipe(), os.pipe()
+    ends, pid = {our_in, our_out, our_err}, 0
     try:
-        os.pwrite(files[0], stdin.encode(), 0)
-        program = next((path for path in places if os.access(path, os.X_OK)), places[0])
-        actions = [(os.POSIX_SPAWN_DUP2, file, number) for number, file in enumerate(files)]
-        pid = os.posix_spawn(program, argv, environ, file_actions=actions, setsigdef=[13, 25])  # SIGPIPE, SIGXFSZ: Python ignores them
-        wait_for(pid, timeout_s)
+        try:
+            actions = [(os.POSIX_SPAWN_DUP2, end, number) for number, end in enumerate((its_in, its_out, its_err))]
+            pid = os.posix_spawn(program, argv, environ, file_actions=actions, setsigdef=[13, 25])  # SIGPIPE, SIGXFSZ: Python ignores them
+        finally:
+            for end in (its_in, its_out, its_err):
+                os.close(end)
+        said = talk(ends, our_in, stdin.encode(), time.monotonic() + timeout_s)
         status, pid = os.waitpid(pid, 0)[1], 0
-        stdout, stderr = (os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", "replace") for file in files[1:])
-        return Reply(os.waitstatus_to_exitcode(status), stdout, stderr)
+        return Reply(os.waitstatus_to_exitcode(status), *(said[end].decode("utf-8", "replace") for end in (our_out, our_err)))
     finally:
         if pid:
             os.kill(pid, 9)
             os.waitpid(pid, 0)
-        for file in files:
-            os.close(file)
+        for end in ends:
+            os.close(end)
 
 
-def wait_for(pid, timeout_s):
-    """Return when a child has ended. TimeoutError."""
-    pidfd, poll = os.pidfd_open(pid), select.poll()
-    try:
-        poll.register(pidfd, select.POLLIN)
-        if not poll.poll(timeout_s * 1000):
+def talk(ends, our_in, data, deadline):
+    """Write data to the pipe our_in, read all others of ends until they close: {end: bytes}. Closes what has ended, and takes it out of
+    the set. TimeoutError."""
+    poll, said = select.poll(), dict.fromkeys(ends, b"")
+    for end in ends:
+        poll.register(end, select.POLLOUT if end == our_in else select.POLLIN)
+    while ends:
+        events = poll.poll(max(0, deadline - time.monotonic()) * 1000)
+        if not events:
             raise TimeoutError
-    finally:
-        os.close(pidfd)
+        for end, event in events:
+            if end == our_in and data and not event & select.POLLERR:
+                try:
+                    data = data[os.write(end, data[:4096]) :]  # PIPE_BUF: so much never blocks
+                except BrokenPipeError:
+                    data = b""
+                continue
+            chunk = b"" if end == our_in else os.read(end, 1 << 16)
+            said[end] += chunk
+            if not chunk:
+                poll.unregister(end)
+                ends.remove(end)
+                os.close(end)
+    return said
 
 
 LOG_LIMIT = 10 * 1024 * 1024  # bytes; then the file is put aside, in the place of the one put aside before
@@ -685,22 +710,56 @@ def ask(command, run, may_be_gone=True):
     return reply
 
 
+def understood(program, parse, text):
+    """parse(text), of what a program said. CNIError 100 where that is nothing that parse reads."""
+    try:
+        return parse(text)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        what = f"cannot understand what {program} says: {type(error).__name__} {error}"[:300]
+        raise CNIError(COMMAND_FAILED, what, text[:1000]) from None
+
+
 def look_ip(arguments, run, netns="", family=""):
     """What `ip -json` prints for the given command lines, as one list of objects. What is not there is left out."""
     argv = ["ip", "-json", "-details", *([family] if family else []), "-force", "-batch", "-"]
-    reply = ask(Command(in_netns(netns, argv), guarded(arguments)), run)
-    return [item for line in reply.stdout.splitlines() if line for item in json.loads(line)]
+    return understood("ip", parse_ip, ask(Command(in_netns(netns, argv), guarded(arguments)), run).stdout)
 
 
-def look_nft(what, run):
-    """The objects of a table or chain of nft: look_nft(["table", "inet", "t"], run); [] if it is gone."""
-    return json.loads(ask(Command(["nft", "-j", "list", *what]), run).stdout or "{}").get("nftables", [])
+IP_KEYS = {  # what we read of `ip -json`, and what it has to be, for some of it becomes part of commands
+    **dict.fromkeys(("ifalias", "master", "address", "family"), lambda value: isinstance(value, str)),
+    **dict.fromkeys(("mtu", "ifindex", "prefixlen", "metric"), lambda value: type(value) is int),
+    **dict.fromkeys(("local", "gateway", "prefsrc"), lambda value: is_address(value, ipaddress.ip_address)),
+    **dict.fromkeys(("addr_info", "nexthops"), lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value)),
+    "dst": lambda value: value == "default" or is_address(value, ipaddress.ip_network),
+    "type": lambda value: isinstance(value, str) and value.isalpha(),
+    "table": lambda value: isinstance(value, (str, int)),
+    "flags": lambda value: isinstance(value, list),
+    "linkinfo": lambda value: isinstance(value, dict),
+}
+
+
+def parse_ip(text):
+    """The objects in lines of JSON, less those of links that nobody can name in a command. ValueError, TypeError, ... for other texts."""
+    items = [item for line in text.splitlines() if line for item in json.loads(line)]
+    for part in [*items, *(info for item in items for info in item.get("addr_info", ()))]:
+        wrong = [key for key, fits in IP_KEYS.items() if key in part and not fits(part[key])]
+        wrong += ["flags, mtu"] if {"ifname", "addr_info"} & part.keys() and not {"flags", "mtu"} <= part.keys() else []
+        if wrong:
+            raise ValueError(wrong[0])
+    return [item for item in items if all(is_ifname(item[key]) for key in ("ifname", "dev", "interface") if key in item)]
+
+
+def look_nft(what, parse, run):
+    """parse(objects) of a table or chain of nft, see nft(8), JSON: look_nft(["table", "inet", "t"], parse, run); of [] if it is gone."""
+    text = ask(Command(["nft", "-j", "list", *what]), run).stdout or "{}"
+    return understood("nft", lambda text: parse(json.loads(text).get("nftables", [])), text)
 
 
 def look_qdiscs(device, run, netns=""):
-    """The queueing disciplines of a device, [] if it or its namespace is gone."""
+    """[(kind, rate in byte/s, 0 for none)] of the queueing disciplines of a device, [] if it or its namespace is gone."""
     reply = run(Command(in_netns(netns, ["tc", "-json", "qdisc", "show", "dev", device])))
-    return json.loads(reply.stdout or "[]") if reply.exit_code == 0 else []
+    rows = json.loads if reply.exit_code == 0 else lambda text: []
+    return understood("tc", lambda text: [(row["kind"], row.get("options", {}).get("rate", 0)) for row in rows(text)], reply.stdout or "[]")
 
 
 def look_link(name, links):
@@ -710,7 +769,8 @@ def look_link(name, links):
 
 def addresses_of(link, scope=""):
     """The addresses of a link in what `ip address` returned, like "10.244.1.1/24"; of a scope, or all."""
-    return {f"{info['local']}/{info['prefixlen']}" for info in link.get("addr_info", []) if scope in ("", info.get("scope"))}
+    infos = [info for info in link.get("addr_info", []) if {"local", "prefixlen"} <= info.keys()]
+    return {f"{info['local']}/{info['prefixlen']}" for info in infos if scope in ("", info.get("scope"))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -759,13 +819,14 @@ def read_file(path):
 
 
 def write_file(path, text, mode=0o644):
-    """Write a file whole or not at all: a reader sees the old one or the new one."""
-    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    """Write a file whole or not at all: a reader sees the old one or the new one. What a killed writer left, the next one overwrites."""
+    temporary = unfinished(path)
     try:
-        with open(fd, "w", encoding="utf-8") as file:
+        with open(lock_file(temporary, mode), "w", encoding="utf-8") as file:
+            file.truncate()
             file.write(text)
-        os.rename(temporary, path)
+            file.flush()
+            os.rename(temporary, path)  # before the lock goes
     except BaseException as error:
         remove_file(temporary)
         if isinstance(error, OSError):
@@ -773,11 +834,31 @@ def write_file(path, text, mode=0o644):
         raise
 
 
+def unfinished(path):
+    """Where a file is while it is being written. What reads directories passes over names with a dot."""
+    return os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.new")
+
+
+def lock_file(path, mode):
+    """A descriptor of the file at a path, made if absent, that no other process has locked."""
+    while True:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)  # whoever had the lock has renamed the file, or removed it
+
+
 def remove_file(path):
-    try:
-        os.unlink(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return
+    """Remove a file and what a killed writer left of it. Nothing there is fine."""
+    for each in (unfinished(path), path):
+        try:
+            os.unlink(each)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
 
 
 def boot_id():
@@ -827,9 +908,12 @@ class Leases:
 
     def release(self, container_id, ifname):
         """Remove the leases of an attachment, then its index. Nothing there is fine."""
-        for address in self.addresses(container_id, ifname):
-            remove_file(os.path.join(self.dir, address))
-        remove_file(self.index_path(container_id, ifname))
+        attachment, index_path = (container_id, ifname), self.index_path(container_id, ifname)
+        owner, addresses = self._parse(read_file(index_path))
+        for address in addresses if owner == attachment else ():
+            path = os.path.join(self.dir, address)
+            remove_file(path if self.holder(address) == attachment else unfinished(path))
+        remove_file(index_path)
 
     def release_all_but(self, keep):
         """Release every attachment that is not in keep, a set of (container ID, interface)."""
@@ -858,7 +942,8 @@ class Leases:
         return int(ipaddress.ip_address(text)) if is_address(text, ipaddress.ip_address) else 0
 
     def set_last(self, set_index, address):
-        write_file(os.path.join(self.dir, f"last.{set_index}"), f"{address}\n")
+        with open(os.path.join(self.dir, f"last.{set_index}"), "w") as file:  # a mark: a torn one costs nothing
+            file.write(f"{address}\n")
 
     def _parse(self, text):
         """((container ID, interface), addresses) of a lease or an index entry of this boot, (None, []) of any other text."""
@@ -908,7 +993,7 @@ def default_route(address):
 def parse_mac(text, what):
     """A MAC address in lower case. CNIError 7 unless it is six bytes, unicast and not zero."""
     parts = text.lower().split(":") if isinstance(text, str) else []
-    is_mac = len(parts) == 6 and all(len(part) == 2 and set(part) <= set("0123456789abcdef") for part in parts)
+    is_mac = len(parts) == 6 and all(len(part) == 2 and HEX.issuperset(part) for part in parts)
     if not is_mac or int(parts[0], 16) & 1 or set(parts) == {"00"}:
         raise config_error(f"{what} must be a unicast MAC address like 0a:58:0a:f4:01:05, not {json.dumps(text)}")
     return ":".join(parts)
@@ -1109,9 +1194,12 @@ def next_free(leases, ranges, set_index):
 def ipam_del(request, run):
     """Give back the addresses. What the configuration says now may not be what it said at ADD: our own store is looked at in any case."""
     leases = ipam_leases(request)
-    if os.path.exists(leases.index_path(request.container_id, request.ifname)):
+    index_path = leases.index_path(request.container_id, request.ifname)
+    if os.path.exists(index_path):
         with leases.lock:
             leases.release(request.container_id, request.ifname)
+    else:
+        remove_file(index_path)
     delegate_call(request, run, "DEL")
 
 
@@ -1280,6 +1368,16 @@ def look_host(request, bridge, run):
     return look_link(bridge, links), look_link(own_veth(request), links)
 
 
+def is_own(link):
+    """Whether a link is ours, by its alias."""
+    return link.get("ifalias") == OWNER_ALIAS or is_half_made(link)
+
+
+def is_half_made(link):
+    """Whether a link is ours, but who made it was killed before it had its alias: it is down, and has a MAC as mac_of makes them."""
+    return "ifalias" not in link and "UP" not in link["flags"] and link.get("address", "")[:6] in ("0a:58:", "0a:59:")
+
+
 def refuse_foreign_bridge(conf, bridge):
     """CNIError 7 unless the bridge is absent, ours, or to be adopted."""
     if bridge is None:
@@ -1287,7 +1385,7 @@ def refuse_foreign_bridge(conf, bridge):
     name = conf["bridge"]
     if bridge.get("linkinfo", {}).get("info_kind") != "bridge":
         raise config_error(f'cannot use bridge "{name}": it is not a bridge; set "bridge" to another name')
-    if bridge.get("ifalias") != OWNER_ALIAS and not conf["adoptBridge"]:
+    if not is_own(bridge) and not conf["adoptBridge"]:
         raise config_error(f'cannot use bridge "{name}": MNCNI did not make it; set "adoptBridge": true, or "bridge" to another name')
 
 
@@ -1317,13 +1415,14 @@ def plan_bridge(conf, bridge, gateways):
     The MAC is set when the bridge is made. A bridge takes the smallest MTU of its ports until somebody changes its MTU, and setting
     the value that it has is no change: so it is made with mtu + 1, then set to mtu (net/bridge/br_device.c, br_change_mtu).
     """
-    name, mtu, lines = conf["bridge"], conf["mtu"], []
+    name, mtu, lines, own = conf["bridge"], conf["mtu"], [], bridge is None or is_own(bridge)
     if bridge is None:
         mac = mac_of(gateways[0].partition("/")[0] if gateways else name)
         lines.append(f"link add name {name} {f'mtu {mtu + 1} ' if mtu else ''}address {mac} type bridge")
+        bridge = {}
+    if own and "ifalias" not in bridge:
         lines.append(f"link set dev {name} alias {OWNER_ALIAS}")
-        bridge = {"ifalias": OWNER_ALIAS}
-    if mtu and bridge.get("mtu") != mtu and bridge.get("ifalias") == OWNER_ALIAS:
+    if own and mtu and bridge.get("mtu") != mtu:
         lines.append(f"link set dev {name} mtu {mtu}")
     if "UP" not in bridge.get("flags", []):
         lines.append(f"link set dev {name} up")
@@ -1346,20 +1445,20 @@ def is_in_the_way(other, gateway):
 
 def ensure_bridge(request, conf, bridge, gateways, run):
     """Make the bridge what it has to be. Returns its MAC. Looks again under a lock when there is something to do: ADDs run side by side."""
-    if not plan_bridge(conf, bridge, gateways):
-        return bridge["address"]
+    if not plan_bridge(conf, bridge, gateways) and not plan_no_advertisements(conf["bridge"], bridge):
+        return bridge.get("address", "")
     with bridge_lock(request):
         bridge, _ = look_host(request, conf["bridge"], run)
         refuse_foreign_bridge(conf, bridge)
         lines = plan_bridge(conf, bridge, gateways)
         plan = plan_forwarding(gateways, look_forwarding(run)) + ([ip_batch(lines)] if lines else [])
-        apply(plan + ([] if bridge else plan_no_advertisements(conf["bridge"])), run)
+        apply(plan + plan_no_advertisements(conf["bridge"], bridge), run)
         bridge, _ = look_host(request, conf["bridge"], run)
-        return bridge["address"] if bridge else ""
+        return (bridge or {}).get("address", "")
 
 
 def bridge_lock(request):
-    return Locked(os.path.join(request.run_dir, "bridge.lock"))
+    return Locked(os.path.join(request.run_dir, "bridge.lock"), inherit=True)
 
 
 def families_of(addresses):
@@ -1367,16 +1466,18 @@ def families_of(addresses):
     return {"inet6" if ":" in address else "inet" for address in addresses}
 
 
-def plan_no_advertisements(bridge):
-    """Commands for a new bridge: a pod that sends a router advertisement must not become the host's default route (CVE-2020-10749), and
-    its link-local address, from which older kernels look for pods, is of use at once."""
-    keys = [f"net/ipv6/conf/{bridge}/{key}" for key in ("accept_ra", "accept_dad")]
-    return [write_sysctls(keys, 0)] if os.path.exists("/proc/sys/net/ipv6") else []
+def plan_no_advertisements(name, bridge):
+    """Commands for a bridge, None for one that is yet to be made: a pod that sends a router advertisement must not become the host's
+    default route (CVE-2020-10749), and its link-local address, from which older kernels look for pods, is of use at once."""
+    keys = [f"net/ipv6/conf/{name}/{key}" for key in ("accept_ra", "accept_dad")]
+    keys = keys if bridge is None else [key for key in keys if read_file(f"/proc/sys/{key}") not in ("0\n", None)]
+    return [write_sysctls(keys, 0)] if keys and os.path.exists("/proc/sys/net/ipv6") else []
 
 
 def look_forwarding(run):
     """The families ("inet", "inet6") that the host forwards."""
-    return {entry["family"] for entry in look_ip(["netconf show"], run) if entry.get("interface") == "all" and entry.get("forwarding")}
+    entries = [entry for entry in look_ip(["netconf show"], run) if entry.get("interface") == "all"]
+    return {entry["family"] for entry in entries if entry.get("forwarding") and "family" in entry}
 
 
 def plan_forwarding(gateways, forwarded):
@@ -1432,8 +1533,11 @@ def route_line(route, ifname):
 
 def look_masq(request, conf, run):
     """The stamp of the masquerade rules as they stand, "" if they are not whole. To look is cheaper than a transaction."""
-    items = look_nft(["chain", "inet", "mncni_masq", f"net_{short_hash(request.network)}"], run) if conf["ipMasq"] else []
-    stamps = [item["rule"].get("comment", "").rpartition(" ")[2] for item in items if "rule" in item]
+
+    def parse(items):
+        return [item["rule"].get("comment", "").rpartition(" ")[2] for item in items if "rule" in item]
+
+    stamps = look_nft(["chain", "inet", "mncni_masq", f"net_{short_hash(request.network)}"], parse, run) if conf["ipMasq"] else []
     return stamps[0] if len(stamps) == 2 and stamps[0] == stamps[1] else ""
 
 
@@ -1586,10 +1690,10 @@ def check_pod(request, ips, run):
 
 def is_route(route, present):
     """Whether a route of `ip -json` is the given one of a result. Only what the result names is compared."""
-    dst = default_route(route["dst"]) if present["dst"] == "default" else present["dst"]
+    dst = default_route(route["dst"]) if present.get("dst", "default") == "default" else present["dst"]
     same = ipaddress.ip_network(dst, strict=False) == ipaddress.ip_network(route["dst"], strict=False)
     gateways = [hop.get("gateway") for hop in present.get("nexthops") or [present]]
-    same = same and (not route.get("gw") or str(ipaddress.ip_address(route["gw"])) in gateways)
+    same = same and (not route.get("gw") or str(parse_address(route["gw"], ipaddress.ip_address, '"gw" of a route')) in gateways)
     same = same and (not route.get("priority") or present.get("metric", 0) == route["priority"])
     table = {"main": 254, "default": 253, "local": 255}.get(present.get("table", "main"), present.get("table"))
     return same and ("table" not in route or str(table) == str(route["table"] or 254))
@@ -1601,13 +1705,17 @@ def naivewg_gc(request, run):
 
 
 def delete_stale_links(request, kind, prefix, run):
-    """Delete the links of a kind that are of this network, by their alias, and belong to no attachment that GC has to keep."""
+    """Delete the links of a kind that are of this network, by their alias, and belong to no attachment that GC has to keep; and those
+    of which nothing will ever tell whose they are."""
     keep, own = valid_attachments(request), [OWNER_ALIAS, request.network]
     if keep is None:
         return
-    names = {host_ifname(prefix, request.network, *pair) for pair in keep}
-    links = [link for link in look_ip([f"link show type {kind}"], run) if link.get("ifalias", "").split(":")[:2] == own]
-    stale = [link["ifname"] for link in links if link["ifname"] not in names]
+    valid, stale = {host_ifname(prefix, request.network, *pair) for pair in keep}, []
+    for link in look_ip([f"link show type {kind}"], run):
+        name = link["ifname"]
+        lost = is_half_made(link) and name[:2] == prefix and HEX.issuperset(name[2:])
+        if name not in valid and (lost or link.get("ifalias", "").split(":")[:2] == own):
+            stale.append(name)
     if stale:
         delete_links(stale, run)
 
@@ -1680,7 +1788,7 @@ def plan_ports(mappings, ips):
     """
     if mappings and not ips:
         raise config_error("portmap: the pod has no address for a host port to lead to")
-    addresses, ports = [ipaddress.ip_interface(ip["address"]) for ip in ips], {}
+    addresses, ports = [parse_address(ip["address"], ipaddress.ip_interface, "the pod's address") for ip in ips], {}
     parsed = [parse_mapping(mapping) for mapping in mappings]
     for own in {address.version: address for address in reversed(addresses)}.values():
         for protocol, host_ip, host_port, container_port in parsed:
@@ -1696,11 +1804,11 @@ def plan_ports(mappings, ips):
 def parse_state(text):
     """A state with its "ports", see look_ports. CNIError, ValueError, TypeError, LookupError for other texts: what it says goes to nft."""
     state = parse_json_object(text)
-    network, container_id, ifname = state["owner"]
+    network, container_id, ifname = typed(state, "owner", list, [])
     well_formed = is_identifier(network) and is_identifier(container_id) and is_ifname(ifname)
-    if not well_formed or not is_ifname(state["device"] or "none") or type(state["since"]) is not int:
+    if not well_formed or not is_ifname(typed(state, "device", str, "") or "none") or type(state["since"]) is not int:
         raise ValueError
-    return {**state, "ports": plan_ports(state["mappings"], state["ips"])}
+    return {**state, "device": state.get("device") or "", "ports": plan_ports(state["mappings"], state["ips"])}
 
 
 def look_ports(run_dir):
@@ -1716,6 +1824,16 @@ def look_ports(run_dir):
         except (CNIError, ValueError, TypeError, LookupError):
             tell(f"{path} is none of portmap's states: left out")
     return states
+
+
+def half_written_ports(run_dir):
+    """Paths of what killed processes left."""
+    directory = os.path.join(run_dir, "portmap")
+    return [os.path.join(directory, name) for name in (os.listdir(directory) if os.path.isdir(directory) else []) if name[0] == "."]
+
+
+def ports_lock(run_dir):
+    return Locked(os.path.join(run_dir, "portmap", "lock"), inherit=True)
 
 
 def winners(states):
@@ -1769,7 +1887,9 @@ def plan_more_ports(before, after):
 
 def change_ports(run_dir, changes, run):
     """Take up the states in changes, {path: state, or None to drop it}, and make the table what follows."""
-    with Locked(os.path.join(run_dir, "portmap", "lock")):
+    with ports_lock(run_dir):
+        for path in half_written_ports(run_dir):
+            remove_file(path)  # only who holds the lock writes
         before, new = look_ports(run_dir), {path: state for path, state in changes.items() if state}
         for path, state in new.items():
             write_file(path, json.dumps(state))
@@ -1889,6 +2009,8 @@ def portmap_del(request, run):
     """DEL: give the ports back. It needs neither prevResult nor namespace, and starts no command for a pod without host ports."""
     if os.path.exists(ports_path(request)):
         change_ports(request.run_dir, {ports_path(request): None}, run)
+    else:
+        remove_file(ports_path(request))
 
 
 def portmap_check(request, run):
@@ -1899,15 +2021,21 @@ def portmap_check(request, run):
 
 def check_ports(states, wanted, run):
     """What is wrong with the table, given {"MAP KEY": (VALUE, ...)} that it has to hold, as a list of messages."""
-    items, elements = look_nft(["table", "inet", "mncni_portmap"], run), {}
+    elements, rules = look_nft(["table", "inet", "mncni_portmap"], parse_portmap, run)
+    wrong = {key: value for key, (value, _) in wanted.items() if elements.get(key) != value}
+    problems = [f"host port {key} leads to {elements.get(key, 'nothing')}, not to {value}" for key, value in wrong.items()]
+    expected = PORTMAP_RULES + len(plan_port_rules(states))
+    return problems + ([f"nft table inet mncni_portmap has {rules} rules, not {expected}"] if rules != expected else [])
+
+
+def parse_portmap(items):
+    """({"MAP KEY": VALUE}, number of rules) of nft's objects."""
+    elements = {}
     for table_map in (item["map"] for item in items if "map" in item):
         for key, value in table_map.get("elem", []):
             words = [[PROTOCOLS.get(str(word), str(word)) for word in side["concat"]] for side in (key["elem"]["val"], value)]
             elements[f"{table_map['name']} {' . '.join(words[0])}"] = " . ".join(words[1])
-    wrong = {key: value for key, (value, _) in wanted.items() if elements.get(key) != value}
-    problems = [f"host port {key} leads to {elements.get(key, 'nothing')}, not to {value}" for key, value in wrong.items()]
-    rules, expected = sum("rule" in item for item in items), PORTMAP_RULES + len(plan_port_rules(states))
-    return problems + ([f"nft table inet mncni_portmap has {rules} rules, not {expected}"] if rules != expected else [])
+    return elements, sum("rule" in item for item in items)
 
 
 def portmap_gc(request, run):
@@ -1915,7 +2043,7 @@ def portmap_gc(request, run):
     keep, states = valid_attachments(request), look_ports(request.run_dir)
     own = {path: tuple(state["owner"][1:]) for path, state in states.items() if state["owner"][0] == request.network}
     stale = [path for path, owner in own.items() if keep is not None and owner not in keep]
-    if stale:
+    if stale or half_written_ports(request.run_dir):
         change_ports(request.run_dir, dict.fromkeys(stale), run)
 
 
@@ -1924,7 +2052,7 @@ def restore_portmap(run_dir, run):
     wrong, a list of messages; without host ports it starts no command."""
     if not look_ports(run_dir):
         return []
-    with Locked(os.path.join(run_dir, "portmap", "lock")):
+    with ports_lock(run_dir):
         states = look_ports(run_dir)
         problems = check_ports(states, winners(states), run)
         for device in sorted(devices_of(states)):
@@ -1978,7 +2106,7 @@ def look_peer(request, run):
     names = host_links(request)
     pod = look_pod(request, run)
     for host in look_ip([f"link show dev {name}" for name in names], run) if names else []:
-        if pod and host["ifindex"] == pod.get("link_index"):
+        if pod and host.get("ifindex") == pod.get("link_index"):
             return host
     raise config_error(f"none of the interfaces {', '.join(names) or '(none)'} of prevResult is the host's end of {request.ifname}")
 
@@ -1990,8 +2118,9 @@ def plan_bandwidth(request, limits, peer, qdiscs):
     if "ingress" in limits:
         lines.append(f"qdisc replace dev {name} root {tbf(*limits['ingress'], mtu)}")
     if "egress" in limits:
-        plan.append(ip_batch([f"link add name {ifb} mtu {mtu} type ifb", f"link set dev {ifb} alias {link_alias(request)} up"]))
-        if not any(qdisc["kind"] in ("ingress", "clsact") for qdisc in qdiscs):  # one of somebody else's serves as well
+        made = f"link add name {ifb} mtu {mtu} address {mac_of(ifb, '0a:59')} type ifb"
+        plan.append(ip_batch([made, f"link set dev {ifb} alias {link_alias(request)} up"]))
+        if not any(kind in ("ingress", "clsact") for kind, _ in qdiscs):  # one of somebody else's serves as well
             lines.append(f"qdisc add dev {name} ingress")
         lines.append(f"filter add dev {name} ingress protocol all u32 match u32 0 0 action mirred egress redirect dev {ifb}")
         lines.append(f"qdisc replace dev {ifb} root {tbf(*limits['egress'], mtu)}")
@@ -2004,12 +2133,13 @@ def bandwidth_add(request, run):
     if not limits:
         return request.prev_result
     peer = request.new_peer or look_peer(request, run)
-    try:
-        qdiscs = [] if request.new_peer else look_qdiscs(peer["ifname"], run)
-        apply(plan_bandwidth(request, limits, peer, qdiscs), run)
-    except Exception:
-        best_effort(bandwidth_del, request, run)
-        raise
+    with attachment_lock(request):
+        try:
+            qdiscs = [] if request.new_peer else look_qdiscs(peer["ifname"], run)
+            apply(plan_bandwidth(request, limits, peer, qdiscs), run)
+        except Exception:
+            best_effort(delete_links, [own_ifb(request)], run)
+            raise
     ifb = [{"name": own_ifb(request)}] if "egress" in limits else []
     return {**request.prev_result, "interfaces": [*request.prev_result["interfaces"], *ifb]}
 
@@ -2017,7 +2147,8 @@ def bandwidth_add(request, run):
 def bandwidth_del(request, run):
     """DEL: the ifb goes, together with the veth pair if naivewg is in this call; everything else goes with that."""
     if own_veth(request) not in request.links:
-        delete_links([own_ifb(request)], run)
+        with attachment_lock(request):
+            delete_links([own_ifb(request)], run)
 
 
 def bandwidth_check(request, run):
@@ -2028,7 +2159,7 @@ def bandwidth_check(request, run):
     peer, ifb, problems = look_peer(request, run)["ifname"], own_ifb(request), []
     for direction, (rate, _) in limits.items():
         device = peer if direction == "ingress" else ifb
-        if rate // 8 not in [qdisc["options"]["rate"] for qdisc in look_qdiscs(device, run) if qdisc["kind"] == "tbf"]:
+        if rate // 8 not in [limit for kind, limit in look_qdiscs(device, run) if kind == "tbf"]:
             problems.append(f"{direction} is not limited to {rate} bit/s: {device} has no such token bucket")
     if "egress" in limits and ifb not in run(Command(["tc", "-json", "filter", "show", "dev", peer, "ingress"])).stdout:
         problems.append(f"egress is not limited: what {peer} receives is not redirected to {ifb}")
@@ -2122,7 +2253,7 @@ def lat_add(request, run):
 
 def look_netem(request, run):
     """Whether the pod's interface has netem. False where there is no interface or no namespace any more."""
-    return any(qdisc["kind"] == "netem" for qdisc in look_qdiscs(request.ifname, run, request.netns))
+    return any(kind == "netem" for kind, _ in look_qdiscs(request.ifname, run, request.netns))
 
 
 def lat_del(request, run):
@@ -2220,9 +2351,9 @@ def loopback_add(request, run):
     apply([ip_batch(["link set dev lo up"], request.netns)], run)
     if request.prev_result:
         return request.prev_result
-    lo = look_lo(request, run)
+    lo = look_lo(request, run) or {}
     ips = [{"address": address, "interface": 0} for address in sorted(addresses_of(lo))]
-    return {"cniVersion": NEWEST, "interfaces": [{"name": "lo", "mac": lo["address"], "sandbox": request.netns}], "ips": ips}
+    return {"cniVersion": NEWEST, "interfaces": [{"name": "lo", "mac": lo.get("address", ""), "sandbox": request.netns}], "ips": ips}
 
 
 def loopback_del(request, run):
@@ -2346,7 +2477,7 @@ def chain(name, conf_dir, backup_dir, remove=False):
     wanted = [plugin for plugin in plugins if plugin is not ours[0]] if remove else [*plugins, CHAINED[name]]
     added = "" if remove else ",\n    " + json.dumps(CHAINED[name])
     keep_backup(path, text, backup_dir)
-    write_file(path, edited(text, {**conf, "plugins": wanted}, added), os.stat(path).st_mode & 0o777)
+    write_file(path, edited(text, {**conf, "plugins": wanted}, ours[0] if remove else plugins[-1], added), os.stat(path).st_mode & 0o777)
     return path
 
 
@@ -2356,15 +2487,19 @@ def plugin_names(plugin):
     return names if isinstance(names, list) else [names]
 
 
-def edited(text, wanted, added):
-    """The JSON text, changed in one place so that it says `wanted`: `added` comes behind a brace, or, added being "", what stands from a
-    comma to a brace goes. Every such place is tried: so all the rest stays, however it is written."""
-    ends = [place + 1 for place, char in enumerate(text) if char == "}"]
-    commas = [place for place, char in enumerate(text) if char == ","]
-    cuts = [(end, end) for end in ends] if added else [(comma, end) for comma in commas for end in ends if comma < end]
-    for start, end in cuts:
-        changed = text[:start] + added + text[end:]
+def edited(text, wanted, anchor, added):
+    """The JSON text, changed in one place so that it says `wanted`: `added` comes behind the object `anchor`, or, added being "", that
+    object goes with the comma before it. All the rest stays, however it is written."""
+    decode = json.JSONDecoder().raw_decode
+    for start in (place for place, char in enumerate(text) if char == "{"):
+        before = start - 1
+        while before >= 0 and text[before].isspace():
+            before -= 1
+        if text[before] not in "[,":  # no element of a list
+            continue
         try:
+            found, end = decode(text, start)
+            changed = text[: end if added else text.rindex(",", 0, start)] + added + text[end:] if found == anchor else "{}"
             if json.loads(changed) == wanted:
                 return changed
         except ValueError:
@@ -2456,7 +2591,7 @@ def explain_command(options, run):
     print("# on a host that has nothing of it yet, or only what an ADD made. Leases are files, not commands, so they do not show.")
     result = None
     for conf in plugins:
-        print(f"\n# ---- type {conf.get('type')}, plugin {json.dumps(conf.get('plugin', conf.get('type')))} ----")
+        print("\n# ---- type {}, plugin {} ----".format(*(json.dumps(conf.get(key, conf.get("type"))) for key in ("type", "plugin"))))
         if "plugin" not in conf and conf.get("type") not in (*PLUGINS, "mncni", "mncni.py"):
             print("# Not a plugin of MNCNI's. The interface and the address below stand for its own.")
             result = result or FOREIGN_RESULT
@@ -2572,7 +2707,7 @@ def main(plugins=None):
 
 
 def print_trace(command):
-    print(f"+ {command}", file=sys.stderr, flush=True)
+    print(f"+ {command}\n", end="", file=sys.stderr, flush=True)  # in one go: commands may run side by side
 
 
 def read_stdin():

@@ -742,7 +742,7 @@ WIREGUARD_PORTS = (28384, 28385)
 WIREGUARD_SIZES = {1: 148, 2: 92, 3: 64}             # handshake initiation, response, cookie; 4 = data, 32 bytes and 16 more each,
 SMALLEST_FULL = 608                                  # but for a packet of the MTU's size: it is padded no further. IPv4's least MTU is 576
 ND_TYPES = (*range(130, 138), 143)                   # ICMPv6: multicast listener and neighbour discovery
-ICMP_ERRORS = {1: (3, 11, 12), 58: (1, 2, 3, 4)}     # protocol -> types that quote the packet they complain about
+ICMP_ERRORS = {1: (3, 5, 11, 12), 58: (1, 2, 3, 4)}  # protocol -> types that quote the packet they complain about
 
 
 def parse_ip(packet):

@@ -18,6 +18,7 @@ IS_ROOT = os.geteuid() == 0
 
 # A feature of the kernel -> a command that works only where it is. It is run in a network namespace that is gone afterwards.
 FEATURES = {
+    "a clock to set": "grep -q virtme /proc/cmdline",  # the virtual machine's
     "br_netfilter": "test -e /proc/sys/net/bridge/bridge-nf-call-iptables",
     "netem": "tc qdisc add dev lo root netem",
     "sctp": "/usr/bin/python3 -c 'import socket; socket.socket(socket.AF_INET, socket.SOCK_STREAM, 132)'",
@@ -74,14 +75,14 @@ def format_table(rows):
     return ["  ".join([row[0].ljust(widths[0]), *(map(str.rjust, row[1:], widths[1:]))]) for row in rows]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def figure(request):
     """figure("text"): print a measured figure at the end of the run."""
     request.config.figures = getattr(request.config, "figures", [])
     return request.config.figures.append
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fault(request):
     """fault("agent killed", lost=0, sent=10_000, clear=0, heal_s=1.2, leaks=0): a row of the table of faults at the end of the run.
 

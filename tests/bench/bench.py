@@ -253,7 +253,7 @@ def bench_calls(chains, rounds):
 
 
 def bench_bursts(chains, sizes, rounds=3):
-    """{(who, size): (seconds until the last of size pods is up, until the last is gone)}, medians of rounds in turns."""
+    """{(who, size): (seconds until the last of size pods is up, until the last is gone, CPU seconds until up)}, medians."""
     times = {}
     for size in sizes:
         for _ in range(rounds):
@@ -262,10 +262,10 @@ def bench_bursts(chains, sizes, rounds=3):
                     continue
                 [chain.world.pod(number) for number in range(size)]
                 with ThreadPoolExecutor(size) as pool:
-                    up_s, results = timed(lambda chain=chain, pool=pool, size=size: list(pool.map(chain.add, range(size))))
+                    up_cpu, (up_s, results) = cpu(timed, lambda chain=chain, pool=pool, size=size: list(pool.map(chain.add, range(size))))
                     work = [(number, result) for number, (result, _) in enumerate(results)]
                     down_s, _ = timed(lambda chain=chain, pool=pool, work=work: list(pool.map(lambda one: chain.delete(*one), work)))
-                times.setdefault((who, size), []).append((up_s, down_s))
+                times.setdefault((who, size), []).append((up_s, down_s, up_cpu))
     return {key: tuple(statistics.median(column) for column in zip(*values)) for key, values in times.items()}
 
 
@@ -444,12 +444,13 @@ def count_processes(world, chain):
 def report_bursts(chains, ratios, out):
     sizes = (1, 10, 50, 110)
     times, names = bench_bursts(chains, sizes), [who for who in chains if who != "plain file"]
-    rows = [[size, *(f"{times[who, size][way]:.2f}" for way in (0, 1) for who in names)] for size in sizes]
-    head = ["pods at once", *(f"{way}, {who}" for way in ("up", "gone") for who in names)]
+    ways = ("up", "gone", "up, CPU")
+    rows = [[size, *(f"{times[who, size][way]:.2f}" for way in range(3) for who in names)] for size in sizes]
+    head = ["pods at once", *(f"{way}: {who}" for way in ways for who in names)]
     print_table("Seconds until the last pod is up, until the last is gone (medians of 3)", head, rows, out)
     for size in sizes:
         for against in names[1:]:
-            for way, what in enumerate(("up", "gone")):
+            for way, what in enumerate(ways):
                 ratios[f"{size} pods at once {what}, ours / {against}"] = times["ours", size][way] / times[against, size][way]
     bars = [(f"{size} pods, {who}", times[who, size][0]) for size in sizes for who in names]
     write_chart("bursts", "Until the last pod is up, s", bars)

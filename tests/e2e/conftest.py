@@ -41,24 +41,44 @@ def is_well(lab, node="node1"):
     return labs.run([*labs.node_argv(lab, node), labs.PYTHON, "/opt/mncni/agent.py", "status"])[0] == 0
 
 
-def stream(lab, act, *targets, **options):
+def restart_agent(lab, node="node1", sign="TERM", argv=None):
+    """A new agent in the place of the one there is, which ends by the signal. argv: its command line, if another than the lab's."""
+    node_sh(lab, node, f"kill -{sign} $(cat {labs.AGENT_PID})")
+    labs.wait_until(lambda: not labs.agent_pid(lab.inside(node, "/")), 20, "end of the agent")
+    start = [labs.PYTHON, "/opt/mncni/lab.py", "node-agent", "start"]
+    labs.must([*labs.node_argv(lab, node), *start, *(argv or labs.plan_agent(lab, node))])
+
+
+def wait_well(lab, node="node1"):
+    labs.wait_until(lambda: is_well(lab, node), 60, f"agent of {node} that is well")
+
+
+def answers(lab, source, target):
+    """Whether pod1 of one node gets an answer from all addresses of another's."""
+    addresses = labs.pod_record(lab, target, "pod1").get("addresses")
+    ping = [*labs.pod_argv(lab, source, "pod1"), "ping", "-n", "-c1", "-W1"]
+    return bool(addresses) and all(labs.run([*ping, address])[0] == 0 for address in addresses)
+
+
+def stream(lab, act, *targets, fragments=False, **options):
     """The Flows from node1's pod1 to that of each of the target nodes (node2) while act() ran, as a list. Nothing but WireGuard, and what
-    the agents have to say to an API server, may cross the underlay meanwhile. options: see Flow."""
+    the agents have to say to an API server, may cross the underlay meanwhile. fragments: whether it may in parts; options: see Flow."""
     with labs.sniffing(lab) as counts, contextlib.ExitStack() as entered:
         flows = []
         for node in targets or ("node2",):
             ends = labs.pod_argv(lab, "node1", "pod1"), labs.pod_argv(lab, node, "pod1")
             flows.append(entered.enter_context(Flow(*ends, labs.pod_record(lab, node, "pod1")["addresses"][0], **options)))
         act()
-    assert counts["fragment"] == 0, "packets of the pods' MTU do not fit into the underlay's"
-    assert counts["other"] == counts["dropped"] == 0 and all(f"{SERVER} " in f"{sample} " for sample in counts["samples"]), counts
+    assert fragments or counts["fragment"] == 0, "packets of the pods' MTU do not fit into the underlay's"
+    strange = [sample for sample in counts["samples"] if f"{SERVER} " not in f"{sample} "]
+    assert (counts["other"], counts["dropped"], strange) == (0, 0, [])
     assert counts["wireguard"] > sum(flow.sent - flow.lost for flow in flows)  # a deaf sniffer proves nothing
     return flows
 
 
-LOOK = """
+LOOK = r"""
 for ns in /proc/self/ns/net /run/netns/mncni-wg; do
-    nsenter --net=$ns ip -brief address | sed 's/@[^ ]*//'
+    nsenter --net=$ns ip -brief address | sed 's/@[^ ]*//; s/^mn[0-9a-f]\{11\} /a pod /'
     nsenter --net=$ns ip route show proto 201
     nsenter --net=$ns ip -6 route show proto 201
     nsenter --net=$ns nft list tables

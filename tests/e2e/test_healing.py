@@ -9,7 +9,7 @@ import os
 import pytest
 
 from deploy import lab as labs
-from tests.e2e.conftest import is_well, lab_up, node_sh, stream, things
+from tests.e2e.conftest import lab_up, node_sh, restart_agent, stream, things, wait_well
 
 pytestmark = pytest.mark.root
 
@@ -57,10 +57,8 @@ def test_damage_heals_within_seconds_and_nothing_goes_in_clear(lab, event, fault
 
 
 def restart(lab, sign):
-    node_sh(lab, "node1", f"kill -{sign} $(cat {labs.AGENT_PID})")
-    labs.wait_until(lambda: not labs.agent_pid(lab.inside("node1", "/")), 10, "end of the agent")
-    labs.start_agent(lab, "node1")
-    labs.wait_until(lambda: is_well(lab), 20, "agent that is well")
+    restart_agent(lab, sign=sign)
+    wait_well(lab)
 
 
 def upgrade(lab):
@@ -79,7 +77,7 @@ def lose_store(lab):
     labs.wait_until(lambda: "lost this node's record" in agent_log(lab), 10, "doubt about the store")
     for path, text in kept.items():
         path.write_text(text)
-    labs.wait_until(lambda: is_well(lab), 20, "agent that is well")
+    wait_well(lab)
 
 
 def agent_log(lab):

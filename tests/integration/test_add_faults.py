@@ -68,4 +68,5 @@ def prepare(host, environ, conf):
     """Have an ADD and a DEL of another container make the bridge."""
     other = {**environ, "CNI_CONTAINERID": "before"}
     for command in ("ADD", "DEL"):
-        assert mncni.answer({**other, "CNI_COMMAND": command}, json.dumps(conf), Faulty(host, 0, False))[0] == 0
+        exit_code, stdout = mncni.answer({**other, "CNI_COMMAND": command}, json.dumps(conf), Faulty(host, 0, False))
+        assert exit_code == 0, stdout

@@ -151,9 +151,10 @@ def test_health_is_that_the_loop_comes_round_and_readiness_that_the_network_stan
 class FakeIpam:
     def __init__(self):
         self.now, self.beat, self.reason = 1000.0, 1000.0, ""
-        self.counters = {"allocated": 5, "conflicts": 1, "failures": 0, "nodes": 7, "waiting": 2, "foreign": 0, "terms": 1}
         self.api = self.election = self
         self.counts, self.ours = agent.Counts(), True
+        self.counts.set("mncni_nodeipam_nodes", 2, state="waiting")
+        self.counts.add("mncni_nodeipam_ranges_given_total", 5)
 
     def clock(self):
         return self.now

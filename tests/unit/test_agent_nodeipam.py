@@ -314,6 +314,11 @@ def world():
     return World()
 
 
+def counted(ipam, name, **labels):
+    """A figure of /metrics."""
+    return ipam.counts.figures[f"mncni_nodeipam_{name}", tuple(labels.items())]
+
+
 def leading(world, name="a", **how):
     ipam = world.start(name, **how)
     world.run(2, ipam)
@@ -327,7 +332,7 @@ def test_new_nodes_get_the_lowest_free_ranges_in_one_write_each(world):
         world.create(f"n{number}")
     ipam.tick(0)
     assert world.cidrs() == {f"n{number}": [f"10.244.{number}.0/24"] for number in range(3)}
-    assert ipam.counters["allocated"] == len(world.writes) == 3
+    assert counted(ipam, "ranges_given_total") == len(world.writes) == 3
 
 
 def test_200_nodes_at_once_get_200_ranges_and_one_lease_write_covers_them(world):
@@ -373,12 +378,12 @@ def test_a_full_range_is_an_event_and_a_count_and_heals_when_a_range_has_rested(
         world.create(f"n{number}")
     world.run(60, ipam)
     assert [(name, reason) for name, reason, _ in world.events] == [("n4", "CIDRNotAvailable")]
-    assert "no range /26 is free" in world.events[0][2] and ipam.counters["waiting"] == 1
+    assert "no range /26 is free" in world.events[0][2] and counted(ipam, "nodes", state="waiting") == 1
     world.delete("n2")
     world.run(REUSE_S - 10, ipam)
     assert "n4" not in world.cidrs()
     world.run(20, ipam)
-    assert world.cidrs()["n4"] == ["10.244.0.128/26"] and ipam.counters["waiting"] == 0
+    assert world.cidrs()["n4"] == ["10.244.0.128/26"] and counted(ipam, "nodes", state="waiting") == 0
     assert len(world.events) == 1 and sum("no range" in each.message for each in caplog.records) == 1
 
 
@@ -403,7 +408,7 @@ def test_it_stands_by_while_another_allocator_is_at_work_says_so_and_goes_on_whe
     world.create("foreign", [cidr], manager)
     world.create("n2")
     world.run(30, ipam)
-    assert "n2" not in world.cidrs() and ipam.counters["foreign"] == 1
+    assert "n2" not in world.cidrs() and counted(ipam, "nodes", state="foreign") == 1
     ((name, reason, message),) = world.events
     assert (name, reason) == ("foreign", "ForeignPodCIDR") and said in message and "no node gets a pod CIDR" in message
     assert sum(said in each.message for each in caplog.records if each.levelno == logging.ERROR) == 1
@@ -423,7 +428,7 @@ def test_a_conflict_is_tried_again_with_what_the_node_has_become(world):
     world.before = conflict_once
     world.create("n1")
     world.run(1, ipam)
-    assert world.cidrs() == {"n1": ["10.244.0.0/24"]} and ipam.counters["conflicts"] == 1
+    assert world.cidrs() == {"n1": ["10.244.0.0/24"]} and counted(ipam, "write_failures_total", cause="conflict") == 1
 
 
 def test_a_node_that_another_hand_gives_a_range_in_the_same_moment_keeps_that_and_ours_rests(world):
@@ -499,7 +504,7 @@ def test_an_old_update_that_arrives_after_the_write_takes_nothing_back(world):
     world.run(1, ipam)
     world.tell("MODIFIED", old)
     world.run(5, ipam)
-    assert ipam.counters["conflicts"] == 0 and len(world.writes) == 1
+    assert counted(ipam, "write_failures_total", cause="conflict") == 0 and len(world.writes) == 1
 
 
 # ---- who leads ----
@@ -541,7 +546,7 @@ def test_a_leader_that_cannot_renew_stops_writing_before_another_may_begin(world
     assert "without which nothing is written: no route to the API" in caplog.text
     world.before = lambda method, path: None
     world.run(5, ipam)
-    assert world.cidrs() == {"n1": ["10.244.0.0/24"]} and ipam.counters["terms"] == 1  # nobody else has led: it goes on as it was
+    assert world.cidrs() == {"n1": ["10.244.0.0/24"]} and counted(ipam, "terms_total") == 1  # nobody else has led: it goes on as it was
 
 
 def test_a_leader_whose_lease_was_deleted_makes_it_anew_and_forgets_nothing(world):
@@ -589,7 +594,7 @@ def test_other_annotations_and_labels_of_the_lease_stay(world):
     world.lease["metadata"]["annotations"]["theirs"] = "1"
     world.lease["metadata"]["resourceVersion"] = world.stamp()
     world.run(20, ipam)
-    assert ipam.election.leads(ipam.term) and ipam.counters["terms"] == 1
+    assert ipam.election.leads(ipam.term) and counted(ipam, "terms_total") == 1
     assert world.lease["metadata"]["labels"] == {"x": "y"} and world.lease["metadata"]["annotations"]["theirs"] == "1"
 
 

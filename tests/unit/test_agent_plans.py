@@ -381,13 +381,16 @@ def test_a_node_whose_own_address_is_inside_the_cluster_cidr_is_refused_before_t
     assert error.msg == "this node's address 10.244.3.3 is inside --cluster-cidr: nodes, services and pods need addresses of their own"
 
 
+def link_of(mtu):
+    return {"flags": ["UP"], "mtu": mtu, "addr_info": [{}]}
+
+
 @pytest.mark.parametrize(
     "endpoints, links, mtu",
     [((V4,), [1500], 1440), ((V6,), [1500], 1420), ((V4, V6), [1500, 1400], 1320), ((V4,), [9001], 8941)],
 )
 def test_the_pods_mtu_is_the_underlays_less_the_overhead(endpoints, links, mtu):
-    replies = {f"address show to {address}": [{}, {"mtu": link, "addr_info": [{}]}] for address, link in zip(endpoints, links)}
-    context = underlay(replies)
+    context = underlay({f"address show to {address}": [{}, link_of(link)] for address, link in zip(endpoints, links)})
     context.endpoints = endpoints
     agent.ensure_mtu(context)
     assert context.mtu == mtu
@@ -395,7 +398,7 @@ def test_the_pods_mtu_is_the_underlays_less_the_overhead(endpoints, links, mtu):
 
 @pytest.mark.parametrize("settings, link, least", [(BOTH, 1339, 1280), (ONLY4, 635, 576)])
 def test_an_underlay_too_narrow_for_the_pods_is_refused(settings, link, least):
-    context = agent.Context(settings, Kernel({f"address show to {V4}": [{"mtu": link, "addr_info": [{}]}]}), "boot", endpoints=(V4,))
+    context = agent.Context(settings, Kernel({f"address show to {V4}": [link_of(link)]}), "boot", endpoints=(V4,))
     assert f"leaves {least - 1} bytes" in raised(agent.ensure_mtu, context).msg
 
 

@@ -478,6 +478,16 @@ def test_peers_follow_the_store(bench):
     assert bench.tick() and bench.run.names() == [2, 3] and bench.status()["quarantine"] == {}
 
 
+def test_a_new_device_makes_itself_known_to_peers_that_know_its_key(bench):
+    bench.write(1)
+    assert bench.tick() and "keepalive" not in str(bench.run.writes()), "nobody has its record yet"
+    bench.settle()
+    bench.run.peers.clear()  # as after a reboot
+    assert bench.tick(2)
+    greeting = f"peer {key_of(1)} persistent-keepalive 1 peer {key_of(1)} persistent-keepalive 0"
+    assert bench.run.writes() == [f"set mncni-wg0 peer {key_of(1)} endpoint 192.0.2.1:28384 allowed-ips 10.244.1.0/24 {greeting}"]
+
+
 def test_a_thousand_new_peers_go_in_batches_that_fit_a_command_line(bench):
     text = '{{"v":1,"podCIDRs":["10.244.{}.{}/30"],"uid":"u","endpoints":["192.0.2.1"],"slots":{{"0":{{"key":"{}","port":1}}}}}}'
     for number in range(1, 1001):

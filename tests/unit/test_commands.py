@@ -1,5 +1,6 @@
 """The runner, the one place that starts a process, and what turns commands into errors."""
 
+import json
 import os
 
 import pytest
@@ -28,7 +29,12 @@ def test_an_exit_code_or_a_signal_is_no_exception(tmp_path):
 
 def test_much_goes_in_and_much_comes_out(tmp_path):
     text = "0123456789abcde\n" * 100_000
-    assert mncni.make_run(program(tmp_path, "tc", "cat; cat <&0 >&2"))(Command(["tc"], text)).stdout == text
+    assert mncni.make_run(program(tmp_path, "tc", "tee /dev/stderr"))(Command(["tc"], text)) == Reply(0, text, text)
+
+
+def test_a_program_need_not_read_what_it_is_told(tmp_path):
+    run = mncni.make_run(program(tmp_path, "tc", "exec <&-; echo done; exec >&-; exit 3"))
+    assert all(run(Command(["tc"], "0123456789abcde\n" * 10_000)) == Reply(3, "done\n", "") for _ in range(20))
 
 
 def test_a_pipe_whose_reader_is_gone_ends_a_program_as_it_does_in_a_shell(tmp_path):
@@ -103,8 +109,9 @@ def test_apply_stops_at_the_first_failure():
 
 
 def test_looking_for_what_is_gone_is_no_error_but_any_other_failure_is():
-    reply = Reply(1, '[{"ifname": "lo"}]\n', 'Device "x" does not exist.\nCommand failed -:2\n')
-    assert mncni.look_ip(["link show dev lo", "link show dev x"], lambda command: reply) == [{"ifname": "lo"}]
+    lo = {"ifname": "lo", "flags": ["UP"], "mtu": 65536}
+    reply = Reply(1, f"{json.dumps([lo])}\n", 'Device "x" does not exist.\nCommand failed -:2\n')
+    assert mncni.look_ip(["link show dev lo", "link show dev x"], lambda command: reply) == [lo]
     denied, no_namespace = "RTNETLINK answers: Operation not permitted\n", "nsenter: cannot open /x: No such file or directory\n"
     for stderr, code in ((denied, 100), (no_namespace, 8)):
         with pytest.raises(mncni.CNIError) as raised:

@@ -88,6 +88,7 @@ FRAMES = {
     "ping in IPv6": (ipv6(58, icmp6(128)), "clear"),
     "TCP in IPv6": (ipv6(6, bytes(20)), "clear"),
     "port unreachable about WireGuard": (ipv4(1, ERROR + ipv4(17, DATA)[14:]), "icmp-error"),
+    "redirect of WireGuard": (ipv4(1, b"\x05\x01" + ERROR[2:] + ipv4(17, DATA)[14:]), "icmp-error"),
     "port unreachable about WireGuard in IPv6": (ipv6(58, ERROR6 + ipv6(17, DATA)[14:]), "icmp-error"),
     "port unreachable about a pod's datagram": (ipv4(1, ERROR + ipv4(17, udp(bytes(40), 1, 53), POD1, POD2)[14:]), "clear"),
     "port unreachable about nothing": (ipv4(1, ERROR), "clear"),

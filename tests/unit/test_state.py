@@ -143,10 +143,23 @@ def test_write_file_leaves_the_old_file_when_it_fails(tmp_path, mocker):
 def test_write_file_follows_no_link_that_lies_in_wait(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("safe")
-    os.symlink(victim, tmp_path / f".f.{os.getpid()}")
+    os.symlink(victim, mncni.unfinished(str(tmp_path / "f")))
     with pytest.raises(OSError):
         mncni.write_file(str(tmp_path / "f"), "new")
     assert victim.read_text() == "safe"
+
+
+def test_of_several_writers_at_once_a_reader_sees_one_or_another_whole(tmp_path):
+    """Also beside what a killed one left."""
+    path, texts = str(tmp_path / "f"), [letter * 300_000 for letter in "abc"]
+    mncni.write_file(path, texts[0])
+    (tmp_path / os.path.basename(mncni.unfinished(path))).write_text("half of something longer" * 20_000)
+    writers = [threading.Thread(target=lambda text=text: [mncni.write_file(path, text) for _ in range(30)]) for text in texts]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        assert mncni.read_file(path) in texts
+    assert os.listdir(tmp_path) == ["f"]
 
 
 def test_a_lock_is_waited_for_and_given_up_with_code_11(tmp_path):

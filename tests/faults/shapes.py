@@ -1,0 +1,129 @@
+"""What commands may look like, whatever the input was: every word that comes from outside has the shape of what it stands for.
+
+inspect(command) raises AssertionError for a command that is none of these, has a line or statement too many, or a word of another shape.
+"""
+
+import re
+
+WORDS = {
+    "NAME": r"""(?!\.{1,2}(?![^\s/:"'\\#*]))[^\s/:"'\\#*\x00-\x1f\x7f-\xa0]{1,15}""",
+    "MAC": r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}",
+    "PREFIX": r"[0-9a-f.:]{2,43}/\d{1,3}",
+    "ADDRESS": r"[0-9a-f.:]{2,43}",
+    "NUMBER": r"\d{1,10}",
+    "NETNS": r"/[^\s\"'\\#]+",
+    "ID": r"[A-Za-z0-9][A-Za-z0-9_.-]*",
+    "KEY": r"[A-Za-z0-9+/]{43}=",
+    "HASH": r"[0-9a-f]{16}",
+    "ENDPOINT": r"(?:\d{1,3}(?:\.\d{1,3}){3}|\[[0-9a-f:]{2,39}\]):\d{1,5}",
+    "FAMILY": r"(?:ip|ip6)",
+    "PROTOCOL": r"(?:tcp|udp|sctp)",
+    "SYSCTL": r"/proc/sys/net/(?:ipv4/ip_forward|ipv[46]/conf/(?!\.{1,2}/)[^\s/:\"'\\#*]{1,15}/[a-z0-9_]+)",
+}
+ALIAS = "mncni(?::<ID>:<ID>:<NAME>)?"
+METRICS = "(?: (?:mtu|advmss|metric|table|scope) <NUMBER>)*"
+IP_LINES = (
+    *("(?:address|link) show(?: dev <NAME>)?", "link show type (?:veth|ifb)", "netconf show", "address show to <ADDRESS>"),
+    *("route show table (?:all|main proto 201)", "route show default", "route get <ADDRESS>"),
+    *("link add name <NAME> (?:mtu <NUMBER> )?address <MAC> type bridge", "link add name mncni-wg0 type wireguard"),
+    "link add name <NAME> (?:mtu <NUMBER> )?address <MAC> type veth peer name <NAME> netns <NETNS> (?:mtu <NUMBER> )?address <MAC>",
+    *("link (?:set dev <NAME>|delete) group <NUMBER>",
+    "link add name <NAME> mtu <NUMBER> type ifb", "link set dev <NAME>(?: mtu <NUMBER>)?(?: up)?", "link delete dev <NAME>"),
+    *(f"link set dev <NAME> alias {ALIAS}(?: master <NAME>)?(?: up)?", "link set dev <NAME> master <NAME> up"),
+    *("link set dev <NAME> type bridge_slave hairpin on", "link set dev mncni-wg0 netns <NETNS>"),
+    *("address (?:delete|replace) <PREFIX> dev <NAME>(?: nodad)?", r"address add <PREFIX> dev <NAME> (?:nodad|brd \+)"),
+    f"route prepend <PREFIX>(?: via <ADDRESS>)? dev <NAME>{METRICS}",
+    "route (?:replace|delete) (?:[A-Za-z]+ )?<PREFIX>(?: via <ADDRESS>)?(?: dev <NAME>)?(?: src "
+    "<ADDRESS>)?(?: metric <NUMBER>)?"
+    "(?: onlink)? proto 201",
+    r"route replace [^\s-][^\n]* dev <NAME> quickack 1",  # in ip's own words
+)
+TC_LINES = (
+    "qdisc replace dev <NAME> root tbf rate \\d{1,19}bit burst \\d{1,20}b limit \\d{1,20}b",
+    *(
+        "qdisc add dev <NAME> ingress",
+        "filter add dev <NAME> ingress protocol all u32 match u32 0 0 action mirred egress redirect dev <NAME>",
+    ),
+)
+NFT_LINES = (
+    *(
+        "table inet mncni_portmap(?: \\{)?",
+        "delete table inet mncni_portmap",
+        "  map (?:given|any)[46] \\{ type [a-z0-9_. :]+; \\}",
+        "\\}",
+        "  \\}",
+    ),
+    "  chain [a-z]+ \\{(?: type (?:nat|filter) hook [a-z]+ priority -?\\d+;(?: fib daddr type local ct label set 109 jump ports;)? \\})?",
+    "    dnat ip6? to (?:ip6? daddr \\. )?meta l4proto \\. th dport map @(?:given|any)[46]",
+    "add rule inet mncni_portmap postrouting ct status dnat ct label 109 <FAMILY> saddr <PREFIX> <FAMILY> daddr <PREFIX> masquerade",
+    'add rule inet mncni_portmap postrouting ct status dnat ip saddr 127.0.0.0/8 oifname "<NAME>" masquerade',
+    'add rule inet mncni_portmap guard iifname "<NAME>" ip [sd]addr 127.0.0.0/8 drop',
+    "add element inet mncni_portmap (?:given|any)[46] \\{ (?:<ADDRESS> \\. )?<PROTOCOL> \\. <NUMBER> comment "
+    '"<ID>:<ID>:<NAME>" : <ADDRESS> \\. <NUMBER> \\}',
+    "create table inet mncni_portmap",
+    "add table inet mncni_masq",
+    "(?:add|flush) chain inet mncni_masq net_<HASH>(?: \\{ type nat hook postrouting priority srcnat; policy accept; \\})?",
+    "add set inet mncni_masq pods[46]_<HASH> \\{ type ipv[46]_addr; flags interval; auto-merge; \\}",
+    "add element inet mncni_masq pods[46]_<HASH> \\{ <PREFIX> \\}",
+    "add rule inet mncni_masq net_<HASH> <FAMILY> saddr @pods[46]_<HASH> <FAMILY> daddr != @pods[46]_<HASH> <FAMILY> daddr != "
+    '\\{ <PREFIX>(?:, <PREFIX>)* \\} masquerade comment "<ID> <HASH>"',
+    # the agent's
+    *("(?:delete )?table inet mncni(?: \\{)?", "  counter leaked \\{ packets \\d+ bytes \\d+ \\}"),
+    "  set (?:pods|cluster)[46] \\{ type ipv[46]_addr; flags interval; elements = \\{ <PREFIX>(?:, <PREFIX>)* \\}; \\}",
+    "    type (?:nat|filter) hook [a-z]+ priority [a-z]+(?: - 10)?; policy (?:accept|drop);",
+    '    <FAMILY> daddr @cluster[46] oifname != \\{ "<NAME>", "mncni-host", "lo" \\} counter name leaked drop',
+    '    iifname "<NAME>" (?:meta nfproto ipv[46]|<FAMILY> [sd]addr != @pods[46](?: ip6 [sd]addr != [a-z0-9:/]+)*) drop',
+    '    oifname "mncni-host" <FAMILY> saddr != @pods[46] snat <FAMILY> to <ADDRESS>',
+    "    <FAMILY> saddr @pods[46] <FAMILY> daddr != @cluster[46] <FAMILY> daddr != <PREFIX> masquerade",
+    '    iifname "mncni-(?:ns|wg0)" oifname "mncni-(?:wg0|ns)"(?: <FAMILY> daddr @pods[46])? accept',
+    "    icmpv6 type \\{ nd-neighbor-solicit, nd-neighbor-advert \\} accept",
+)
+COMMANDS = (  # the whole argv, its words joined by NUL
+    "ip(?: -force)? -batch -",
+    "ip -json -details(?: -[46])? -force -batch -",
+    "tc -batch -",
+    "nft -f -",
+    "ip link delete dev <NAME>",
+    "nft -j list (?:table inet mncni(?:_portmap)?|chain inet mncni_masq net_<HASH>)",
+    "tc -json (?:qdisc|filter) show dev <NAME>(?: ingress)?",
+    "ip -[46] -oneline route show table all type unicast dev <NAME>",
+    "tc qdisc replace dev <NAME> root netem(?: [a-z0-9.%]+)+",
+    "tc qdisc delete dev <NAME> root",
+    "tee(?: <SYSCTL>)+",
+    "mncni.py forget-flows(?: (?:<ADDRESS>/)?<NUMBER>)+",
+    "ip netns (?:add|delete) <NAME>",
+    "wg show mncni-wg0 dump",
+    "nft delete table inet mncni(?:_portmap)?",
+    "wg set mncni-wg0(?: listen-port <NUMBER>)?(?: private-key /[^ ]+)?"
+    "(?: peer <KEY>(?: remove)?(?: endpoint <ENDPOINT>)?(?: allowed-ips <PREFIX>(?:,<PREFIX>)*)?)*",
+)
+
+
+def compiled(*patterns):
+    text = "|".join(f"(?:{pattern})" for pattern in patterns)
+    for word, pattern in WORDS.items():
+        text = text.replace(f"<{word}>", f"(?:{pattern})")
+    return re.compile(text)
+
+
+BATCHES = {"ip": compiled(*IP_LINES), "tc": compiled(*TC_LINES), "nft": compiled(*NFT_LINES), "tee": re.compile("[012]")}
+ARGV = compiled(*(pattern.replace(" ", "\0").replace("[^\0]", "[^\0 ]") for pattern in COMMANDS))
+
+
+def inspect(command):
+    argv = command.argv
+    assert argv and all(isinstance(word, str) and word and "\0" not in word for word in argv), f"no argv: {argv!r}"
+    if argv[0] == "nsenter":
+        assert re.fullmatch(r"--net=/[^\0]*", argv[1]), f"another namespace: {argv!r}"
+        argv = argv[2:]
+    if argv[0].startswith("/"):  # a delegate
+        assert len(argv) == 1 and set(command.environ) == {"CNI_COMMAND"}, f"no delegate's call: {argv!r}"
+        assert command.stdin.count("\n") == 0
+        return
+    assert ARGV.fullmatch("\0".join(argv)), f"no command of ours: {argv!r}"[:2000]
+    assert not command.environ
+    is_batch = argv[0] in BATCHES and (argv[0] == "tee" or argv[-1] == "-")
+    assert is_batch or not command.stdin, f"{argv} gets {command.stdin!r}"
+    for line in command.stdin.split("\n")[:-1] if is_batch else ():
+        assert BATCHES[argv[0]].fullmatch(line), f"{argv[0]} would get the line {line!r}"[:2000]
+    assert not is_batch or command.stdin.endswith("\n"), f"{argv} gets a line without an end"
