@@ -21,9 +21,9 @@ Both give the same small events, which are tuples (kind, time in ns, pid, ...):
     ("word", ts, pid, number, text)            what: 0 the path, 1 to 1023 the arguments, from ENV on CNI_* variables, in parts: + 8 each
     ("exec", ts, pid, error, in, out, err)     error 0: it did; streams behind its descriptors 0, 1, 2: 8 * owning pid + 1, 2 or 3, + 4
                                                for what was put there after the owner's first program. Else it could not
-    ("data", ts, pid, stream, n, bytes)        n bytes went through a stream; bytes: those, or none of them beyond LIMIT
+    ("data", ts, pid, stream, n, bytes)        n bytes went through a stream; or 0, and the contents of those before, up to LIMIT
     ("exit", ts, pid, code)                    256 + exit status, or the signal; 0: not known
-    ("lost", 0, n)                             the backend could not keep up
+    ("lost", 0, 0, n)                            the backend could not keep up
 
 Reading order: the backends' program and parsers; `Calls`, which makes calls of events; how they are printed; changes; cache; doctor;
 the command line. All but the last four sections is pure: tests feed recorded output of the backends.
@@ -35,7 +35,7 @@ import errno
 import json
 import os
 import re
-import selectors
+import select
 import shlex
 import shutil
 import signal
@@ -133,29 +133,42 @@ tracepoint:syscalls:sys_enter_%(call)s {
 }
 tracepoint:syscalls:sys_exit_%(call)s /@try[tid]/ { delete(@try[tid]); printf("exec|%%llu|%%d|%%d|0|0|0", nsecs, pid, args->ret); }
 """
-# Contents are read when the call returns: then they are there, and their length is known. @room: what is left of the buffer; readv
-# and writev have several, {address, size} each at @vector. In two probes, for the stack of one is too small.
+# Contents are read when the call returns: then they are there, and their length is known. Whole chunks first, for a loop whose
+# length varies is much work for the verifier.
 TRANSFER = """
-tracepoint:syscalls:sys_enter_%(call)s /@in[pid] && @fd[pid, args->fd]/ { @stream[tid] = @fd[pid, args->fd]; %(buffer)s }
-tracepoint:syscalls:sys_exit_%(call)s /@stream[tid]/ {
-  $s = @stream[tid]; $n = args->ret;
-  if ($n > 0 && ($s & 3) %(direction)s) {
-    $kept = @sent[$s] < %(limit)d ? %(limit)d - @sent[$s] : 0; @sent[$s] = @sent[$s] + $n;
-    if ($n > $kept) { printf("data|%%llu|%%d|%%d|%%d|", nsecs, @in[pid], $s, $n - $kept); }
-    @left[tid] = $n > $kept ? $kept : $n;
-  }
+tracepoint:syscalls:sys_enter_%(call)s /@in[pid] && @fd[pid, args->fd]/ {
+  @stream[tid] = @fd[pid, args->fd]; @buffer[tid] = (uint64)args->%(buffer)s;
 }
 tracepoint:syscalls:sys_exit_%(call)s /@stream[tid]/ {
-  $i = 0;
-  while ($i < %(chunks)d) {
-    if (@left[tid] == 0) { break; }
-    $p = @vector[tid]; $i++;
-    if (@room[tid] == 0) { @buffer[tid] = *(uint64*)uptr($p); @room[tid] = *(uint64*)uptr($p + 8); @vector[tid] = $p + 16; }
-    $n = @left[tid] > @room[tid] ? @room[tid] : @left[tid]; $n = $n > %(chunk)d ? %(chunk)d : $n;
-    printf("data|%%llu|%%d|%%d|%%d|%%rx", nsecs, @in[pid], @stream[tid], $n, buf(uptr(@buffer[tid]), $n));
-    @left[tid] = @left[tid] - $n; @room[tid] = @room[tid] - $n; @buffer[tid] = @buffer[tid] + $n;
+  $s = @stream[tid]; $p = @buffer[tid]; $n = args->ret; $in = @in[pid]; $o = 0; $i = 0;
+  if ($n > 0 && ($s & 3) %(direction)s) {
+    printf("data|%%llu|%%d|%%d|%%d|", nsecs, $in, $s, $n);
+    $room = @sent[$s] < %(limit)d ? %(limit)d - @sent[$s] : 0; @sent[$s] = @sent[$s] + $n; $n = $n > $room ? $room : $n;
+    %(piece)s
   }
-  delete(@left[tid]); delete(@stream[tid]); delete(@buffer[tid]); delete(@room[tid]); delete(@vector[tid]);
+  if (!@left[tid]) { delete(@stream[tid]); delete(@buffer[tid]); }
+}
+"""
+PIECE = """while ($i < %(chunks)d) {
+      if ($o + %(chunk)d > $n) { break; }
+      printf("data|%%llu|%%d|%%d|0|%%rx", nsecs, $in, $s, buf(uptr($p + $o), %(chunk)d));
+      $o = $o + %(chunk)d; $i++;
+    }
+    if ($n > $o) { printf("data|%%llu|%%d|%%d|0|%%rx", nsecs, $in, $s, buf(uptr($p + $o), $n - $o)); }"""
+# readv and writev: the same over several buffers, {address, size} each, in a probe of its own, for the stack of one is too small.
+PIECES = """
+tracepoint:syscalls:sys_exit_%(call)s /@left[tid]/ {
+  $in = @in[pid]; $i = 0;
+  while ($i < %(chunks)d) {
+    $p = @buffer[tid]; $s = *(uint64*)uptr($p + 8) - @offset[tid]; $i++;
+    if ($s > @left[tid]) { $s = @left[tid]; }
+    if ($s > 0) { printf("data|%%llu|%%d|%%d|0|%%rx", nsecs, $in, @stream[tid], buf(uptr(*(uint64*)uptr($p) + @offset[tid]), $s)); }
+    if ($s > %(chunk)d) { $s = %(chunk)d; }
+    @left[tid] = @left[tid] - $s; @offset[tid] = @offset[tid] + $s;
+    if (@left[tid] == 0) { break; }
+    if (@offset[tid] >= *(uint64*)uptr($p + 8)) { @buffer[tid] = $p + 16; delete(@offset[tid]); }
+  }
+  delete(@left[tid]); delete(@stream[tid]); delete(@buffer[tid]); delete(@offset[tid]);
 }
 """
 DUPLICATE_TO = """
@@ -196,21 +209,21 @@ tracepoint:sched:sched_process_exit {
   }
 }
 END {  // else it prints them all
-  clear(@parent); clear(@in); clear(@fd); clear(@code); clear(@sent); clear(@try); clear(@stream); clear(@vector); clear(@buffer);
-  clear(@room); clear(@left); clear(@copied); clear(@env); clear(@envs); clear(@cni);
+  clear(@parent); clear(@in); clear(@fd); clear(@code); clear(@sent); clear(@try); clear(@stream); clear(@left); clear(@offset);
+  clear(@buffer); clear(@copied); clear(@env); clear(@envs); clear(@cni);
 }
 """
 
 
 def bpftrace_program(syscalls):
     """The text of the bpftrace program. syscalls: names that this kernel has tracepoints for; `open` and `dup2` are not everywhere."""
-    values = {"descriptors": DESCRIPTORS, "env": ENV, "step": CHUNK - 1, "chunk": CHUNK, "limit": LIMIT, "chunks": LIMIT // CHUNK + 16}
+    values = {"descriptors": DESCRIPTORS, "env": ENV, "step": CHUNK - 1, "chunk": CHUNK, "limit": LIMIT, "chunks": LIMIT // CHUNK + 1}
     for name in ("CNI_", "CNI_COMM"):
         values[name] = int.from_bytes(name.encode(), sys.byteorder)
-    one = "@buffer[tid] = (uint64)args->buf; @room[tid] = (uint64)args->count; @vector[tid] = (uint64)0;"
-    several = "@vector[tid] = (uint64)args->vec;"
-    parts = [(TRANSFER, {"call": f"{call}{v}", "direction": direction, "buffer": buffer})
-             for call, direction in (("read", "== 1"), ("write", "> 1")) for v, buffer in (("", one), ("v", several))]
+    parts = []
+    for call, direction in (("read", "== 1"), ("write", "> 1")):
+        parts += [(TRANSFER, {"call": call, "direction": direction, "buffer": "buf", "piece": PIECE % values}),
+                  (TRANSFER + PIECES, {"call": f"{call}v", "direction": direction, "buffer": "vec", "piece": "@left[tid] = $n;"})]
     parts += [(DUPLICATE_TO, {"call": call}) for call in ("dup2", "dup3")]
     parts += [(DUPLICATE + COPIED, {"call": "dup", "field": "fildes", "condition": ""}),
               (DUPLICATE + COPIED, {"call": "fcntl", "field": "fd", "condition": " && (args->cmd == 0 || args->cmd == 1030)"})]
@@ -228,7 +241,7 @@ def parse_bpftrace(line):
     # bpftrace 0.17 writes a byte above 127 as \uffffffXX, which is no JSON; newer ones write it as it is.
     message = parse_object(re.sub(r"\\uffffff([89a-f][0-9a-f])", r"\\u00\1", line.decode("latin-1")))
     if message.get("type") == "lost_events":
-        return ("lost", 0, message["data"]["events"])
+        return ("lost", 0, 0, message["data"]["events"])
     kind, _, rest = str(message.get("data")).partition("|")
     count = EVENT_NUMBERS.get(kind, 0)
     fields = rest.split("|", count)
@@ -254,10 +267,8 @@ def parse_object(text):
 # ---------------------------------------------------------------------------------------------------------------------
 # strace: its output
 # ---------------------------------------------------------------------------------------------------------------------
-# "?": not on every machine. Exit codes come without a system call. -xx writes every string in hexadecimal, so no quote or bracket in
-# it can be taken for one of strace's own.
-STRACE = ("-f", "-q", "-ttt", "--pidns-translation", "-v", "-xx", "-s", str(LIMIT), "-e",
-          "trace=execve,?execveat,clone,?clone3,?fork,?vfork,read,readv,write,writev,close,dup,?dup2,dup3,fcntl,?open,openat")
+# Exit codes come without a system call. -xx writes every string in hexadecimal, so no quote or bracket in it can be taken for one of
+# strace's own.
 STRACE_LINE = re.compile(r"(\d+) +(\d+)\.(\d{6}) (.*)", re.DOTALL)
 STRACE_EXEC = re.compile(r'[^"]*("[^"]*"), \[(.*?)\], \[(.*?)\]', re.DOTALL)
 HEX_STRING = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
@@ -364,6 +375,10 @@ class Strace:
                 **dict.fromkeys(("close", "dup", "dup2", "dup3", "fcntl", "open", "openat"), descriptor)}
 
 
+# "?": not every machine has it.
+STRACE = ("-f", "-q", "-ttt", "--pidns-translation", "-v", "-xx", "-s", str(LIMIT), "-e", f"trace=?{',?'.join(Strace.HANDLERS)}")
+
+
 def descriptor_number(arguments):
     """The first argument of a system call if it is a descriptor, else -1."""
     number = arguments.partition(",")[0]
@@ -375,21 +390,14 @@ def descriptor_number(arguments):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Ordered:
-    """Events in the order of time: each processor's come in order, but those of several one batch after another."""
-
-    def __init__(self):
-        self.events = []
-
-    def add(self, event):
-        self.events.append(event)
-
-    def take(self, before=float("inf")):
-        """The events that are older than a time in ns."""
-        self.events.sort(key=lambda event: event[1])  # stable: what has the same time stays in order
-        count = sum(event[1] < before for event in self.events)
-        taken, self.events = self.events[:count], self.events[count:]
-        return taken
+def take(events, before=float("inf")):
+    """Take those older than a time in ns out of a list, in the order of time: each processor's come in order, but those of several one
+    batch after another."""
+    events.sort(key=lambda event: event[1])  # stable: what has the same time stays in order
+    count = sum(event[1] < before for event in events)
+    taken = events[:count]
+    del events[:count]
+    return taken
 
 
 def text_of(latin):
@@ -455,7 +463,7 @@ class Calls:
     def feed(self, event):
         return self.on[event[0]](*event[1:])
 
-    def lose(self, _, count):
+    def lose(self, _ts, _pid, count):
         self.lost += count
 
     def begin(self, ts, pid, owner, parent, comm):
@@ -564,7 +572,8 @@ class Calls:
         for process in sorted(self.processes.values(), key=lambda process: -process.start):  # delegates before their callers
             if process.is_call and process.speaks():
                 call = self.call(process, ts, 0)  # where events were lost, its end may be one of them
-                call["running"] = not call["incomplete"] or bool(self.look_parent(process.pid))
+                call["running"] = not self.lost or bool(self.look_parent(process.pid))
+                call["incomplete"] = call["incomplete"] or not call["running"]
                 found.append(self.hand_over(process, call))
         return [call for call in found[::-1] if call]
 
@@ -577,7 +586,8 @@ SECRET_NAME = re.compile(SECRET, re.IGNORECASE)
 # Bounded: a plugin's output may be 64 KB of anything, and no pattern may take longer than reading it.
 SECRET_VALUE = re.compile(rf"""((?:{SECRET})[\w.-]{{0,40}}["']?\s{{0,9}}[=:]\s{{0,9}})("(?:[^"\\]|\\.)*"?|[^\s;,"]+)""", re.IGNORECASE)
 HIDDEN = "***"
-BOLD, DIM, RED, GREEN, YELLOW = "1", "2", "31", "32", "33"
+PLAIN, COLOURED = "{text}", "\033[{code}m{text}\033[0m"
+BOLD, DIM, RED, GREEN, YELLOW = 1, 2, 31, 32, 33
 WIDTH = 110  # of a line of JSON
 
 
@@ -648,43 +658,35 @@ def printable(text):
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def pretty(value, room, is_full):
-    """Lines of JSON: what fits stays on one line; unless is_full, long lists and strings are cut, and it is said how much is left out."""
+def pretty(value, room):
+    """Lines of JSON: what fits stays on one line."""
     line = json.dumps(value, ensure_ascii=False)
-    if len(line) <= room:
-        return [line]
-    if isinstance(value, str):
-        return [line if is_full or len(line) <= 300 else f"{line[:room]}... ({len(value)} characters)"]
-    if not isinstance(value, (dict, list)):
+    if len(line) <= room or not isinstance(value, (dict, list)):
         return [line]
     is_object = isinstance(value, dict)
-    entries = [(json.dumps(key, ensure_ascii=False) + ": ", entry) for key, entry in value.items()] if is_object else []
-    entries = entries or [("", entry) for entry in value]
-    shown = entries if is_full or is_object or len(entries) <= 6 else entries[:5]
     lines = []
-    for number, (key, entry) in enumerate(shown, 1):
-        part = pretty(entry, max(room - 2 - len(key), 20), is_full)
-        part[-1] += "," * (number < len(entries))
-        lines += [f"  {key}{part[0]}", *(f"  {more}" for more in part[1:])]
-    lines += [f"  ... {len(entries) - len(shown)} more"] * (len(shown) < len(entries))
+    for key, entry in value.items() if is_object else enumerate(value):
+        key = json.dumps(key, ensure_ascii=False) + ": " if is_object else ""
+        first, *more = pretty(entry, max(room - 2 - len(key), 20))
+        lines += [f"  {key}{first}", *(f"  {line}" for line in more)]
+        lines[-1] += ","
+    lines[-1] = lines[-1][:-1]
     return ["{" if is_object else "[", *lines, "}" if is_object else "]"]
 
 
 def content_lines(text, size, is_full):
-    """Lines that show what went through a stream."""
-    if not size:
-        return []
+    """Lines that show what went through a stream; unless is_full, long lines and texts are cut, and it is said how much is left out."""
     try:
         conf = json.loads(text)
         if not is_full and isinstance(conf, dict) and isinstance(conf.get("prevResult"), dict):
             ips = [str(ip.get("address")) for ip in conf["prevResult"].get("ips") or [] if isinstance(ip, dict)]
             conf = {**conf, "prevResult": f"... {', '.join(ips)}"}
-        lines = pretty(conf, WIDTH, is_full)
+        lines = pretty(conf, WIDTH)
     except (ValueError, RecursionError):
         lines = text.splitlines()
-        if not is_full:
-            left_out = [f"... {len(lines) - 20} more lines"] * (len(lines) > 20)
-            lines = [line if len(line) <= 200 else f"{line[:200]}... ({len(line)} characters)" for line in lines[:20]] + left_out
+    if not is_full:
+        left_out = [f"... {len(lines) - 50} more lines"] * (len(lines) > 50)
+        lines = [line if len(line) <= WIDTH + 40 else f"{line[:WIDTH]}... ({len(line)} characters)" for line in lines[:50]] + left_out
     return [printable(line) for line in lines] + [f"... {size} bytes in all, the first {LIMIT} are kept"] * (size > LIMIT)
 
 
@@ -709,26 +711,21 @@ def pod_of(call):
     return f"{args.get('K8S_POD_NAMESPACE', '')}/{args['K8S_POD_NAME']}" if args.get("K8S_POD_NAME") else ""
 
 
-def no_style(text, *_codes):
-    return text
+def format_call(call, is_full=False, replay="error", colour=PLAIN, caller=None):
+    """The lines of a call for people, those of its delegates indented below it. colour: PLAIN or COLOURED."""
+    def style(text, code):
+        return colour.format(code=code, text=text)
 
-
-def terminal_style(text, *codes):
-    return f"\033[{';'.join(codes)}m{text}\033[0m"
-
-
-def format_call(call, is_full=False, replay="error", style=no_style, caller=None):
-    """The lines of a call for people, those of its delegates indented below it. style: no_style or terminal_style."""
     kind = parse_object(call["stdin"]).get("plugin")
     what = f"{call['command']} {call['plugin']}" + (f" ({'+'.join(kind) if isinstance(kind, list) else kind})" if kind else "")
     who = " ".join(filter(None, (pod_of(call), call["container_id"][:13], call["ifname"]))) if not caller else ""
     chain = f"network {call['network']}" + f", plugin {call['chain']}" * (call["chain"] > 1) if call["network"] and not caller else ""
     parent = f"by {call['parent']['comm'] or '?'}[{call['parent']['pid']}]" if not caller else ""
     times = datetime.fromtimestamp(call["time"]).strftime("%H:%M:%S.%f")[:-3]
-    colour = RED if is_failed(call, False) else YELLOW if call["running"] else GREEN
+    end_colour = RED if is_failed(call, False) else YELLOW if call["running"] else GREEN
     head = [style(times, DIM), style(printable(what), BOLD), *map(printable, filter(None, (who, chain, parent)))]
     duration = f"{call['duration_ms']:.0f} ms" if call["duration_ms"] >= 10 else f"{call['duration_ms']:.1f} ms"
-    lines = ["  ".join([*head, duration, style(printable(verdict(call)), colour)])]
+    lines = ["  ".join([*head, duration, style(printable(verdict(call)), end_colour)])]
     body = [("incomplete", ["events were lost: the backend could not keep up"])] * call["incomplete"]
     body += [("netns", [printable(call["netns"])])] if call["netns"] and not caller else []
     for name in ("stdin", "stdout", "stderr"):
@@ -742,7 +739,7 @@ def format_call(call, is_full=False, replay="error", style=no_style, caller=None
     for name, shown in body:
         lines += [f"  {style(f'{name if number == 0 else str():<8}', DIM)} {line}" for number, line in enumerate(shown)]
     for entry in call["delegates"]:
-        lines += [f"    {line}" for line in format_call(entry, is_full, replay, style, call)]
+        lines += [f"    {line}" for line in format_call(entry, is_full, replay, colour, call)]
     if replay == "always" or (replay == "error" and is_failed(call, False)):
         lines.append(f"  {style('replay  ', DIM)} {replay_line(call)}")
     return lines
@@ -796,13 +793,10 @@ def read_text(path):
 
 
 def list_dir(directory):
-    """Paths of what is in a directory, in alphabetic order; none if there is no such directory. SnoopError if it may not be read."""
-    try:
+    """Paths of what is in a directory, in alphabetic order; none if there is no such directory."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return [os.path.join(directory, name) for name in sorted(os.listdir(directory))]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except PermissionError:
-        return need_root(f"reading {directory}")
+    return []
 
 
 def look_parent(pid):
@@ -819,20 +813,20 @@ def look_parent(pid):
 # ---------------------------------------------------------------------------------------------------------------------
 # Of the host the monitors tell. They know no process, and none tells of other namespaces without mixing up names, so what a call did
 # is what came while it ran; of the pod's namespace what is there before and after is compared.
-MONITORS = (("ip", "-ts", "-d", "-o", "monitor", "link", "address", "route"), ("tc", "-ts", "monitor"), ("nft", "monitor"))
 POD_SCRIPT = "ip -json address; ip -json route; ip -json -6 route; tc -json qdisc"
-MONITOR_LINES = {
-    "ip": (("link", r"\d+: (?P<name>[^:@\s]+).* qdisc .*"), ("address", r"\d+: \S+ +inet6? (?!fe80:|::1/)(?P<name>\S+) .*"),
+MONITORS = {  # tool: its arguments, and what lines of interest look like
+    "ip": ("-ts -d -o monitor link address route",
+           ("link", r"\d+: (?P<name>[^:@\s]+).* qdisc .*"), ("address", r"\d+: \S+ +inet6? (?!fe80:|::1/)(?P<name>\S+) .*"),
            ("route", r"(?:unicast )?(?!.* table local |ff00:|fe80:)(?P<name>default|[\da-f.:]+(?:/\d+)?) (?:via|dev|nhid|proto|table) .*")),
-    "tc": (("qdisc", r"qdisc (?!noqueue)(?P<name>\w+) .* dev \S+.*"),),
-    "nft": (("nft", r"(?P<name>element|rule|chain|set|map|table) .*"),),
+    "tc": ("-ts monitor", ("qdisc", r"qdisc (?!noqueue)(?P<name>\w+) .* dev \S+.*")),
+    "nft": ("monitor", ("nft", r"(?P<name>element|rule|chain|set|map|table) .*")),
 }
 
 
 def parse_monitor(tool, line):
     """(sign, kind, name) of what a monitor says has come (1) or gone (-1), None of anything else."""
     match = re.fullmatch(r"(Deleted |deleted |delete )?(?:add )?(.*?) *", line)
-    for kind, pattern in MONITOR_LINES[tool]:
+    for kind, pattern in MONITORS[tool][1:]:
         found = re.fullmatch(pattern, match[2])
         if found:
             word = re.search(r"maxmtu \d+[^\\]*\\\s+(\w+)", line) if kind == "link" else None
@@ -862,13 +856,12 @@ def describe_changes(balance):
     """"veth mn12, 2 routes; gone: ..." of {(kind, name, ...): how often it came, less how often it went}."""
     sides = []
     for sign in (1, -1):
-        items = [(item[0], item[1], count * sign) for item, count in balance.items() if count * sign > 0]
-        words = [name if kind == "address" else f"{kind} {name}" for kind, name, _ in items if kind not in ("route", "nft")]
-        counts = Counter()
-        for kind, name, count in items:
-            if kind in ("route", "nft"):
-                counts[f"nft {name}" if kind == "nft" else kind] += count
-        sides.append(", ".join(words + [f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items()]))
+        words = Counter()
+        for (kind, name, *_), count in balance.items():
+            word = {"address": name, "route": "route", "nft": f"nft {name}"}.get(kind, f"{kind} {name}")
+            words[kind in ("route", "nft"), word] += max(count * sign, 0)
+        sides.append(", ".join(f"{count} {word}{'s' * (count > 1)}" if is_counted else word
+                               for (is_counted, word), count in sorted(words.items(), key=lambda item: item[0][0]) if count))
     return "; ".join(filter(None, (sides[0], sides[1] and f"gone: {sides[1]}")))
 
 
@@ -878,12 +871,12 @@ class Changes:
     def __init__(self, epoch):
         need_tools("--changes", "ip", "tc", "nft", "nsenter")
         self.epoch, self.links, self.begun, self.pods, self.last = epoch, set(os.listdir("/sys/class/net")), {}, {}, {}
-        self.lines, self.starts = deque(maxlen=100_000), deque(maxlen=1000)
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "errors": "replace"}
-        self.monitors = [subprocess.Popen([*WITH_PARENT, *argv], start_new_session=True, env={**os.environ, "PATH": search_path()}, **pipes)
-                         for argv in MONITORS]
-        for argv, monitor in zip(MONITORS, self.monitors):
-            threading.Thread(target=self.read, args=(argv[0], monitor.stdout), daemon=True).start()
+        self.lines, self.starts, self.monitors = deque(maxlen=100_000), deque(maxlen=1000), []
+        for tool, (arguments, *_) in MONITORS.items():
+            self.monitors.append(subprocess.Popen(
+                [*WITH_PARENT, tool, *arguments.split()], start_new_session=True, env={**os.environ, "PATH": search_path()}, text=True,
+                errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
+            threading.Thread(target=self.read, args=(tool, self.monitors[-1].stdout), daemon=True).start()
 
     def read(self, tool, lines):
         for line in lines:
@@ -913,12 +906,11 @@ class Changes:
             parent, words = self.begun.pop(pid)
             self.starts.append((ts + self.epoch) / 1e9)
             netns = read_words(words)[2].get("CNI_NETNS", "")
-            for path in (f"/proc/{parent}/root{netns}", netns) if netns.startswith("/") else ():
-                with contextlib.suppress(OSError):
-                    handle = os.open(path, os.O_RDONLY)  # keeps the namespace until the call has ended, also if it is deleted
-                    self.pods[pid] = [handle, self.look_pod(handle)]
-                    break
-        elif kind == "exit" and pid in self.pods and len(self.pods[pid]) == 2:
+            paths = [path for path in (f"/proc/{parent}/root{netns}", netns) if netns.startswith("/") and os.path.exists(path)]
+            with contextlib.suppress(OSError, IndexError):
+                handle = os.open(paths[0], os.O_RDONLY)  # keeps the namespace until the call has ended, also if it is deleted
+                self.pods[pid] = [handle, self.look_pod(handle)]
+        elif kind == "exit" and len(self.pods.get(pid, ())) == 2:
             handle = self.pods[pid][0]
             self.pods[pid] += [self.look_pod(handle), os.fstat(handle).st_ino]
             os.close(handle)
@@ -940,6 +932,8 @@ class Changes:
             if call["time"] <= when <= end and (kind == "nft" or host[(kind, name)] != sign):
                 host[(kind, name)] += sign
         words = {"host": describe_changes(host), "pod": ""}
+        if call["parent"].get("elsewhere") and not words["host"]:
+            words["host"] = f"not watched, for its caller has another: nsenter --net=/proc/{call['parent']['pid']}/ns/net {sys.argv[0]} ..."
         _, before, after, number = [*self.pods.pop(call["pid"], ()), None, None, None, None][:4]
         if after is not None:
             before = self.last.get(number, before)
@@ -977,8 +971,8 @@ def bpftrace_backend(_options):
     if code or "execve" not in syscalls:
         reason = (stderr.strip().splitlines() or ["no tracepoint syscalls:sys_enter_execve"])[-1]
         raise SnoopError(f"this kernel has no tracepoints for system calls that bpftrace could use ({reason})")
-    environ = {"BPFTRACE_MAP_KEYS_MAX": "65536", "BPFTRACE_PERF_RB_PAGES": "1024",
-               "BPFTRACE_STRLEN": str(CHUNK), "BPFTRACE_MAX_STRLEN": str(CHUNK)}  # the name before and since 0.20
+    environ = {"BPFTRACE_MAP_KEYS_MAX": "65536", "BPFTRACE_MAX_MAP_KEYS": "65536", "BPFTRACE_PERF_RB_PAGES": "1024",
+               "BPFTRACE_STRLEN": str(CHUNK), "BPFTRACE_MAX_STRLEN": str(CHUNK)}  # names before and since 0.20
     argv = plan_tracefs([find_tool("bpftrace"), "--no-warnings", "-f", "json", "-e", bpftrace_program(syscalls)])
     return argv, environ, lambda line: filter(None, [parse_bpftrace(line)])
 
@@ -989,9 +983,8 @@ def strace_backend(options):
     pids = options.pid or [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and read_text(f"/proc/{pid}/comm").strip() in RUNTIMES]
     if not pids:
         raise SnoopError(f"strace: no container runtime runs here (looked for {', '.join(RUNTIMES)}); name its process: --pid PID")
-    process_of = {}
+    process_of = {int(os.path.basename(task)): pid for pid in pids for task in list_dir(f"/proc/{pid}/task")}
     for pid in pids:
-        process_of.update({int(os.path.basename(task)): pid for task in list_dir(f"/proc/{pid}/task")})
         if pid not in process_of:
             raise SnoopError(f"--pid {pid}: there is no such process")
     parser = Strace(process_of)
@@ -1020,7 +1013,8 @@ class Tracer:
 
     def __init__(self, name, argv, environ, parse, early):
         self.name, self.parse, self.early = name, parse, early
-        self.is_ready, self.stopped_at, self.is_asked, self.canaries, self.deadline = False, 0, False, set(), time.monotonic() + 120
+        self.is_ready, self.is_asked, self.stopped_at, self.deadline = False, False, 0, time.monotonic() + 300
+        self.canaries, self.awaited, self.woken_at, self.count = {}, set(), 0, 0  # {process ID: name}; names; time in ns; started so far
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the backend
         # In a session of its own: Ctrl-C is for us, and we end it.
         self.process = subprocess.Popen([*WITH_PARENT, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.stderr,
@@ -1031,15 +1025,7 @@ class Tracer:
 
     def stop(self):
         """It ends when it has told what it knows."""
-        self.stopped_at = self.stopped_at or time.monotonic()
-
-    def wake(self):
-        """An event on every processor: the kernel tells of events that it lost only with the next one there."""
-        processors = os.sched_getaffinity(0)
-        for processor in processors:
-            os.sched_setaffinity(0, {processor})
-            run(["true"], environ={"CNI_COMMAND": CANARY})
-        os.sched_setaffinity(0, processors)
+        self.stopped_at = self.stopped_at or self.now()
 
     def ask(self):
         """Ask it to end, once: bpftrace throws away what it has not yet read."""
@@ -1056,41 +1042,61 @@ class Tracer:
             self.process.wait()
 
     def events(self):
-        ordered, rest, data, is_woken, out = Ordered(), b"", None, self.name != "bpftrace", self.process.stdout.fileno()
-        os.set_blocking(out, False)
-        with selectors.DefaultSelector() as selector:
-            selector.register(out, selectors.EVENT_READ)
-            while data != b"" and not (self.stopped_at and time.monotonic() - self.stopped_at > 10):
-                data = os.read(out, 1 << 20) if selector.select(0.1) else None
-                *lines, rest = (rest + (data or b"")).split(b"\n")
-                for event in (event for line in lines for event in self.parse(line)):
-                    self.look(event)
-                    ordered.add(event)
-                # Idle: it has told all it knows. Else what is two seconds old, for then every processor's events are here.
-                yield from ordered.take(self.now() - 2 * 10**9) if data else ordered.take()
-                yield None
-                if self.stopped_at and not is_woken:
-                    is_woken = self.wake() is None
-                elif self.stopped_at and (data is None or time.monotonic() - self.stopped_at > 3):
-                    self.ask()
-                elif not self.is_ready:
-                    self.get_ready()
+        waiting, rest, data, out = [], b"", None, self.process.stdout.fileno()
+        while data != b"" and not (self.stopped_at and self.now() - self.stopped_at > 15 * 10**9):
+            data = os.read(out, 1 << 20) if select.select([out], [], [], 0.1)[0] else None
+            *lines, rest = (rest + (data or b"")).split(b"\n")
+            for event in (event for line in lines for event in self.parse(line)):
+                self.collect(event, waiting)
+            settled = float("inf") if self.name == "strace" else self.settle(waiting, data is None)
+            yield from take(waiting, settled)
+            yield None
+            if self.stopped_at and (not self.is_ready or (data is None and settled > self.stopped_at)):
+                self.ask()
+            elif not self.is_ready:
+                self.get_ready()
+        yield from take(waiting)
 
-    def look(self, event):
-        if event[0] == "word" and event[4] == f"CNI_COMMAND={CANARY}":
-            self.canaries.add(event[2])
-        elif event[0] == "exit" and event[2] in self.canaries:
+    def collect(self, event, waiting):
+        """Put an event to those that wait, but for those of our own processes."""
+        kind, _, pid = event[:3]
+        if kind == "word" and event[4].startswith(f"CNI_COMMAND={CANARY}"):
+            self.canaries[pid] = event[4].partition("=")[2]
+        if kind == "exit" and pid in self.canaries:
             self.is_ready = True
-        elif event[0] not in ("lost", "data"):
+            self.awaited.discard(self.canaries.pop(pid))
+            waiting[:] = [other for other in waiting if other[2] != pid]
+            return
+        waiting.append(event)
+        if kind not in ("lost", "data"):
             self.early(event)
+
+    def settle(self, waiting, is_idle):
+        """The time in ns up to which every processor's events are here: when the last processes of our own were started and have been
+        seen to end, one on each processor. 0: not known. bpftrace reads one processor after the other, and may be kept from it."""
+        if self.awaited and self.now() - self.woken_at < 5 * 10**9:
+            return 0
+        settled = self.woken_at
+        if self.is_ready and (waiting or self.stopped_at > settled) and (is_idle or self.now() - settled > 10**9):
+            self.wake()
+        return settled
+
+    def wake(self):
+        """A process of our own on every processor. Besides: the kernel tells of events that it lost only with the next one there."""
+        self.woken_at, places = self.now(), {}
+        for processor in os.sched_getaffinity(0):
+            self.count += 1
+            places[f"{CANARY}{self.count}"] = processor
+        self.awaited = set(places)
+        threading.Thread(target=start_on, args=(places,), daemon=True).start()  # meanwhile the backend must find a reader
 
     def get_ready(self):
         """Show that the backend works, before anybody waits for calls."""
         if self.name == "strace":
             traced = [pid for word, pid in zip(self.process.args, self.process.args[1:]) if word == "-p"]
             self.is_ready = not any("TracerPid:\t0\n" in read_text(f"/proc/{pid}/status") for pid in traced)
-        else:
-            run(["true"], environ={"CNI_COMMAND": CANARY})
+        elif self.now() - self.woken_at > 10**9 // 2:
+            self.wake()
         if time.monotonic() > self.deadline:
             raise SnoopError(f"{self.name} shows nothing, not even a process of our own: {self.said() or 'and does not say why'}")
 
@@ -1099,6 +1105,13 @@ class Tracer:
         self.stderr.seek(0)
         lines = [line for line in self.stderr.read().decode(errors="replace").splitlines() if line.strip() and "RLIMIT_MEMLOCK" not in line]
         return " | ".join(lines[-4:])[-600:]
+
+
+def start_on(places):
+    """Run a process on each processor of {name: processor}: it has the affinity of the thread that starts it."""
+    for name, processor in places.items():
+        os.sched_setaffinity(0, {processor})
+        run(["true"], environ={"CNI_COMMAND": name})
 
 
 def is_wanted(call, options):
@@ -1111,35 +1124,19 @@ def is_wanted(call, options):
     return own or any(is_wanted(entry, options) for entry in call["delegates"])
 
 
-class Printer:
-    """Shows calls as the options say, and keeps them in a file."""
-
-    def __init__(self, options):
-        self.options, self.count, self.failures = options, 0, 0
-        self.style = terminal_style if sys.stdout.isatty() and "NO_COLOR" not in os.environ else no_style
-        self.file = open_recording(options.out) if getattr(options, "out", None) else None
-
-    def show(self, call):
-        if not is_wanted(call, self.options):
-            return
-        if not self.options.show_secrets:
-            call = mask_call(call)
-        self.count += 1
-        self.failures += is_failed(call)
-        line = json.dumps(call)
-        if self.file:
-            print(line, file=self.file, flush=True)
-        if not self.options.json:
-            line = "\n".join([*format_call(call, self.options.full, self.options.replay, self.style), ""])
-        print(line.encode("utf-8", "replace").decode(), flush=True)
-
-
-def open_recording(path):
-    """The file to append calls to, readable for its owner alone."""
-    try:
-        return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="utf-8")
-    except OSError as error:
-        raise SnoopError(f"--out {path}: {error.strerror}") from None
+def show(call, options, counts, file=None):
+    """Print a call as the options say, and write it to a file."""
+    if not is_wanted(call, options):
+        return
+    call = call if options.show_secrets else mask_call(call)
+    counts.update(calls=1, failed=is_failed(call))
+    line = json.dumps(call)
+    if file:
+        print(line, file=file, flush=True)
+    if not options.json:
+        colour = COLOURED if sys.stdout.isatty() and "NO_COLOR" not in os.environ else PLAIN
+        line = "\n".join([*format_call(call, options.full, options.replay, colour), ""])
+    print(line.encode("utf-8", "replace").decode(), flush=True)
 
 
 def tell(text):
@@ -1150,52 +1147,47 @@ def trace(options):
     """Show calls until Ctrl-C. Returns the exit status."""
     name, argv, environ, parse = choose_backend(options)
     epoch = time.time_ns() - time.clock_gettime_ns(CLOCKS[name])
-    printer, calls, opened = Printer(options), Calls(look_parent, epoch), []
-    try:
-        changes = Changes(epoch) if options.changes else None
-        opened += [changes] if changes else []
-        tracer = Tracer(name, argv, environ, parse, changes.early if changes else lambda event: None)
-        opened.append(tracer)
+    calls, counts, file = Calls(look_parent, epoch), Counter(), None
+    with contextlib.ExitStack() as opened:
+        if options.out:
+            file = opened.enter_context(open(options.out, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)))
+        changes = opened.enter_context(contextlib.closing(Changes(epoch))) if options.changes else None
+        early = changes.early if changes else lambda event: None
+        tracer = opened.enter_context(contextlib.closing(Tracer(name, argv, environ, parse, early)))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: tracer.stop())
-        watch(tracer, calls, printer, changes)
-    finally:
-        for thing in opened:
-            thing.close()
+        for call in watch(tracer, calls):
+            show({**call, "changes": changes.of(call)} if changes else call, options, counts, file)
     if not tracer.is_ready and tracer.process.returncode:
         raise SnoopError(f"{name} ended: {tracer.said() or 'and does not say why'}")
-    tell(f"{printer.count} calls, {printer.failures} failed" + f", {calls.lost} events lost" * bool(calls.lost))
+    tell(f"{counts['calls']} calls, {counts['failed']} failed" + f", {calls.lost} events lost" * bool(calls.lost))
     return 0
 
 
-def watch(tracer, calls, printer, changes):
-    """Show calls until the backend ends."""
-    is_told, slow, lost = False, set(), 0
+def watch(tracer, calls):
+    """Yields calls until the backend ends, and says on the way what is not as it should be."""
+    told, lost = set(), 0
     for event in tracer.events():
         call = calls.feed(event) if event else None
         if call:
-            printer.show({**call, "changes": changes.of(call)} if changes else call)
-        if event is None and tracer.is_ready and not is_told:
-            is_told = True
-            tell(f"watching with {tracer.name}; Ctrl-C ends it")
-        if event is None:
-            tell_slow(calls, slow, tracer.now())
+            yield call
         if calls.lost > lost:
             lost = calls.lost
             tell(f"{lost} events lost: {tracer.name} cannot keep up, some calls are not complete")
-    for call in calls.unfinished(tracer.now()):
-        printer.show(call)
+        if event is None and tracer.is_ready:
+            for text in [f"watching with {tracer.name}; Ctrl-C ends it", *slow_calls(calls, tracer.now())]:
+                if text not in told:
+                    told.add(text)
+                    tell(text)
+    yield from calls.unfinished(tracer.now())
 
 
-def tell_slow(calls, slow, now):
-    """Say once of each call that it runs for more than five seconds: one that hangs never ends, and so is never shown."""
+def slow_calls(calls, now):
+    """A line for each call that runs for more than five seconds: one that hangs never ends, and so is never shown."""
     for pid, process in calls.processes.items():
-        if process.is_call and not process.caller() and now - process.start > 5 * 10**9 and (pid, process.start) not in slow:
-            slow.add((pid, process.start))
-            if not look_parent(pid):
-                continue  # its end was lost
+        if process.is_call and not process.caller() and now - process.start > 5 * 10**9 and look_parent(pid):  # else its end was lost
             words = (process.env.get("CNI_COMMAND", ""), process.path, process.env.get("CNI_CONTAINERID", "")[:13], f"process {pid}")
-            tell(f"running for 5 s: {printable(' '.join(words))}")
+            yield f"running for 5 s: {printable(' '.join(words))}"
 
 
 # What a recording has to hold, see Calls; a list or object of one form: [form], {str: form}.
@@ -1223,17 +1215,12 @@ def has_form(value, form):
 
 def view(options):
     """Show a recording."""
-    printer = Printer(options)
-    try:
-        file = open(options.file, encoding="utf-8", errors="replace")  # noqa: SIM115, closed below; its errors are not those of printing
-    except OSError as error:
-        raise SnoopError(f"{options.file}: {error.strerror}") from None
-    with file:
+    with open(options.file, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             call = parse_object(line)
             if not has_form(call, CALL_FORM):
                 raise SnoopError(f"{options.file}, line {number}: no call as `trace --out` writes it")
-            printer.show(call)
+            show(call, options, Counter())
     return 0
 
 
@@ -1261,10 +1248,10 @@ def parse_cached(text):
     value = parse_object(text)
     result = value.get("result") if isinstance(value.get("result"), dict) else {}
     interfaces, ips = (objects_in(result.get(key)) for key in ("interfaces", "ips"))
-    names = {"network": "networkName", "container_id": "containerId", "ifname": "ifName", "netns": "netns"}
-    row = {name: str(value.get(key, "")) for name, key in names.items()}
-    row["netns"] = row["netns"] or next((str(entry["sandbox"]) for entry in interfaces if entry.get("sandbox")), "")
-    return {**row, "addresses": [str(ip.get("address")) for ip in ips],
+    sandbox = next((entry["sandbox"] for entry in interfaces if entry.get("sandbox")), "")
+    return {"network": str(value.get("networkName", "")), "container_id": str(value.get("containerId", "")),
+            "ifname": str(value.get("ifName", "")), "netns": str(value.get("netns") or sandbox),
+            "addresses": [str(ip.get("address")) for ip in ips],
             "problem": "" if value.get("kind") == "cniCacheV1" else "not readable as a result that libcni keeps"}
 
 
@@ -1287,9 +1274,10 @@ def cache(options):
     else:
         table = [("NETWORK", "CONTAINER", "INTERFACE", "ADDRESSES", "AGE", "STATE", "NAMESPACE")]
         for row in rows:
-            age = f"{row['age_s'] // 3600}h" if row["age_s"] >= 3600 else f"{row['age_s'] // 60}m{row['age_s'] % 60}s"
-            words = (row["network"] or os.path.basename(row["path"]), row["container_id"][:13], row["ifname"], " ".join(row["addresses"]))
-            table.append(tuple(map(printable, (*words, age, row["state"], row["netns"]))))
+            hours, minutes, seconds = row["age_s"] // 3600, row["age_s"] // 60, row["age_s"] % 60
+            words = (row["network"] or os.path.basename(row["path"]), row["container_id"][:13], row["ifname"], " ".join(row["addresses"]),
+                     f"{hours}h" if hours else f"{minutes}m{seconds}s", row["state"], row["netns"])
+            table.append(tuple(map(printable, words)))
         widths = [max(map(len, column)) for column in zip(*table)]
         for words in table:
             print("  ".join(map(str.ljust, words, widths)).rstrip())
@@ -1299,16 +1287,7 @@ def cache(options):
 # ---------------------------------------------------------------------------------------------------------------------
 # doctor
 # ---------------------------------------------------------------------------------------------------------------------
-# A finding is (what is wrong, what to do). What a plugin type needs: commands, and kernel features by how to try them in a namespace
-# that is gone afterwards.
-BRIDGING = (("ip", "nsenter", "python3"), ("bridge", "veth"))
-NEEDS = {"mncni": BRIDGING, "naivewg": BRIDGING, "bridge": ((), ("bridge", "veth")), "ptp": ((), ("veth",)), "lat": (("tc",), ("netem",)),
-         "bandwidth": (("tc",), ("ifb", "tbf")), "portmap": (("nft",), ("nft",)), "quickack": (("ip",), ())}
-FEATURES = {
-    "bridge": "ip link add probe type bridge", "veth": "ip link add probe type veth", "ifb": "ip link add probe type ifb",
-    "tbf": "tc qdisc add dev lo root tbf rate 1mbit burst 10k latency 1s", "netem": "tc qdisc add dev lo root netem delay 1ms",
-    "nft": "nft add table inet probe", "WireGuard": "ip link add probe type wireguard",
-}
+# A finding is (what is wrong, what to do).
 
 
 def parse_network(path, text):
@@ -1398,20 +1377,6 @@ def look_plugin(kind, conf, bin_dirs):
     return []
 
 
-def look_needs(types, network):
-    """Findings about commands and kernel features that plugins need."""
-    tools = {tool for kind in types for tool in NEEDS.get(kind, ((), ()))[0]}
-    features = {feature for kind in types for feature in NEEDS.get(kind, ((), ()))[1]}
-    if any(plugin.get("ready") for plugin in network["plugins"]) and not find_tool("wireguard-go"):
-        features.add("WireGuard")
-    findings = [(f"{tool} is missing", f"apt-get install {PACKAGES.get(tool, tool)}") for tool in sorted(tools) if not find_tool(tool)]
-    for name in sorted(features) if not os.geteuid() else []:
-        code, _, stderr = run(["unshare", "--net", *FEATURES[name].split()])
-        if code and find_tool(FEATURES[name].split()[0]):
-            findings.append((f"the kernel has no {name}: {stderr.strip()}", "load or install its module: modprobe, linux-modules-extra"))
-    return findings
-
-
 def look_leases(directories, rows):
     """Findings about leases whose attachment libcni does not know, or whose namespace is gone. directories: one per network."""
     known = {(row["container_id"], row["ifname"]): row["state"] for row in rows}
@@ -1457,10 +1422,6 @@ def doctor(options):
     plugins = plan_plugins(network) if network else []
     for kind, conf in plugins:
         findings += look_plugin(kind, conf, bin_dirs)
-    if network:
-        own = [conf.get("plugin") for _, conf in plugins]
-        kinds = {kind for kind, _ in plugins} | {str(kind) for entry in own for kind in (entry if isinstance(entry, list) else [entry])}
-        findings += look_needs(kinds, network)
     if not any(os.path.isfile(os.path.join(directory, "loopback")) for directory in bin_dirs):
         findings.append((f'plugin "loopback" is missing: not in {" ".join(bin_dirs)}',
                          "containerd starts no pod without it, unless told to use its own"))
@@ -1483,7 +1444,7 @@ def doctor(options):
         print(f"FINDING: {printable(what)}\n     do: {printable(way_out)}")
     print(f"{len(findings)} findings" if findings else "nothing wrong was found")
     if os.geteuid():
-        tell("without root the firewall, the kernel's features and namespaces that others made are not looked at")
+        tell("without root the firewall and namespaces that others made are not looked at")
     return 1 if findings else 0
 
 
@@ -1528,14 +1489,14 @@ def main(argv):
     options = parse_options(argv)
     try:
         return {"trace": trace, "view": view, "cache": cache, "doctor": doctor}[options.name](options)
-    except SnoopError as error:
-        tell(error)
-        return 1
-    except KeyboardInterrupt:  # before there is anything to end
-        return 130
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    except (SnoopError, OSError) as error:
+        tell(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error)
+        return 1
+    except KeyboardInterrupt:  # before there is anything to end
+        return 130
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ from pathlib import Path
 PYTHON = "/usr/bin/python3"     # not sys.executable: it must exist in the nodes, which see nothing of the host but /usr
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 LAB_FILE = Path(__file__).resolve()
-PARTS = ("mncni.py", "agent.py")                     # copied to /opt/mncni of each node, beside this file
+PARTS = ("mncni.py", "agent.py", "cnisnoop.py")      # copied to /opt/mncni of each node, beside this file
 BRIDGE = "underlay0"
 STORE = "/var/lib/mncni-lab/nodes"                   # the directory node store: one directory, seen by all nodes
 AGENT_LOG, AGENT_PID = "/var/log/mncni-agent.log", "/run/mncni-agent.pid"

@@ -164,10 +164,8 @@ def check_calls(calls, directory):
 
 def calls_of(events):
     """All calls of events, in the order in which they ended."""
-    ordered, calls = cnisnoop.Ordered(), cnisnoop.Calls()
-    for event in events:
-        ordered.add(event)
-    return [call for call in map(calls.feed, ordered.take()) if call]
+    calls = cnisnoop.Calls()
+    return [call for call in map(calls.feed, cnisnoop.take(list(events))) if call]
 
 
 def recorded(backend):
@@ -200,9 +198,11 @@ def record(backend):
     process = caller(directory)
     options = cnisnoop.parse_options(["trace", "--backend", backend, "--pid", str(process.pid)])
     _, argv, environ, _ = cnisnoop.choose_backend(options)
+    status = Path(f"/proc/{process.pid}/status")
     with tempfile.TemporaryFile() as out:
         tracer = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL, env={**os.environ, **environ})
-        time.sleep(10)
+        while b"cnisnoop" not in os.pread(out.fileno(), 1 << 20, 0) and f"TracerPid:\t{tracer.pid}\n" not in status.read_text():
+            cnisnoop.run(["true"], environ={"CNI_COMMAND": cnisnoop.CANARY})
         process.communicate("go\n", timeout=60)
         time.sleep(1)
         tracer.send_signal(signal.SIGINT)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.root
 PROGRAM = os.path.realpath(cnisnoop.__file__)
 REFERENCE = next((path for path in ("/usr/lib/cni", "/opt/cni/bin") if os.access(f"{path}/bridge", os.X_OK)), "")
 needs_reference = pytest.mark.skipif(not REFERENCE, reason="needs the reference plugins: apt-get install containernetworking-plugins")
-READY_S, END_S = 300, 30  # bounds, not expectations
+READY_S, END_S = 400, 30  # bounds, not expectations
 
 
 def require(backend):
@@ -70,9 +70,10 @@ class Snoop:
         self.process.send_signal(number)
         self.process.wait(timeout=END_S)
 
-    def finish(self, directory=""):
+    def finish(self, directory="", may_lose=False):
         self.end()
         assert self.process.returncode == 0 and "Traceback" not in self.said(), self.said()
+        assert may_lose or "events lost" not in self.said(), f"this machine makes too many CNI calls beside the tests: {self.said()}"
         self.out.seek(0)
         return [call for call in map(json.loads, self.out) if call["path"].startswith(str(directory))]
 
@@ -133,7 +134,6 @@ def test_fifty_calls_at_once_are_all_there(backend, tmp_path, figure):
         list(pool.map(one, range(50)))
         took = time.monotonic() - begin
         calls = {call["container_id"]: call for call in running.finish(tmp_path)}
-        assert "lost" not in running.said()
     whole = [number for number in range(50) if is_whole(calls.get(f"c{number}"), stdins[number])]
     figure(f"cnisnoop with {backend}: of 50 calls with a delegate each, at once, in {took:.1f} s, {len(whole)} seen complete")
     assert len(whole) == 50
@@ -160,9 +160,9 @@ def test_what_is_lost_is_counted_and_said(tmp_path):
                 subprocess.run([plugin], env=snoop.environment(tmp_path, "DEL"), capture_output=True, check=True, timeout=60)
         finally:
             os.kill(child, signal.SIGCONT)
-        calls = running.finish(tmp_path)
+        calls = running.finish(tmp_path, may_lose=True)
         said = running.said()
-    assert "events lost: bpftrace cannot keep up" in said and "running for" not in said
+    assert "events lost: bpftrace cannot keep up" in said and f"running for 5 s: DEL {tmp_path}" not in said
     assert len(calls) < 150 and not any(call["running"] for call in calls)
 
 
@@ -269,6 +269,7 @@ def test_secrets_are_masked_in_the_recording_and_view_prints_it(tmp_path):
         snoop.make_calls(tmp_path, [("reader", "ADD", conf), ("silent", "DEL", b"{}")])
         (call,) = running.finish(tmp_path)
     recording = (tmp_path / "calls.jsonl").read_text()
+    assert (tmp_path / "calls.jsonl").stat().st_mode & 0o777 == 0o600
     assert json.loads(call["stdin"])["password"] == "***" and "swordfish" not in recording
     argv = [sys.executable, PROGRAM, "view", f"{tmp_path}/calls.jsonl", "--replay", "always"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)

@@ -110,9 +110,9 @@ def test_the_order_in_which_processors_are_read_does_not_matter():
         (b'{"type": "printf", "data": "begin|7|5|0|1|cri o|x"}', ("begin", 7, 5, 0, 1, "cri o|x")),
         (b'{"type": "printf", "data": "word|7|5|1|caf\\uffffffc3\\uffffffa9 \\\\uffff"}', ("word", 7, 5, 1, "caf\xc3\xa9 \\uffff")),
         ('{"type": "printf", "data": "word|7|5|1|café"}'.encode(), ("word", 7, 5, 1, "caf\xc3\xa9")),
-        (b'{"type": "printf", "data": "data|7|5|41|3|\\\\x7b\\\\xff\\\\x00"}', ("data", 7, 5, 41, 3, b"{\xff\x00")),
+        (b'{"type": "printf", "data": "data|7|5|41|0|\\\\x7b\\\\xff\\\\x00"}', ("data", 7, 5, 41, 0, b"{\xff\x00")),
         (b'{"type": "printf", "data": "exit|7|5|257"}', ("exit", 7, 5, 257)),
-        (b'{"type": "lost_events", "data": {"events": 12}}', ("lost", 0, 12)),
+        (b'{"type": "lost_events", "data": {"events": 12}}', ("lost", 0, 0, 12)),
         (b'{"type": "attached_probes", "data": {"probes": 13}}', None),
         (b'{"type": "printf", "data": "exit|7|5"}', None),
         (b'{"type": "printf", "data": "nonsense|7|5"}', None),
@@ -166,7 +166,7 @@ def test_a_call_without_an_end_is_still_running():
 
 
 def test_what_the_kernel_lost_is_counted_and_said():
-    events = [*executed(5, "/opt/cni/bin/bridge"), ("lost", 0, 7), ("exit", 9, 5, 256)]
+    events = [*executed(5, "/opt/cni/bin/bridge"), ("lost", 0, 0, 7), ("exit", 9, 5, 256)]
     calls = cnisnoop.Calls()
     (call,) = filter(None, map(calls.feed, events))
     assert calls.lost == 7 and call["incomplete"] and "events were lost" in "\n".join(cnisnoop.format_call(call))
@@ -390,13 +390,13 @@ def test_a_call_that_was_made_elsewhere_is_repeated_there():
 def test_json_is_cut_sensibly_and_whole_with_full():
     conf = {
         "name": "net",
-        "routes": [{"dst": f"10.{n}.0.0/16", "gw": "10.0.0.1"} for n in range(30)],
         "text": "y" * 900,
         "prevResult": {"cniVersion": "1.0.0", "ips": [{"address": "10.244.1.5/24"}], "more": "z" * 200},
+        "routes": [{"dst": f"10.{n}.0.0/16", "gw": "10.0.0.1"} for n in range(60)],
     }
     call = sample(stdin=json.dumps(conf))
     short, full = ("\n".join(cnisnoop.format_call(call, is_full)) for is_full in (False, True))
-    assert "... 25 more" in short and "(900 characters)" in short and "... 10.244.1.5/24" in short
+    assert "more lines" in short and "(913 characters)" in short and "... 10.244.1.5/24" in short
     assert max(map(len, short.splitlines())) < 160
     assert "10.29.0.0/16" in full and "y" * 900 in full and "z" * 200 in full
 
@@ -412,7 +412,7 @@ def test_a_terminal_is_not_given_what_a_plugin_wrote_as_it_is():
         exit=1,
     )
     assert not [char for line in cnisnoop.format_call(call) for char in line if not char.isprintable()]
-    assert any("\033[" in line for line in cnisnoop.format_call(call, style=cnisnoop.terminal_style))
+    assert any("\033[" in line for line in cnisnoop.format_call(call, colour=cnisnoop.COLOURED))
 
 
 def options(*words):
@@ -440,12 +440,9 @@ def test_filters(words, is_wanted):
     assert cnisnoop.is_wanted(call, options(*words)) == is_wanted
 
 
-def test_a_recording_is_private_and_view_shows_it_again(tmp_path, capsys):
+def test_view_shows_a_recording_again(tmp_path, capsys):
     path = tmp_path / "calls.jsonl"
-    out = cnisnoop.open_recording(str(path))
-    out.write(json.dumps(cnisnoop.mask_call(sample(exit=1, stdin='{"name": "net", "token": "abc"}'))) + "\n")
-    out.close()
-    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_text(json.dumps(cnisnoop.mask_call(sample(exit=1, stdin='{"name": "net", "token": "abc"}'))) + "\n")
     assert cnisnoop.main(["view", str(path)]) == 0
     assert "ADD bridge  default/web-0 c1 eth0  network net  by containerd[1]  12 ms  exit 1" in capsys.readouterr().out
     assert cnisnoop.main(["view", str(path), "--json"]) == 0
@@ -584,3 +581,10 @@ def test_strace_finds_the_child_of_a_process_in_another_pid_namespace_and_a_call
     assert strace.feed("10 5.000001 clone(child_stack=NULL, flags=SIGCHLD) = 2 /* 12 in strace's PID NS */") == []
     assert strace.process_of[12] == 12 and 2 not in strace.process_of
     assert strace.feed("12 5.000002 read(0,  <detached ...>") == []
+
+
+def test_a_call_whose_end_was_lost_is_not_said_to_run():
+    calls = cnisnoop.Calls(look_parent=lambda pid: {"comm": "x"} if pid == 6 else {})
+    for event in [("lost", 0, 0, 9), *executed(5, "/opt/cni/bin/bridge"), *executed(6, "/opt/cni/bin/portmap")]:
+        calls.feed(event)
+    assert {call["pid"]: (call["running"], call["incomplete"]) for call in calls.unfinished(9)} == {5: (False, True), 6: (True, False)}

@@ -42,7 +42,6 @@ def node(tmp_path, mocker, capsys):
     for name in ("main", "ipam", "chained", "loopback"):
         plugin(made.bin / name)
     mocker.patch("cnisnoop.look_host", return_value=[])
-    mocker.patch("cnisnoop.look_needs", return_value=[])
     return made
 
 
@@ -157,20 +156,7 @@ def test_status_is_not_asked_below_1_1_0(node):
     assert node.doctor()[0] == []
 
 
-# ---- tools, kernel, host ----
-
-
-def test_a_missing_tool_or_kernel_feature_is_a_finding(mocker):
-    mocker.patch("cnisnoop.find_tool", side_effect=lambda name: None if name == "tc" else name)
-    mocker.patch("cnisnoop.run", return_value=(2, "", "Error: Unknown device type."))
-    mocker.patch("os.geteuid", return_value=0)
-    findings = cnisnoop.look_needs({"bridge", "lat"}, {"plugins": [{"type": "bridge"}]})
-    assert [what for what, _ in findings] == [
-        "tc is missing",
-        "the kernel has no bridge: Error: Unknown device type.",
-        "the kernel has no veth: Error: Unknown device type.",
-    ]
-    assert findings[0][1] == "apt-get install iproute2"
+# ---- the host ----
 
 
 def test_a_foreign_drop_policy_of_forward_is_a_finding(mocker):
