@@ -729,7 +729,7 @@ def look_ip(arguments, run, netns="", family=""):
 
 IP_KEYS = {  # what we read of `ip -json`, and what it has to be, for some of it becomes part of commands
     **dict.fromkeys(("ifalias", "master", "address", "family"), lambda value: isinstance(value, str)),
-    **dict.fromkeys(("mtu", "ifindex", "prefixlen", "metric"), lambda value: type(value) is int),
+    **dict.fromkeys(("mtu", "ifindex", "prefixlen", "metric"), lambda value: type(value) is int and 0 <= value < 2**32),
     **dict.fromkeys(("local", "gateway", "prefsrc"), lambda value: is_address(value, ipaddress.ip_address)),
     **dict.fromkeys(("addr_info", "nexthops"), lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value)),
     "dst": lambda value: value == "default" or is_address(value, ipaddress.ip_network),
