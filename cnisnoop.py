@@ -1289,6 +1289,16 @@ def cache(options):
 # ---------------------------------------------------------------------------------------------------------------------
 # A finding is (what is wrong, what to do).
 
+NEEDS = {  # of the kernel: what to try in a namespace that is gone afterwards, and the plugins that need it; "ready": of MNCNI's agent
+    "bridge": ("ip link add probe type bridge", {"naivewg", "bridge"}),
+    "veth": ("ip link add probe type veth", {"naivewg", "bridge", "ptp"}),
+    "nft": ("nft add table inet probe", {"portmap", "ready"}),
+    "ifb": ("ip link add probe type ifb", {"bandwidth"}),
+    "tbf": ("tc qdisc add dev lo root tbf rate 1mbit burst 10k latency 1s", {"bandwidth"}),
+    "netem": ("tc qdisc add dev lo root netem delay 1ms", {"lat"}),
+    "WireGuard": ("ip link add probe type wireguard", {"ready"}),
+}
+
 
 def parse_network(path, text):
     """(network configuration list, problem) of a file as libcni reads it; {} if there is a problem."""
@@ -1377,6 +1387,24 @@ def look_plugin(kind, conf, bin_dirs):
     return []
 
 
+def look_needs(plugins):
+    """Findings about what [(type, configuration)] need: commands, and as root what the kernel has to have."""
+    kinds = {kind for kind, _ in plugins} | {"ready" for _, conf in plugins if conf.get("ready")}
+    for own in (conf.get("plugin") for _, conf in plugins):
+        kinds.update(map(str, own if isinstance(own, list) else [own]))
+    findings = []
+    for name, (command, needed_by) in NEEDS.items():
+        tool, wireguard_go = command.split()[0], name == "WireGuard" and find_tool("wireguard-go")
+        if not kinds & needed_by or wireguard_go:
+            continue
+        code, _, stderr = run(["unshare", "--net", *command.split()]) if find_tool(tool) and not os.geteuid() else (0, "", "")
+        if not find_tool(tool):
+            findings.append((f"{tool} is missing", f"apt-get install {PACKAGES.get(tool, tool)}"))
+        elif code:
+            findings.append((f"the kernel has no {name}: {stderr.strip()}", "load or install its module: modprobe, linux-modules-extra"))
+    return list(dict.fromkeys(findings))
+
+
 def look_leases(directories, rows):
     """Findings about leases whose attachment libcni does not know, or whose namespace is gone. directories: one per network."""
     known = {(row["container_id"], row["ifname"]): row["state"] for row in rows}
@@ -1422,6 +1450,7 @@ def doctor(options):
     plugins = plan_plugins(network) if network else []
     for kind, conf in plugins:
         findings += look_plugin(kind, conf, bin_dirs)
+    findings += look_needs(plugins)
     if not any(os.path.isfile(os.path.join(directory, "loopback")) for directory in bin_dirs):
         findings.append((f'plugin "loopback" is missing: not in {" ".join(bin_dirs)}',
                          "containerd starts no pod without it, unless told to use its own"))
@@ -1444,7 +1473,7 @@ def doctor(options):
         print(f"FINDING: {printable(what)}\n     do: {printable(way_out)}")
     print(f"{len(findings)} findings" if findings else "nothing wrong was found")
     if os.geteuid():
-        tell("without root the firewall and namespaces that others made are not looked at")
+        tell("without root the firewall, the kernel's features and namespaces that others made are not looked at")
     return 1 if findings else 0
 
 

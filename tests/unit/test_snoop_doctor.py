@@ -42,6 +42,7 @@ def node(tmp_path, mocker, capsys):
     for name in ("main", "ipam", "chained", "loopback"):
         plugin(made.bin / name)
     mocker.patch("cnisnoop.look_host", return_value=[])
+    mocker.patch("cnisnoop.look_needs", return_value=[])
     return made
 
 
@@ -156,7 +157,24 @@ def test_status_is_not_asked_below_1_1_0(node):
     assert node.doctor()[0] == []
 
 
-# ---- the host ----
+# ---- tools, kernel, host ----
+
+
+def test_a_missing_tool_or_kernel_feature_is_a_finding(mocker):
+    mocker.patch("cnisnoop.find_tool", side_effect=lambda name: None if name in ("tc", "wireguard-go") else name)
+    mocker.patch("cnisnoop.run", side_effect=lambda argv: (2, "", "Error: Unknown device type.") if "wireguard" in argv else (0, "", ""))
+    mocker.patch("os.geteuid", return_value=0)
+    findings = cnisnoop.look_needs([("mncni", {"plugin": ["naivewg", "bandwidth", "lat"], "ready": "/run/mncni/ready"}), ("mine", {})])
+    assert findings == [
+        ("tc is missing", "apt-get install iproute2"),
+        ("the kernel has no WireGuard: Error: Unknown device type.", "load or install its module: modprobe, linux-modules-extra"),
+    ]
+
+
+def test_what_no_plugin_needs_is_not_tried(mocker):
+    run = mocker.patch("cnisnoop.run")
+    assert cnisnoop.look_needs([("loopback", {}), ("macvlan", {})]) == []
+    run.assert_not_called()
 
 
 def test_a_foreign_drop_policy_of_forward_is_a_finding(mocker):
