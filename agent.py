@@ -2385,7 +2385,7 @@ class Election:
         notes, now = meta.get("annotations") or {}, datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         spec = {**old, "holderIdentity": holder, "leaseDurationSeconds": duration_s, "renewTime": now}
         if not self.ours:
-            self.note = notes.get(USED, "")
+            self.note = notes.get(USED) or ""
             spec.update(acquireTime=now, leaseTransitions=(old.get("leaseTransitions") or 0) + 1)
         lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "spec": spec}
         lease["metadata"] = {**meta, "annotations": {**notes, USED: self.note}}

@@ -2137,7 +2137,7 @@ def look_peer(request, run):
     names = host_links(request)
     pod = look_pod(request, run)
     for host in look_ip([f"link show dev {name}" for name in names], run) if names else []:
-        if pod and host.get("ifindex") == pod.get("link_index"):
+        if pod and "ifname" in host and host.get("ifindex") == pod.get("link_index"):
             return host
     raise config_error(f"none of the interfaces {', '.join(names) or '(none)'} of prevResult is the host's end of {request.ifname}")
 
