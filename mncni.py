@@ -1742,7 +1742,7 @@ def delete_stale_links(request, kind, prefix, run):
         return
     valid, stale = {host_ifname(prefix, request.network, *pair) for pair in keep}, []
     for link in look_ip([f"link show type {kind}"], run):
-        name = link["ifname"]
+        name = link.get("ifname", "")
         lost = is_half_made(link) and name[:2] == prefix and HEX.issuperset(name[2:])
         if name not in valid and (lost or link.get("ifalias", "").split(":")[:2] == own):
             stale.append(name)
