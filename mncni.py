@@ -1741,8 +1741,8 @@ def delete_stale_links(request, kind, prefix, run):
     if keep is None:
         return
     valid, stale = {host_ifname(prefix, request.network, *pair) for pair in keep}, []
-    for link in look_ip([f"link show type {kind}"], run):
-        name = link.get("ifname", "")
+    for link in [link for link in look_ip([f"link show type {kind}"], run) if "ifname" in link]:
+        name = link["ifname"]
         lost = is_half_made(link) and name[:2] == prefix and HEX.issuperset(name[2:])
         if name not in valid and (lost or link.get("ifalias", "").split(":")[:2] == own):
             stale.append(name)
