@@ -1709,7 +1709,7 @@ def check_pod(request, ips, run):
     what, links = f"{request.ifname} in the pod", look_ip([f"address show dev {request.ifname}"], run, request.netns)
     pod = look_link(request.ifname, links)
     problems = diff_link(what, pod, [str(ipaddress.ip_interface(ip["address"])) for ip in ips])
-    macs = [link["mac"].lower() for link in own_links(request).values() if link.get("mac")]
+    macs = [str(link["mac"]).lower() for link in own_links(request).values() if link.get("mac")]
     if pod and macs and pod.get("address") not in macs:
         problems.append(f"{what} has the MAC {pod.get('address')}, not {macs[0]}")
     routes = [route for route in request.prev_result.get("routes") or [] if is_address(route.get("dst"), ipaddress.ip_network)]
