@@ -748,6 +748,7 @@ def parse_ip(text):
         whole = f"{part.get('local', '::')}/{part.get('prefixlen', 0)}"
         wrong += [] if is_address(whole, ipaddress.ip_interface) else [whole]
         wrong += ["flags"] if "ifname" in part and "flags" not in part else []
+        wrong += ["ifalias"] if "ifalias" in part and "ifname" not in part else []
         wrong += ["mtu"] if {"ifname", "addr_info"} & part.keys() and "mtu" not in part else []
         if wrong:
             raise ValueError(wrong[0])
