@@ -521,7 +521,7 @@ class Api:
         while True:
             token = self._token()
             kept, connection = self._connection()
-            target = connection.prefix + path + (f"?{urlencode(params)}" if params else "")
+            target = connection.prefix + path + (f"?{urlencode(params, errors='replace')}" if params else "")
             headers = {"Accept": accept, "Content-Type": content_type, "User-Agent": f"mncni-agent/{mncni.PROGRAM_VERSION}"}
             headers.update({"Authorization": f"Bearer {token}"} if token else {})
             try:

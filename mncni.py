@@ -130,7 +130,7 @@ def is_word(text):
     return not any(char in "\"'\\#" or char.isspace() or not char.isprintable() for char in text)
 
 
-ATTACHMENT = {"CNI_CONTAINERID": is_identifier, "CNI_NETNS": is_word, "CNI_IFNAME": is_ifname}
+ATTACHMENT = {"CNI_CONTAINERID": is_identifier, "CNI_NETNS": lambda path: path[0] == "/" and is_word(path), "CNI_IFNAME": is_ifname}
 NO_NETNS = {"CNI_CONTAINERID": is_identifier, "CNI_IFNAME": is_ifname}
 REQUIRED = {"ADD": ATTACHMENT, "CHECK": ATTACHMENT, "DEL": NO_NETNS, "GC": {}, "STATUS": {}, "VERSION": {}}
 
@@ -733,7 +733,7 @@ IP_KEYS = {  # what we read of `ip -json`, and what it has to be, for some of it
     **dict.fromkeys(("local", "gateway", "prefsrc"), lambda value: is_address(value, ipaddress.ip_address)),
     **dict.fromkeys(("addr_info", "nexthops"), lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value)),
     "dst": lambda value: value == "default" or is_address(value, ipaddress.ip_network),
-    "type": lambda value: isinstance(value, str) and value.isalpha(),
+    "type": lambda value: isinstance(value, str) and value.isascii() and value.isalpha(),
     "table": lambda value: isinstance(value, (str, int)),
     "flags": lambda value: isinstance(value, list),
     "linkinfo": lambda value: isinstance(value, dict),
