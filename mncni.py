@@ -130,7 +130,12 @@ def is_word(text):
     return not any(char in "\"'\\#" or char.isspace() or not char.isprintable() for char in text)
 
 
-ATTACHMENT = {"CNI_CONTAINERID": is_identifier, "CNI_NETNS": lambda path: path[0] == "/" and is_word(path), "CNI_IFNAME": is_ifname}
+def is_netns(text):
+    """Whether text may be the path of a network namespace: absolute, for nobody knows from where, and one word of a batch."""
+    return text.startswith("/") and is_word(text)
+
+
+ATTACHMENT = {"CNI_CONTAINERID": is_identifier, "CNI_NETNS": is_netns, "CNI_IFNAME": is_ifname}
 NO_NETNS = {"CNI_CONTAINERID": is_identifier, "CNI_IFNAME": is_ifname}
 REQUIRED = {"ADD": ATTACHMENT, "CHECK": ATTACHMENT, "DEL": NO_NETNS, "GC": {}, "STATUS": {}, "VERSION": {}}
 
@@ -470,7 +475,7 @@ def check_netns(request, environ):
     it may be gone, or /proc/PID may be another process by now."""
     if not request.netns or request.command in ("GC", "STATUS"):
         return
-    problem = ""
+    problem = "" if is_netns(request.netns) else "it is no path of one"
     try:
         override = environ.get("CNI_NETNS_OVERRIDE", "").lower() in ("1", "true")
         if os.path.samefile(request.netns, "/proc/self/ns/net") and not override:

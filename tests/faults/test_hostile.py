@@ -445,7 +445,9 @@ def test_real_processes_with_garbage_change_nothing(seed, figure, tmp_path, ram)
                 ]
                 print(json.dumps(raw), file=driver.stdin, flush=True)
                 exit_code, stdout, stderr = json.loads(driver.stdout.readline())
-                assert not judge_answer(exit_code, stdout, delegates=True) and "Traceback" not in stderr, (raw, stdout, stderr)
+                taken = judge_answer(exit_code, stdout, delegates=True)
+                # A DEL of what is not there succeeds, also where the kernel of the try in process had failed.
+                assert "Traceback" not in stderr and (not taken or environ["CNI_COMMAND"] == "DEL"), (raw, stdout, stderr)
                 assert golden.list_leases(place) == "", raw
                 shutil.rmtree(place / "run", ignore_errors=True)
                 fed += 1
@@ -453,7 +455,7 @@ def test_real_processes_with_garbage_change_nothing(seed, figure, tmp_path, ram)
         assert host.snapshot() == before
     finally:
         host.close()
-    figure(f"hostile input, real processes: {count} refused, nothing changed (MNCNI_SEED={seed})")
+    figure(f"hostile input, real processes: {count} inputs, nothing changed (MNCNI_SEED={seed})")
 
 
 # ---- configuration files: explain, install --chain, the agent's uninstall, doctor; what libcni keeps; recordings ----
