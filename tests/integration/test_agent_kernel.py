@@ -346,7 +346,7 @@ def test_a_full_state_directory_is_named_and_the_key_in_use_stays(nodes):
     node = nodes[2]
     key = node.status()[1]["publicKey"]
     node.end()
-    node.sh("mount -t tmpfs -o size=4k full /var/lib/mncni; head -c 4096 /dev/zero > /var/lib/mncni/filler")
+    node.sh("mount -t tmpfs -o size=4k,mode=700 full /var/lib/mncni; head -c 4096 /dev/zero > /var/lib/mncni/filler")
     try:
         logged = node.start()
         node.wait_log(logged, "cannot write /var/lib/mncni/key0.new: No space left on device")
