@@ -2,7 +2,7 @@
 # Set-up for the Makefile: checks what a target needs and, as root with apt-get, installs what is missing.
 #
 #   tests/setup.sh demo      system tools of the demo and the lab
-#   tests/setup.sh test      the same, the reference CNI plugins to compare with, PyYAML, bpftrace, strace, and .venv with pytest
+#   tests/setup.sh test      the same, the reference CNI plugins to compare with, PyYAML, bpftrace, strace, pgrep, and .venv with pytest
 #   tests/setup.sh runtimes  the same, containerd, podman, and what tests need to drive them
 #   tests/setup.sh lint      shellcheck, and .venv with ruff
 #   tests/setup.sh venv      .venv alone
@@ -24,7 +24,7 @@ main() {
     case ${1:-} in
         demo) need_lab_tools; provide || exit 1
               need_wireguard; provide || exit 1 ;;
-        test) need_lab_tools; need openssl openssl; need_reference_plugins; need_tracers; need_yaml; need_venv_module; provide || go_on
+        test) need_lab_tools; need openssl openssl; need pgrep procps; need_reference_plugins; need_tracers; need_yaml; need_venv_module; provide || go_on
               need_wireguard; provide || go_on
               make_venv ;;
         runtimes) need_lab_tools; need_reference_plugins; need_runtimes; need_venv_module; provide || go_on
@@ -36,7 +36,7 @@ main() {
               make_venv ;;
         matrix) need_matrix_tools; provide || exit 1
               need_wireguard; provide || exit 1 ;;
-        vm)   need_lab_tools; need_tracers; need_vm_tools; need_venv_module; provide || exit 1
+        vm)   need_lab_tools; need pgrep procps; need_tracers; need_vm_tools; need_venv_module; provide || exit 1
               make_venv
               add_virtme ;;
         ci)   need make make; need shellcheck shellcheck; need_matrix_tools; need_runtimes
