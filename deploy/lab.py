@@ -52,7 +52,8 @@ from pathlib import Path
 PYTHON = "/usr/bin/python3"     # not sys.executable: it must exist in the nodes, which see nothing of the host but /usr
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 LAB_FILE = Path(__file__).resolve()
-PARTS = ("mncni.py", "agent.py", "cnisnoop.py")      # copied to /opt/mncni of each node, beside this file
+PARTS = ("mncni.py", "agent.py")                     # copied to /opt/mncni of each node, beside this file
+SNOOP = "cnisnoop.py"                                # as well, if --source has it: no node needs it to run
 BRIDGE = "underlay0"
 STORE = "/var/lib/mncni-lab/nodes"                   # the directory node store: one directory, seen by all nodes
 AGENT_LOG, AGENT_PID = "/var/log/mncni-agent.log", "/run/mncni-agent.pid"
@@ -330,8 +331,9 @@ def make_node_dir(lab, node):
             shutil.copy(path, top / "etc" / name)    # the content: /etc/localtime may be a link
     (top / "etc/hostname").write_text(f"{node}\n")
     (top / "etc/hosts").write_text(f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {node}\n")
-    for path in [*(Path(lab.state()["source"]) / part for part in PARTS), LAB_FILE]:
-        shutil.copy(path, top / "opt/mncni" / path.name)
+    for path in [*(Path(lab.state()["source"]) / part for part in (*PARTS, SNOOP)), LAB_FILE]:
+        if path.name != SNOOP or path.is_file():
+            shutil.copy(path, top / "opt/mncni" / path.name)
     if "kubeconfig" in lab.state():
         shutil.copy(lab.state()["kubeconfig"].format(node=node), top / "opt/mncni/kubeconfig")
 
