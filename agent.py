@@ -69,6 +69,7 @@ GLANCE_S = 1.5  # how often the tunnel's peers and firewall are looked at: no mo
 AUDIT_S = 10  # a full look at the kernel, whether or not anything seems to have happened
 STUCK_S = 120  # a loop that has not come round for so long hangs: commands have 30 s each
 HOLD_S = 60  # how long a mass disappearance of nodes is doubted
+SET_BACK_S = 120  # a clock set back by less never matters: nodes that talk shake hands so seldom (WireGuard, section 6.1)
 UNDERLAY_OVERHEAD = {4: 60, 6: 80}  # IP header, UDP header, WireGuard's 32 bytes
 
 
@@ -957,7 +958,8 @@ class BadRecord(Exception):
 
 @dataclass(frozen=True)
 class Node:
-    """A record that passed every check. key: base64. created: text that sorts by time ("" if unknown, which counts as youngest)."""
+    """A record that passed every check. key: base64. created: text that sorts by time ("" if unknown, which counts as youngest).
+    set_back: a number that changes when the node's clock was set back."""
 
     name: str
     uid: str
@@ -966,6 +968,7 @@ class Node:
     endpoints: tuple
     key: str
     port: int
+    set_back: int = 0
 
     # What every pass asks of every node is worked out once per record.
 
@@ -989,7 +992,7 @@ def span_of(cidr):
     return cidr.version, int(cidr.network_address), int(cidr.broadcast_address)
 
 
-def format_record(settings, uid, endpoints, key, generation, created):
+def format_record(settings, uid, endpoints, key, generation, created, set_back=0):
     """This node's record as text: compact JSON. The order of its keys is part of the format: policies compare its beginning."""
     record = {
         "v": 1,
@@ -999,6 +1002,7 @@ def format_record(settings, uid, endpoints, key, generation, created):
         "slots": {"0": {"key": key, "port": settings.ports[0]}},
         "gen": generation,
         **({"created": created} if created else {}),
+        **({"setBack": set_back} if set_back else {}),
     }
     return json.dumps(record, separators=(",", ":"))
 
@@ -1025,7 +1029,8 @@ def parse_record(name, text, cluster_cidrs):
     uid, created = checked(record, "uid", str)[:64], parse_time(record.get("created", ""))
     endpoints = tuple(parse_endpoint(endpoint, cluster_cidrs) for endpoint in checked(record, "endpoints", list))
     key, port = parse_key(checked(slot, "key", str)), parse_port(checked(slot, "port", int))
-    return Node(name, uid, created, pod_cidrs, endpoints, key, port)
+    set_back = record.get("setBack", 0)
+    return Node(name, uid, created, pod_cidrs, endpoints, key, port, set_back if type(set_back) is int else 0)
 
 
 def unique_keys(pairs):
@@ -1293,7 +1298,7 @@ def load_state(path):
     """{"own": our record's fields, "records": {name: text}}, the last good list."""
     state = load_json(path)
     own, records = (state.get(key) if isinstance(state.get(key), dict) else {} for key in ("own", "records"))
-    kinds = {"uid": str, "created": str, "text": str, "gen": int, "seen": bool, "podCIDRs": list, "addresses": list}
+    kinds = {"uid": str, "created": str, "text": str, "gen": int, "set_back": int, "seen": bool, "podCIDRs": list, "addresses": list}
     own = {key: value for key, value in own.items() if type(value) is kinds.get(key)}
     with contextlib.suppress(ValueError, KeyError):
         own["podCIDRs"] = [str(cidr) for cidr in cidrs_in(own.pop("podCIDRs"))]
@@ -1467,11 +1472,11 @@ def without_volatile(value):
 
 
 def desired_peers(nodes, own_endpoints):
-    """{key: {"name", "endpoint", "allowed_ips"}} from {name: Node}."""
+    """{key: {"name", "endpoint", "allowed_ips", "set_back"}} from {name: Node}."""
     peers, families = {}, {endpoint.version for endpoint in own_endpoints}
     for name, node in nodes.items():
         endpoint = next(text for version, text in node.targets.items() if version in families)
-        peers[node.key] = {"name": name, "endpoint": endpoint, "allowed_ips": node.allowed_ips}
+        peers[node.key] = {"name": name, "endpoint": endpoint, "allowed_ips": node.allowed_ips, "set_back": node.set_back}
     return peers
 
 
@@ -1495,20 +1500,32 @@ def parse_dump(text):
 def plan_peers(desired, present, sent):
     """Arguments for `wg set <device>`, a list per peer: what differs and nothing else, new and changed peers before removals.
 
-    sent: {key: endpoint} that we set last. An endpoint is sent again only when a record changed it: WireGuard itself follows a peer
-    that moves, and every repetition would fight it.
+    sent: the peers that we set last. An endpoint is sent again only when a record changed it: WireGuard itself follows a peer
+    that moves, and every repetition would fight it. A peer whose clock was set back is made anew: WireGuard takes its handshakes for
+    replays until the clock is where it was, or until it has forgotten the peer (WireGuard, section 5.1).
     """
     changes = []
     for key, peer in sorted(desired.items(), key=lambda item: item[1]["name"]):
-        there = present.get(key)
-        words = []
-        if there is None or not there["endpoint"] or (peer["endpoint"] != there["endpoint"] and sent.get(key) != peer["endpoint"]):
+        there, former, words = present.get(key), sent.get(key, {}), []
+        remade = there is not None and former.get("set_back", peer["set_back"]) != peer["set_back"]
+        if remade:
+            changes.append(["peer", key, "remove"])
+            there = None
+        moved = former.get("endpoint") != peer["endpoint"]
+        if there is None or not there["endpoint"] or (moved and peer["endpoint"] != there["endpoint"]):
             words += ["endpoint", peer["endpoint"]]
         if there is None or there["allowed_ips"] != peer["allowed_ips"]:
             words += ["allowed-ips", ",".join(sorted(peer["allowed_ips"]))]
         if words:
             changes.append(["peer", key, *words])
+        changes += greetings([key]) if remade else []
     return changes + [["peer", key, "remove"] for key in sorted(set(present) - set(desired))]
+
+
+def greetings(keys):
+    """Arguments for `wg set` that make this node known to peers at once, by a keepalive: one that still has a session with a device
+    before this one would not notice for 15 s."""
+    return [["peer", key, "persistent-keepalive", seconds] for seconds in ("1", "0") for key in sorted(keys)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1521,7 +1538,7 @@ class Context:
     """What a pass works with, and what passes remember from one another.
 
     loaded: {"host" or "ns": [table text, what the kernel listed right after it was loaded]}, also in a file, so that the next agent
-    need not load it again. peers: see desired_peers. sent: endpoints that we set, by key; None before the first pass.
+    need not load it again. peers: see desired_peers. sent: those that we set last; None before the first pass.
     """
 
     settings: Settings
@@ -1839,19 +1856,14 @@ def ensure_forwarding(context):
 
 
 def ensure_peers(context, greet=False):
-    """WireGuard's peers are the believed nodes. greet: they know this node's key, so a new device makes itself known to them at once, by a
-    keepalive: a peer that still has a session with the one before would not notice for 15 s."""
+    """WireGuard's peers are the believed nodes. greet: they know this node's key, so a new device makes itself known to them."""
     present = look_device(context)["peers"]
     changes = plan_peers(context.peers, present, context.sent)
     if greet and not present:
-        changes += [["peer", key, "persistent-keepalive", seconds] for seconds in ("1", "0") for key in sorted(context.peers)]
+        changes += greetings(context.peers)
     for start in range(0, len(changes), 100):
         apply([wg_set(context, [word for change in changes[start : start + 100] for word in change])], context.run)
-    context.sent = endpoints_of(context.peers)
-
-
-def endpoints_of(peers):
-    return {key: peer["endpoint"] for key, peer in peers.items()}
+    context.sent = context.peers
 
 
 FLOOR = (ensure_endpoints, ensure_floor)
@@ -1931,6 +1943,11 @@ class Monitors:
             process.wait()
 
 
+def uptime():
+    """Seconds since the kernel started, sleep included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Agent:
     """The node's agent. clock: seconds that only go forward. store: see DirectoryStore."""
 
@@ -1949,11 +1966,12 @@ class Agent:
         self.reason = "starting"
         self.counts, self.beat = Counts(), clock()  # beat: when the loop last came round
         self.next_pass = self.next_glance = 0
+        self.wall_offset = os.path.getmtime(self.state_path) - uptime() if os.path.exists(self.state_path) else 0
 
     def tick(self, event=False):
         """One look at the store and, if something happened or an audit is due, one pass. Returns whether the node's network stands."""
         begin = self.beat = self.clock()
-        news = self.store.changed()
+        news = self.is_set_back() or self.store.changed()
         look = event or bool(self.reason) or self.clock() >= self.next_pass or (not news and self.is_tunnel_changed())
         if not (news or look or (self.doubt_until is not None and self.clock() >= self.doubt_until)):
             return not self.reason
@@ -1972,6 +1990,16 @@ class Agent:
         for name, amount in (("passes", 1), ("seconds", self.clock() - begin), ("errors", bool(self.reason))):
             self.counts.add(f"mncni_reconcile_{name}_total", amount)
         return not self.reason
+
+    def is_set_back(self):
+        """Whether the wall clock was set back since the last look, or while there was no agent: our record says so, for WireGuard."""
+        offset = time.time() - uptime()
+        set_back_s, self.wall_offset = self.wall_offset - offset, offset
+        if set_back_s < SET_BACK_S:
+            return False
+        log.warning("the clock was set back by %.0f s: the other nodes have to forget when our last handshake was", set_back_s)
+        self.state["own"]["set_back"] = int(time.time())
+        return True
 
     def is_tunnel_changed(self):
         """Whether WireGuard or the namespace's firewall are otherwise than we left them: no monitor says so. Asked every GLANCE_S."""
@@ -2003,7 +2031,7 @@ class Agent:
             stage(context)
         if context.sent is None:  # after a restart: what the agent before us sent
             self.judge()
-            context.sent = endpoints_of(context.peers)
+            context.sent = context.peers
         troubles = [self.read_store(), self.store.trouble]
         self.judge()
         ensure_peers(context, greet=context.public_key in self.state["own"].get("text", ""))
@@ -2110,7 +2138,8 @@ class Agent:
 
     def own_record(self):
         own, context = self.state["own"], self.context
-        return format_record(self.settings, own["uid"], context.endpoints, context.public_key, own["gen"], own.get("created"))
+        names = (own.get(key) for key in ("gen", "created", "set_back"))
+        return format_record(self.settings, own["uid"], context.endpoints, context.public_key, *names)
 
     def save_state(self):
         """Keep the last good list of nodes for the next start. CNIError. It is a help: the network stands without."""
@@ -2555,13 +2584,12 @@ def run_nodeipam(options, pools, environ):
     def follow(put, stopping):
         start_thread(follow_nodes, patient, parse_claim, put, ipam.tell, stopping)
 
-    clock = functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)  # goes on while the machine sleeps
-    election = Election(quick, options.lease, f"{socket.gethostname()}_{uuid.uuid4()}", clock)
-    ipam = NodeIpam(quick, pools, election, clock, follow)
-    ipam.beat = clock()
+    election = Election(quick, options.lease, f"{socket.gethostname()}_{uuid.uuid4()}", uptime)
+    ipam = NodeIpam(quick, pools, election, uptime, follow)
+    ipam.beat = uptime()
     start_thread(serve_http, options.listen_nodeipam, pages(ipam, nodeipam_figures))
     while not stopping:
-        ipam.beat = clock()
+        ipam.beat = uptime()
         ipam.tick(POLL_S)
     election.release()
     log.info("stopping; nodes keep the pod CIDRs that they have")

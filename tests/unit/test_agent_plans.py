@@ -24,8 +24,8 @@ def raised(function, *arguments):
 # ---- peers ----
 
 
-def peer(name, endpoint, *allowed_ips):
-    return {"name": name, "endpoint": endpoint, "allowed_ips": set(allowed_ips)}
+def peer(name, endpoint, *allowed_ips, set_back=0):
+    return {"name": name, "endpoint": endpoint, "allowed_ips": set(allowed_ips), "set_back": set_back}
 
 
 def present(endpoint, *allowed_ips):
@@ -45,7 +45,7 @@ def test_a_new_peer_gets_all_that_it_needs():
 
 def test_only_what_changed_is_sent():
     there = {A: present("192.0.2.1:1", "10.244.1.0/24"), B: present("192.0.2.2:1", "10.244.2.0/24")}
-    sent = {A: "192.0.2.1:1", B: "192.0.2.2:1"}
+    sent = {A: peer("a", "192.0.2.1:1", "10.244.1.0/24"), B: peer("b", "192.0.2.2:1", "10.244.2.0/24")}
     moved = {A: peer("a", "192.0.2.77:1", "10.244.1.0/24"), B: peer("b", "192.0.2.2:1", "10.244.2.0/24")}
     assert agent.plan_peers(moved, there, sent) == [["peer", A, "endpoint", "192.0.2.77:1"]]
     grown = {A: peer("a", "192.0.2.1:1", "10.244.1.0/24"), B: peer("b", "192.0.2.2:1", "10.244.2.0/24", "10.244.3.0/24")}
@@ -55,18 +55,33 @@ def test_only_what_changed_is_sent():
 def test_a_peer_that_roams_is_not_fought():
     desired = {A: peer("a", "192.0.2.1:1", "10.244.1.0/24")}
     there = {A: present("198.51.100.9:4711", "10.244.1.0/24")}
-    assert agent.plan_peers(desired, there, {A: "192.0.2.1:1"}) == []
+    assert agent.plan_peers(desired, there, desired) == []
 
 
 def test_a_roaming_peer_whose_record_changes_is_followed_there():
     desired = {A: peer("a", "192.0.2.2:1", "10.244.1.0/24")}
     there = {A: present("198.51.100.9:4711", "10.244.1.0/24")}
-    assert agent.plan_peers(desired, there, {A: "192.0.2.1:1"}) == [["peer", A, "endpoint", "192.0.2.2:1"]]
+    sent = {A: peer("a", "192.0.2.1:1", "10.244.1.0/24")}
+    assert agent.plan_peers(desired, there, sent) == [["peer", A, "endpoint", "192.0.2.2:1"]]
 
 
 def test_a_peer_without_an_endpoint_gets_it_again():
     desired = {A: peer("a", "192.0.2.1:1", "10.244.1.0/24")}
-    assert agent.plan_peers(desired, {A: present("", "10.244.1.0/24")}, {A: "192.0.2.1:1"}) == [["peer", A, "endpoint", "192.0.2.1:1"]]
+    assert agent.plan_peers(desired, {A: present("", "10.244.1.0/24")}, desired) == [["peer", A, "endpoint", "192.0.2.1:1"]]
+
+
+def test_a_peer_whose_clock_was_set_back_is_made_anew_and_greeted():
+    sent, there = {A: peer("a", "192.0.2.1:1", "10.244.1.0/24")}, {A: present("198.51.100.9:4711", "10.244.1.0/24")}
+    desired = {A: peer("a", "192.0.2.1:1", "10.244.1.0/24", set_back=1700000000)}
+    assert agent.plan_peers(desired, there, sent) == [
+        ["peer", A, "remove"],
+        ["peer", A, "endpoint", "192.0.2.1:1", "allowed-ips", "10.244.1.0/24"],
+        ["peer", A, "persistent-keepalive", "1"],
+        ["peer", A, "persistent-keepalive", "0"],
+    ]
+    assert agent.plan_peers(desired, there, desired) == []
+    assert agent.plan_peers(desired, there, {}) == [["peer", A, "endpoint", "192.0.2.1:1"]]  # not known which one it was
+    assert [words[2] for words in agent.plan_peers(desired, {}, sent)] == ["endpoint"]  # there is none to forget
 
 
 def test_removals_come_last_and_the_order_is_by_name():
@@ -523,6 +538,7 @@ def test_the_record_has_its_keys_in_the_order_that_policies_compare():
         '{"v":1,"podCIDRs":["10.244.255.0/24","fd00:244:ffff::/64"],"uid":"u-1","endpoints":["192.0.2.1","2001:db8::1"],'
         f'"slots":{{"0":{{"key":"{A}","port":28384}}}},"gen":7,"created":"2024-01-01T00:00:00Z"}}'
     )
+    assert agent.format_record(BOTH, "u-1", (V4, V6), A, 7, None, 1700000000).endswith(',"gen":7,"setBack":1700000000}')
 
 
 @pytest.mark.parametrize("settings", [BOTH, ONLY4, ONLY6])

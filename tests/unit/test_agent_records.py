@@ -40,6 +40,11 @@ def test_a_good_record_becomes_a_node():
     )
 
 
+@pytest.mark.parametrize("said, taken", [(1700000000, 1700000000), (-1, -1), (None, 0), ("1", 0), (1.5, 0), (True, 0), ({}, 0), ([1], 0)])
+def test_nonsense_about_its_clock_is_no_reason_not_to_believe_a_node(said, taken):
+    assert agent.parse_record("node1", text_of(setBack=said), CLUSTER).set_back == taken
+
+
 def test_what_format_record_writes_parse_record_reads():
     text = agent.format_record(make_settings(), "uid", (V4, V6), key_of(3), 7, "2024-01-01T00:00:00Z")
     node = agent.parse_record("self", text, CLUSTER)

@@ -11,7 +11,9 @@ import os
 import re
 import stat
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -463,6 +465,19 @@ def bench(tmp_path, monkeypatch, caplog):
     return Bench(tmp_path)
 
 
+def test_a_peer_whose_clock_was_set_back_is_made_anew_once(bench):
+    bench.write(1, 2)
+    bench.settle()
+    bench.write(1, text=text_of(1, setBack=1700000000))
+    assert bench.tick()
+    (written,) = bench.run.writes()
+    assert written.startswith(f"set mncni-wg0 peer {key_of(1)} remove peer {key_of(1)} endpoint") and key_of(2) not in written
+    assert bench.run.names() == [1, 2]
+    bench.start()
+    bench.settle()
+    assert bench.run.writes() == []
+
+
 def test_peers_follow_the_store(bench):
     bench.write(1, 2)
     bench.settle()
@@ -674,6 +689,46 @@ def test_our_record_is_written_once_and_its_generation_grows_with_its_changes(be
     bench.start()
     bench.settle()
     assert json.loads(bench.own.read_text()) == second
+
+
+class TestClock:
+    """WireGuard takes the handshakes of a node whose clock was set back for replays: the others have to hear of it."""
+
+    @pytest.fixture
+    def wall(self, monkeypatch):
+        """wall.now(): the time of day; wall.ahead: how far it is ahead of the kernel's."""
+        wall, real = SimpleNamespace(ahead=0), time.time
+        monkeypatch.setattr(agent.time, "time", lambda: real() + wall.ahead)
+        return wall
+
+    def record(self, bench):
+        bench.tick()
+        record = json.loads(bench.own.read_text())
+        return record["gen"], record.get("setBack")
+
+    def test_a_clock_that_is_set_back_is_in_our_record(self, bench, wall):
+        bench.settle()
+        wall.ahead = 3600
+        assert self.record(bench) == (1, None)
+        wall.ahead -= agent.SET_BACK_S - 10
+        assert self.record(bench) == (1, None)
+        wall.ahead = -3600
+        generation, first = self.record(bench)
+        assert generation == 2 and abs(first - agent.time.time()) < 60
+        wall.ahead = -7200
+        assert self.record(bench) == (3, pytest.approx(first - 3600, abs=60))
+        assert self.record(bench)[0] == 3
+
+    @pytest.mark.parametrize("ahead, told", [(3600, False), (-60, False), (-3600, True)])
+    def test_one_set_back_while_there_was_no_agent_is_noticed_too(self, bench, wall, ahead, told):
+        bench.settle()
+        wall.ahead = ahead
+        bench.start()
+        generation, set_back = self.record(bench)
+        assert (generation, bool(set_back)) == (1 + told, told)
+        os.utime(bench.agent.state_path, (agent.time.time(),) * 2)  # as the kernel's clock would have it
+        bench.start()
+        assert self.record(bench) == (generation, set_back)
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "\0" * 200])
