@@ -202,15 +202,8 @@ class Fuzz(random.Random):
                 value = changed(value, path, lambda at, key, new=new: at.__setitem__(key, new))
             elif kind == 3 and path and isinstance(path[-1], str):
                 key, item = self.choice((Twice(path[-1]), path[-1].swapcase(), self.hostile_text())), self.hostile_value()
-                value = (
-                    changed(
-                        value,
-                        path[:-1],
-                        lambda at, place, key=key, item=item: at[place].update({key: item}) if isinstance(at[place], dict) else None,
-                    )
-                    if isinstance(get(value, path[:-1]), dict)
-                    else value
-                )
+                owner = get(value, path[:-1])
+                value = changed(value, path[:-1], lambda at, place, new={**owner, key: item}: at.__setitem__(place, new))
             elif kind == 4:
                 other = get(value, self.choice(list(places(value))))
                 value = changed(value, path, lambda at, key, other=other: at.__setitem__(key, other))
