@@ -3,6 +3,8 @@
 import ipaddress
 import os
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -174,6 +176,22 @@ def test_a_lock_is_waited_for_and_given_up_with_code_11(tmp_path):
         assert not entered.wait(0.05)
     assert entered.wait(10)
     waiting.join()
+
+
+def test_who_gave_up_waiting_for_a_lock_does_not_get_it_later(tmp_path):
+    """It lives on in the agent, which would hold it for good."""
+    path = str(tmp_path / "lock")
+    with mncni.Locked(path):
+        for _ in range(20):
+            with pytest.raises(mncni.CNIError), mncni.Locked(path, timeout_s=0):
+                pass
+    for _ in range(20):
+        with mncni.Locked(path, timeout_s=10):
+            pass
+    deadline = time.monotonic() + 10
+    while path in [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]:
+        assert time.monotonic() < deadline, "a descriptor of the lock stays open"
+        time.sleep(0.01)
 
 
 def test_hashes_and_names_are_what_they_were():
