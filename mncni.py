@@ -1447,14 +1447,6 @@ def look_pod(request, run):
     return look_link(request.ifname, look_ip([f"link show dev {request.ifname}"], run, request.netns))
 
 
-def refuse_if_attached(request, veth, taken):
-    """CNIError 4 if this attachment stands already, or its interface's name is taken in the pod. Nothing has been changed yet."""
-    if veth is not None:
-        raise CNIError(BAD_ENVIRONMENT, f"{request.ifname} of container {request.container_id} is attached already: {veth['ifname']}")
-    if taken is not None:
-        raise CNIError(BAD_ENVIRONMENT, f'CNI_IFNAME "{request.ifname}" exists already in {request.netns}')
-
-
 def plan_gateways(conf, ips):
     """The addresses that the bridge has to carry, like "10.244.1.1/24"; none if it is not the pods' gateway."""
     if not conf["isDefaultGateway"]:
@@ -1652,13 +1644,14 @@ def naivewg_add(request, run):
 
 def attach(request, conf, run):
     """naivewg_add under the attachment's lock."""
-    looks = [(look_host, (request, conf["bridge"], run)), (look_pod, (request, run)), (look_masq, (request, conf, run))]
-    (bridge, veth), taken, masq_stamp = all_of(looks, request.at_once)
+    looks = [(look_host, (request, conf["bridge"], run)), (look_masq, (request, conf, run))]
+    (bridge, veth), masq_stamp = all_of(looks, request.at_once)
     if bridge and "ifalias" not in bridge:  # another ADD may be making it: the kernel takes the alias only after the link
         with bridge_lock(request):
             bridge, veth = look_host(request, conf["bridge"], run)
     refuse_foreign_bridge(conf, bridge)
-    refuse_if_attached(request, veth, taken)
+    if veth is not None:
+        raise CNIError(BAD_ENVIRONMENT, f"{request.ifname} of container {request.container_id} is attached already: {veth['ifname']}")
     try:
         ipam = with_gateways(conf, ipam_add(request, conf["ipam"], run))
         first = ipam["ips"][0]["address"].partition("/")[0] if ipam["ips"] else link_alias(request)
@@ -1668,8 +1661,11 @@ def attach(request, conf, run):
         apply(masq + plan_attach(request, conf, ipam, mac), run)
         request.new_peer = {"ifname": own_veth(request), "mtu": conf["mtu"] or 1500}
         return merge_results(request.prev_result, naivewg_result(request, conf, ipam, bridge_mac, mac))
-    except Exception:
+    except Exception as error:
         best_effort(detach, request, run)
+        # Not looked at before: the kernel refuses a name that is taken, and each look is two programs more per pod.
+        if getattr(error, "code", 0) == COMMAND_FAILED and look_pod(request, run) is not None:
+            raise CNIError(BAD_ENVIRONMENT, f'CNI_IFNAME "{request.ifname}" exists already in {request.netns}') from None
         raise
 
 

@@ -141,7 +141,9 @@ def test_namespace_may_be_named_by_a_process(host):
         holder.wait()
 
 
-def test_a_file_that_is_no_namespace_is_error_8_and_changes_nothing(host):
+def test_a_file_that_is_no_namespace_is_error_8_and_leaves_nothing(host):
+    pod = host.pod("a")
+    host.add(host.conf(), "c0", pod)  # what every ADD makes sure of
     before = host.snapshot()
     path = Path(host.tmp) / "plain"
     path.touch()
