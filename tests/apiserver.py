@@ -1006,7 +1006,9 @@ class ApiProcess:
     def __enter__(self):
         require_openssl()
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.process = subprocess.Popen(self.argv, cwd=Path(__file__).resolve().parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        environ = {**os.environ, "TMPDIR": str(self.dir)}  # it will be killed, and clear nothing away
+        self.process = subprocess.Popen(self.argv, cwd=Path(__file__).resolve().parents[1], env=environ,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
             line = self.process.stdout.readline()    # it says when it serves; at its end there is nothing
             if not line:

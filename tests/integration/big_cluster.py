@@ -7,6 +7,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,7 +25,8 @@ RESULT_TIMEOUT_S = 120
 def running(directory, *words):
     """This file as a process, ready. Yields call(line), which returns what the process answers."""
     argv = [sys.executable, "-m", "tests.integration.big_cluster", str(directory), *words]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    environ = {**os.environ, "TMPDIR": str(directory)}  # it will be killed, and clear nothing away
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environ) as process:
 
         def call(line):
             process.stdin.write(line + "\n")
