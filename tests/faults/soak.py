@@ -64,11 +64,18 @@ def status_of(pid, key):
     return int(re.search(rf"^{key}:\s+(\d+)", Path("/proc", str(pid), "status").read_text(), re.MULTILINE)[1])
 
 
+def command_of(pid):
+    """The command line of a process, b"" of one that is gone by now."""
+    with contextlib.suppress(OSError):
+        return Path("/proc", str(pid), "cmdline").read_bytes()
+    return b""
+
+
 def sample(lab, node):
     """{what is sampled: how much} of a node at rest."""
     root = lab.inside(node, "/")
     running = processes(root)
-    agent = next(pid for pid in running if b"agent.py" in Path("/proc", str(pid), "cmdline").read_bytes())
+    agent = next(pid for pid in running if b"agent.py" in command_of(pid))
     figures = {
         "agent RSS, KB": status_of(agent, "VmRSS"),
         "agent descriptors": len(os.listdir(f"/proc/{agent}/fd")),
