@@ -1272,6 +1272,9 @@ def sync(path):
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = path  # fsync(2) knows no name
+        raise
     finally:
         os.close(descriptor)
 

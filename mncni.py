@@ -864,6 +864,9 @@ def read_file(path):
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        error.filename = path  # read(2) knows no name
+        raise
 
 
 def read_state(path):
