@@ -31,6 +31,7 @@ always a parameter: tests pass a recorder.
 Specification: https://www.cni.dev/docs/spec/ ("SPEC" below), version 1.1.0. The error codes 8 and 999 come from libcni, not from it.
 """
 
+import errno
 import fcntl
 import ipaddress
 import json
@@ -1783,10 +1784,11 @@ def naivewg_status(request, run):
 # portmap: host ports                                                             nft(8); CONVENTIONS, portMappings
 # ---------------------------------------------------------------------------------------------------------------------
 #
-# <run_dir>/portmap/KEY is what an attachment asked for. The nft table is what follows from these files: a newer pod takes a port over
-# and an older one that still runs gets it back. It is written whole, so a flushed table returns and nothing piles up; only where there
-# is nothing to take out of it, it is first tried to add the rest: a transaction that deletes something takes 10 to 15 ms longer. A file
-# is written before the table and removed after it, so that DEL finds whatever a crash left.
+# <run_dir>/portmap/KEY is what an attachment asked for, and the nft table is what follows from these files: a newer pod takes a port
+# over, and an older one that still runs gets it back. <run_dir>/portmap/claims/CLAIM/KEY is empty, and leads to those that ask for the
+# same: the same port, or the rules of the same subnet or device. So an ADD or DEL looks only at those it shares something with, and
+# changes only that in the table; where nft refuses, because somebody flushed it, the table is written whole. A file is written before
+# its claims, and they before the table; they go the other way round, so that DEL finds whatever a crash left.
 #
 # Only what is for an address of the host is translated; the connection is labelled then (109, one bit of 128). Two kinds get an
 # address of the host's as well, or their answers would bypass it: from the pod's own subnet, the pod itself included, and from
@@ -1833,142 +1835,217 @@ def parse_mapping(mapping):
     return protocol, address, *ports
 
 
-def plan_ports(mappings, ips):
-    """{"MAP KEY": (VALUE, SUBNET)} in nft's words: each mapping leads to the pod's first address of each family it is for. CNIError 7.
+def plan_claims(mappings, ips, device):
+    """What an attachment claims: {"MAP KEY": VALUE} in nft's words, each mapping leading to the pod's first address of each family it is
+    for; {"subnet 10.88.0.0/24": ""} of these; {"device mncni0": ""}. {} without mappings. CNIError 7.
 
     Two maps a family, for a given host address and for any: one map of intervals cannot hold both.
     """
     if mappings and not ips:
         raise config_error("portmap: the pod has no address for a host port to lead to")
-    addresses, ports = [parse_address(ip["address"], ipaddress.ip_interface, "the pod's address") for ip in ips], {}
+    addresses, claims = [parse_address(ip["address"], ipaddress.ip_interface, "the pod's address") for ip in ips], {}
     parsed = [parse_mapping(mapping) for mapping in mappings]
     for own in {address.version: address for address in reversed(addresses)}.values():
         for protocol, host_ip, host_port, container_port in parsed:
             if host_ip and host_ip.version != own.version:
                 continue
             key = f"given{own.version} {host_ip} . " if host_ip and not host_ip.is_unspecified else f"any{own.version} "
-            key, value = f"{key}{protocol} . {host_port}", (f"{own.ip} . {container_port}", str(own.network))
-            if ports.setdefault(key, value) != value:
+            key, value = f"{key}{protocol} . {host_port}", f"{own.ip} . {container_port}"
+            if claims.setdefault(key, value) != value:
                 raise config_error(f'"portMappings" leads host port {host_port}/{protocol} to two container ports')
-    return ports
+            claims[f"subnet {own.network}"] = ""
+    return {**claims, f"device {device}": ""} if claims and device else claims
 
 
 def parse_state(text):
-    """A state with its "ports", see look_ports. CNIError, ValueError, TypeError, LookupError for other texts: what it says goes to nft."""
+    """A state with its "claims", see look_ports. CNIError, ValueError, TypeError, LookupError for other texts: what it says goes to nft."""
     state = parse_json_object(text)
     network, container_id, ifname = typed(state, "owner", list, [])
     well_formed = is_identifier(network) and is_identifier(container_id) and is_ifname(ifname)
-    if not well_formed or not is_ifname(typed(state, "device", str, "") or "none") or type(state["since"]) is not int:
+    device = typed(state, "device", str, "")
+    if not well_formed or not is_ifname(device or "none") or type(state["since"]) is not int:
         raise ValueError
-    return {**state, "device": state.get("device") or "", "ports": plan_ports(state["mappings"], state["ips"])}
+    return {**state, "claims": plan_claims(state["mappings"], state["ips"], device)}
+
+
+def read_ports(path):
+    """The state in a file, None if there is none."""
+    text = read_state(path)
+    try:
+        return None if text is None else parse_state(text)
+    except (CNIError, ValueError, TypeError, LookupError):
+        tell(f"{path} is none of portmap's states: left out")
+        return None
 
 
 def look_ports(run_dir):
     """What attachments asked for: {path: {"owner": [network, container ID, ifname], "since": nanoseconds, "device", "mappings" and
-    "ips" as the runtime gave them, "ports": what plan_ports makes of them}}. Files that are no states are left out."""
-    directory, states = os.path.join(run_dir, "portmap"), {}
-    for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
-        path = os.path.join(directory, name)
-        text = read_state(path) if len(name) == 16 else None  # the others are the lock, and what a crash left half written
-        try:
-            if text is not None:
-                states[path] = parse_state(text)
-        except (CNIError, ValueError, TypeError, LookupError):
-            tell(f"{path} is none of portmap's states: left out")
-    return states
-
-
-def half_written_ports(run_dir):
-    """Paths of what killed processes left."""
+    "ips" as the runtime gave them, "claims": what plan_claims makes of them}}. Files that are no states are left out."""
     directory = os.path.join(run_dir, "portmap")
-    return [os.path.join(directory, name) for name in (os.listdir(directory) if os.path.isdir(directory) else []) if name[0] == "."]
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    states = {path: read_ports(path) for path in [os.path.join(directory, name) for name in sorted(names) if len(name) == 16]}
+    return {path: state for path, state in states.items() if state}
+
+
+def look_claimants(run_dir, claims, path):
+    """Of the states in other files than path, as look_ports has them, those that matter to the claims: of a port all that claim it,
+    of rules one."""
+    found = {}
+    for claim in claims:
+        directory = claim_dir(run_dir, claim)
+        for name in os.listdir(directory) if os.path.isdir(directory) else []:
+            other = os.path.join(run_dir, "portmap", name)
+            state = found.get(other) or (read_ports(other) if other != path else None)
+            if state and claim in state["claims"]:
+                found[other] = state
+                if not is_port(claim):
+                    break
+    return found
+
+
+def claims_dir(run_dir):
+    return os.path.join(run_dir, "portmap", "claims")
+
+
+def claim_dirs(run_dir):
+    """The directories of all claims that there are."""
+    top = claims_dir(run_dir)
+    return [os.path.join(top, name) for name in (os.listdir(top) if os.path.isdir(top) else [])]
+
+
+def claim_dir(run_dir, claim):
+    return os.path.join(claims_dir(run_dir), claim.replace(" . ", ",").replace(" ", ",").replace("/", "_"))
+
+
+def note_claims(run_dir, path, claims):
+    """Have whoever claims the same find the state at path."""
+    for claim in claims:
+        os.makedirs(claim_dir(run_dir, claim), exist_ok=True)
+        with open(os.path.join(claim_dir(run_dir, claim), os.path.basename(path)), "w"):
+            continue
+
+
+def drop_claims(directories, is_stale):
+    """Remove claims, and the directories that are empty then."""
+    for directory in directories:
+        try:
+            for name in filter(is_stale, os.listdir(directory)):
+                os.unlink(os.path.join(directory, name))
+            os.removedirs(directory)
+        except FileNotFoundError:
+            continue  # a process that did this was killed
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:  # others claim the same
+                raise
 
 
 def ports_lock(run_dir):
     return Locked(os.path.join(run_dir, "portmap", "lock"))
 
 
+def is_port(claim):
+    """Whether a claim is one of a port: an element of a map. The others are of rules."""
+    return not claim.startswith(("subnet ", "device "))
+
+
 def winners(states):
-    """{"MAP KEY": (VALUE, owner)} that the states lead to: of two that want one port the newer has it."""
+    """{claim: the state that has it}: of two that claim one port the newer."""
     found = {}
     for state in sorted(states.values(), key=lambda state: state["since"]):
-        network, container_id, ifname = state["owner"]
-        owner = f"{network[:30]}:{container_id[:64]}:{ifname}"  # a comment has 128 bytes
-        found.update({key: (value, owner) for key, (value, _) in state["ports"].items()})
+        found.update(dict.fromkeys(state["claims"], state))
     return found
 
 
-def devices_of(states):
-    """The set of devices that the pods' packets come in through."""
-    return {state["device"] for state in states.values()} - {""}
+def plan_claim(claim, state):
+    """Lines for nft, those that a claim of a state stands for."""
+    kind, _, value = claim.partition(" ")
+    if kind == "subnet":
+        ip = "ip6" if ":" in value else "ip"
+        rules = [f"postrouting ct status dnat ct label 109 {ip} saddr {value} {ip} daddr {value} masquerade"]
+    elif kind == "device":
+        rules = [f'postrouting ct status dnat ip saddr 127.0.0.0/8 oifname "{value}" masquerade']
+        rules += [f'guard iifname "{value}" ip {end} 127.0.0.0/8 drop' for end in ("saddr", "daddr")]
+    else:
+        network, container_id, ifname = state["owner"]
+        owner = f"{network[:30]}:{container_id[:64]}:{ifname}"  # a comment has 128 bytes
+        return [f'add element inet mncni_portmap {kind} {{ {value} comment "{owner}" : {state["claims"][claim]} }}']
+    return [f"add rule inet mncni_portmap {rule}" for rule in rules]
 
 
-def plan_port_rules(states):
-    """The rules that depend on where the pods are, without "add rule inet mncni_portmap"."""
-    subnets = sorted({subnet for state in states.values() for _, subnet in state["ports"].values()})
-    match = [(("ip6" if ":" in subnet else "ip"), subnet) for subnet in subnets]
-    rules = [f"postrouting ct status dnat ct label 109 {ip} saddr {subnet} {ip} daddr {subnet} masquerade" for ip, subnet in match]
-    for device in sorted(devices_of(states)):
-        rules.append(f'postrouting ct status dnat ip saddr 127.0.0.0/8 oifname "{device}" masquerade')
-        rules += [f'guard iifname "{device}" ip {end} 127.0.0.0/8 drop' for end in ("saddr", "daddr")]
-    return rules
-
-
-def plan_content(states):
-    """Lines for nft that fill the new table, one for each rule and element."""
-    lines = [f"add rule inet mncni_portmap {rule}" for rule in plan_port_rules(states)]
-    for key, (value, owner) in sorted(winners(states).items()):
-        name, _, key = key.partition(" ")
-        lines.append(f'add element inet mncni_portmap {name} {{ {key} comment "{owner}" : {value} }}')
-    return lines
-
-
-def plan_portmap(states):
+def plan_portmap(states, head="table inet mncni_portmap\ndelete table inet mncni_portmap"):
     """A command that makes the table what the states say, in one transaction; there is none without them."""
-    lines = ["table inet mncni_portmap", "delete table inet mncni_portmap", *([PORTMAP_TABLE.rstrip()] if states else [])]
-    return Command(["nft", "-f", "-"], "\n".join([*lines, *plan_content(states)]) + "\n")
+    claims = sorted(winners(states).items(), key=lambda item: (is_port(item[0]), item[0]))
+    lines = [line for claim, state in claims for line in plan_claim(claim, state)]
+    return Command(["nft", "-f", "-"], "\n".join([head, *([PORTMAP_TABLE.rstrip()] if states else []), *lines]) + "\n")
 
 
-def plan_more_ports(before, after):
-    """A command that adds to the table what is new, None where something has to go. It fails if the table is not the one of `before`."""
-    old, new = set(plan_content(before)), plan_content(after)
-    head = [] if before else ["create table inet mncni_portmap", PORTMAP_TABLE.rstrip()]
-    lines = [*head, *(line for line in new if line not in old)]
-    return Command(["nft", "-f", "-"], "\n".join(lines) + "\n") if lines and after and old.issubset(new) else None
+def plan_port_change(before, after):
+    """A command that changes the table from one {claim: state} to another, None where rules have to go: they have no name to delete them
+    by. It fails if the table is not as it was."""
+    lines = []
+    for claim in sorted({**before, **after}):
+        kind, _, key = claim.partition(" ")
+        if is_port(claim):
+            lines += [f"delete element inet mncni_portmap {kind} {{ {key} }}"] if claim in before else []
+            lines += plan_claim(claim, after[claim]) if claim in after else []
+        elif claim not in after:
+            return None
+        elif claim not in before:
+            lines += plan_claim(claim, after[claim])
+    return Command(["nft", "-f", "-"], "\n".join(lines) + "\n")
 
 
-def change_ports(run_dir, changes, run):
-    """Take up the states in changes, {path: state, or None to drop it}, and make the table what follows."""
+def change_ports(run_dir, path, state, run):
+    """Take up the state that an attachment keeps at path, None to drop it, and make the table what follows."""
     with ports_lock(run_dir) as lock:
-        for path in half_written_ports(run_dir):
-            remove_file(path)  # only who holds the lock writes
-        before, new = look_ports(run_dir), {path: state for path, state in changes.items() if state}
-        for path, state in new.items():
-            write_file(path, json.dumps(state))
-        apply_ports(before, {**without(before, *changes), **new}, lock.held(run))
-        for path in changes.keys() - new.keys():
+        mine, has_index = read_ports(path), os.path.isdir(claims_dir(run_dir))
+        wanted = state["claims"] if state else {}
+        claims = {**(mine["claims"] if mine else {}), **wanted}  # none: our own file is torn
+        if state:
+            write_file(path, json.dumps(without(state, "claims")))
+            note_claims(run_dir, path, wanted)
+        others = look_claimants(run_dir, claims, path) if has_index and claims else without(look_ports(run_dir), path)
+        before, after = (winners({**others, path: one} if one else others) for one in (mine, state))
+        command = None
+        if has_index and claims:
+            before, after = ({claim: had[claim] for claim in claims if claim in had} for had in (before, after))
+            command = plan_port_change(before, after)
+        elif state and not before:  # a transaction that deletes something takes 10 to 15 ms longer
+            command = plan_portmap({path: state}, "create table inet mncni_portmap")
+        apply_ports(run_dir, before, after, lock.held(run), command, [path] if state is None else [])
+        stale = [claim_dir(run_dir, claim) for claim in claims if claim not in wanted]
+        drop_claims(stale if claims else claim_dirs(run_dir), lambda name: name == os.path.basename(path))
+        if state is None:
             remove_file(path)
 
 
-def apply_ports(before, after, run):
-    """Make the table what the states `after` say. UDP flows to ports that lead elsewhere than `before` have to find their new way:
-    conntrack remembers the old one."""
+def apply_ports(run_dir, before, after, run, command=None, gone=()):
+    """Make the table what `after`, {claim: state}, says: by a command, or where that is none or fails, whole, of all states but those
+    gone. UDP flows to ports that lead elsewhere than `before` have to find their new way: conntrack remembers the old one."""
     switch_localnet(devices_of(before) - devices_of(after), 0, run)  # before the guard goes
-    more = plan_more_ports(before, after)
-    if more is None or run(more).exit_code:
-        apply([plan_portmap(after)], run)
+    if command is None or run(command).exit_code:
+        states = without(look_ports(run_dir), *gone)
+        for path, state in states.items():
+            note_claims(run_dir, path, state["claims"])
+        apply([plan_portmap(states)], run)
     switch_localnet(devices_of(after), 1, run)
-    old, new = winners(before), winners(after)
-    changed = [key.partition(" ")[2] for key in {**old, **new} if old.get(key) != new.get(key)]
-    flows = sorted({key.replace("udp . ", "").replace(" . ", "/") for key in changed if "udp . " in key})
-    if flows:
-        best_effort(run, Command(["mncni.py", "forget-flows", *flows]))
+    changed = [claim for claim in {**before, **after} if "udp . " in claim and before.get(claim) != after.get(claim)]
+    if changed:
+        flows = sorted(claim.partition(" ")[2].replace("udp . ", "").replace(" . ", "/") for claim in changed)
+        best_effort(run, Command(["mncni.py", "forget-flows", *dict.fromkeys(flows)]))
+
+
+def devices_of(claims):
+    """The set of devices that claims name."""
+    return {claim.partition(" ")[2] for claim in claims if claim.startswith("device ")}
 
 
 def switch_localnet(devices, value, run):
     """Have devices accept 127.0.0.1, or not. That one is gone is no error: a state may outlive it."""
-    if devices:
-        run(write_sysctls([f"net/ipv4/conf/{device}/route_localnet" for device in sorted(devices)], value))
+    keys = [f"net/ipv4/conf/{device}/route_localnet" for device in sorted(devices)]
+    keys = [key for key in keys if read_file(f"/proc/sys/{key}") != f"{value}\n"]
+    if keys:
+        run(write_sysctls(keys, value))
 
 
 def forget_flows(keys):
@@ -2038,19 +2115,20 @@ def ports_path(request):
 
 def portmap_add(request, run):
     """ADD: lead host ports to the pod. Returns what it was given. Its undo is portmap_del."""
-    mappings = runtime_config(request, "portMappings", list, [])
+    mappings, ips = runtime_config(request, "portMappings", list, []), own_ips(request)
+    device = (host_links(request) or [""])[0]  # what pods' packets come in through, in the convention's order
     state = {
         "owner": [request.network, request.container_id, request.ifname],
         "since": time.monotonic_ns(),
-        "device": (host_links(request) or [""])[0],  # what pods' packets come in through, in the convention's order
+        "device": device,
         "mappings": mappings,
-        "ips": own_ips(request),
-        "ports": plan_ports(mappings, own_ips(request)),
+        "ips": ips,
+        "claims": plan_claims(mappings, ips, device),
     }
-    if not state["ports"]:
+    if not state["claims"]:
         return request.prev_result
     try:
-        change_ports(request.run_dir, {ports_path(request): state}, run)
+        change_ports(request.run_dir, ports_path(request), state, run)
     except Exception:
         best_effort(portmap_del, request, run)
         raise
@@ -2060,23 +2138,23 @@ def portmap_add(request, run):
 def portmap_del(request, run):
     """DEL: give the ports back. It needs neither prevResult nor namespace, and starts no command for a pod without host ports."""
     if os.path.exists(ports_path(request)):
-        change_ports(request.run_dir, {ports_path(request): None}, run)
+        change_ports(request.run_dir, ports_path(request), None, run)
     else:
         remove_file(ports_path(request))
 
 
 def portmap_check(request, run):
     """CHECK: the host ports lead to the pod. CNIError 100 whose details list those that do not."""
-    wanted = plan_ports(runtime_config(request, "portMappings", list, []), own_ips(request))
-    report(request, check_ports(look_ports(request.run_dir), wanted, run) if wanted else [])
+    wanted = plan_claims(runtime_config(request, "portMappings", list, []), own_ips(request), "")
+    report(request, check_ports(winners(look_ports(request.run_dir)), wanted, run) if wanted else [])
 
 
-def check_ports(states, wanted, run):
-    """What is wrong with the table, given {"MAP KEY": (VALUE, ...)} that it has to hold, as a list of messages."""
+def check_ports(claims, wanted, run):
+    """What is wrong with the table, a list of messages. claims: all, as winners has them; wanted: {"MAP KEY": VALUE} to be in it."""
     elements, rules = look_nft(["table", "inet", "mncni_portmap"], parse_portmap, run)
-    wrong = {key: value for key, (value, _) in wanted.items() if elements.get(key) != value}
+    wrong = {key: value for key, value in wanted.items() if is_port(key) and elements.get(key) != value}
     problems = [f"host port {key} leads to {elements.get(key, 'nothing')}, not to {value}" for key, value in wrong.items()]
-    expected = PORTMAP_RULES + len(plan_port_rules(states))
+    expected = PORTMAP_RULES + sum(len(plan_claim(claim, state)) for claim, state in claims.items() if not is_port(claim))
     return problems + ([f"nft table inet mncni_portmap has {rules} rules, not {expected}"] if rules != expected else [])
 
 
@@ -2091,12 +2169,26 @@ def parse_portmap(items):
 
 
 def portmap_gc(request, run):
-    """GC: drop what this network's attachments asked for that are not in the runtime's list."""
-    keep, states = valid_attachments(request), look_ports(request.run_dir)
-    own = {path: tuple(state["owner"][1:]) for path, state in states.items() if state["owner"][0] == request.network}
-    stale = [path for path, owner in own.items() if keep is not None and owner not in keep]
-    if stale or half_written_ports(request.run_dir):
-        change_ports(request.run_dir, dict.fromkeys(stale), run)
+    """GC: drop what this network's attachments asked for that are not in the runtime's list, and what crashes left."""
+    keep = valid_attachments(request)
+    if keep is None or not os.path.isdir(os.path.join(request.run_dir, "portmap")):
+        return
+    with ports_lock(request.run_dir) as lock:
+        states, own = look_ports(request.run_dir), request.network
+        kept = {path: state for path, state in states.items() if state["owner"][0] != own or tuple(state["owner"][1:]) in keep}
+        stale = states.keys() - kept.keys()
+        if stale:
+            apply_ports(request.run_dir, winners(states), winners(kept), lock.held(run), gone=stale)
+        names = [os.path.basename(path) for path in kept]
+        drop_claims(claim_dirs(request.run_dir), lambda name: name not in names)
+        for path in [*stale, *half_written_ports(request.run_dir)]:
+            remove_file(path)
+
+
+def half_written_ports(run_dir):
+    """Paths of what killed processes left. Whoever holds the lock is the only one that writes."""
+    directory = os.path.join(run_dir, "portmap")
+    return [os.path.join(directory, name) for name in os.listdir(directory) if name[0] == "."]
 
 
 def restore_portmap(run_dir, run):
@@ -2105,13 +2197,13 @@ def restore_portmap(run_dir, run):
     if not look_ports(run_dir):
         return []
     with ports_lock(run_dir) as lock:
-        states = look_ports(run_dir)
-        problems = check_ports(states, winners(states), run)
-        for device in sorted(devices_of(states)):
+        claims = winners(look_ports(run_dir))
+        problems = check_ports(claims, {claim: state["claims"][claim] for claim, state in claims.items()}, run)
+        for device in sorted(devices_of(claims)):
             if read_file(f"/proc/sys/net/ipv4/conf/{device}/route_localnet") == "0\n":
                 problems.append(f"{device} does not accept 127.0.0.1 (route_localnet)")
         if problems:
-            apply_ports({}, states, lock.held(run))
+            apply_ports(run_dir, {}, claims, lock.held(run))
     return problems
 
 

@@ -61,6 +61,7 @@ NFT_LINES = (
     'add rule inet mncni_portmap guard iifname "<NAME>" ip [sd]addr 127.0.0.0/8 drop',
     "add element inet mncni_portmap (?:given|any)[46] \\{ (?:<ADDRESS> \\. )?<PROTOCOL> \\. <NUMBER> comment "
     '"<ID>:<ID>:<NAME>" : <ADDRESS> \\. <NUMBER> \\}',
+    "delete element inet mncni_portmap (?:given|any)[46] \\{ (?:<ADDRESS> \\. )?<PROTOCOL> \\. <NUMBER> \\}",
     "create table inet mncni_portmap",
     "add table inet mncni_masq",
     "(?:add|flush) chain inet mncni_masq net_<HASH>(?: \\{ type nat hook postrouting priority srcnat; policy accept; \\})?",

@@ -19,8 +19,9 @@ from tests.integration.conftest import Host
 pytestmark = pytest.mark.root
 
 RANGES = [[{"subnet": "10.88.0.0/24"}], [{"subnet": "fd00:88::/64"}]]
+ONE, TWO = (name.ljust(64, "0") for name in ("c1", "c2"))  # IDs as long as a runtime's
 ASKED = {  # enough host ports for a script that goes to nft in two pieces
-    "portMappings": [{"hostPort": 8080 + i, "containerPort": 80, "protocol": "udp" if i % 2 else "tcp"} for i in range(30)],
+    "portMappings": [{"hostPort": 8080 + i, "containerPort": 80, "protocol": "udp" if i % 2 else "tcp"} for i in range(8)],
     "bandwidth": {"ingressRate": 8_000_000, "egressRate": 8_000_000},
 }
 LAT = {"io.kubernetes.cri.pod-annotations": {"lat": "5ms"}}
@@ -35,7 +36,7 @@ class Node:
     def __init__(self, tmp):
         self.host = Host(tmp)
         self.enter = namespaces(net=f"/run/netns/{self.host.netns}")
-        self.pods = {"c1": self.host.pod("a"), "c2": self.host.pod("b")}
+        self.pods = {ONE: self.host.pod("a"), TWO: self.host.pod("b")}
         self.path = TOOLS
 
     def conf(self, plugin, **keys):
@@ -43,13 +44,13 @@ class Node:
         asked = {**ASKED, **(LAT if kernel_has("netem") else {})}
         return self.host.conf(plugin=plugin, ipMasq=True, ipam=ipam, runtimeConfig=asked, **keys)
 
-    def child(self, command, conf, container_id="c1", at=None):
-        """A call that ends at a step. GC is to keep c2 alone."""
+    def child(self, command, conf, container_id=ONE, at=None):
+        """A call that ends at a step. GC is to keep the second pod alone."""
         environ, run = self.host.environ(command, container_id, self.pods[container_id], "eth0"), mncni.make_run({"PATH": self.path})
-        conf = {**conf, "cni.dev/valid-attachments": [{"containerID": "c2", "ifname": "eth0"}]} if command == "GC" else conf
+        conf = {**conf, "cni.dev/valid-attachments": [{"containerID": TWO, "ifname": "eth0"}]} if command == "GC" else conf
         return Child(self.enter, lambda: mncni.answer(environ, json.dumps(conf), run, at_once=True), at)
 
-    def call(self, command, conf, container_id="c1", at=None):
+    def call(self, command, conf, container_id=ONE, at=None):
         """What a call answers that has to succeed."""
         exit_code, stdout = self.child(command, conf, container_id, at).outcome()["reply"]
         assert exit_code == 0, f"{command}: {stdout}"
@@ -132,7 +133,7 @@ def test_after_a_killed_add_del_leaves_nothing_and_the_next_add_works(node, name
 def test_after_a_killed_add_gc_alone_leaves_nothing(node, survived):
     """For runtimes that forget a container whose ADD they did not see end."""
     conf = node.conf(FULL)
-    node.call("ADD", conf, "c2")
+    node.call("ADD", conf, TWO)
     node.call("ADD", conf)
     node.call("DEL", conf)
     clean = node.snapshot()
@@ -146,7 +147,7 @@ def test_after_a_killed_add_gc_alone_leaves_nothing(node, survived):
 @pytest.mark.parametrize("command", ["DEL", "GC"])
 def test_a_killed_del_or_gc_is_finished_by_the_next(node, command, survived):
     conf = node.conf(FULL)
-    node.call("ADD", conf, "c2")
+    node.call("ADD", conf, TWO)
     node.call("ADD", conf)
     node.call(command, conf)
     clean = node.snapshot()
@@ -161,7 +162,7 @@ def test_a_killed_del_or_gc_is_finished_by_the_next(node, command, survived):
 def test_a_command_that_outlives_a_killed_add_undoes_no_del(node, survived, tmp_path):
     """Each tool is slow here: the plugin is killed when the tool has all it needs, and has yet to do its work."""
     conf, slow = node.conf(FULL), tmp_path / "slow"
-    node.call("ADD", conf, "c2")
+    node.call("ADD", conf, TWO)
     node.call("ADD", conf)
     node.call("DEL", conf)
     clean, steps = node.snapshot(), node.child("ADD", conf, at=0).outcome()["steps"]

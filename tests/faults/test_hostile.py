@@ -339,6 +339,10 @@ STATE_FILES = {  # as an ADD leaves them, and what lies beside them
             "ips": [{"address": "10.88.0.3/24", "interface": 2}],
         }
     ),
+    "run/portmap/claims/given4,192.0.2.1,tcp,80/KEY": "",
+    "run/portmap/claims/device,mncni0/KEY": "",
+    "run/portmap/claims/device,mncni0/0123456789abcdef": "",
+    "run/portmap/claims/any4,udp,53/0123456789abcdef": "",
     "ready": json.dumps({"bootID": "{BOOT_ID}", "device": "lo", "ok": True, "reason": ""}),
 }
 
@@ -353,9 +357,8 @@ def test_state_files_of_the_plugin(feed, plugin, ram):
             text = STATE_FILES[name]
             parts[name] = fuzz.mutated_json(text) if text.startswith("{") else fuzz.mutated_text(text)
         if fuzz.random() < 0.2:
-            parts[fuzz.choice(("data/net/", "data/net/attachments/", "run/portmap/")) + fuzz.hostile_text()[:200].replace("/", "_")] = (
-                fuzz.hostile_text()
-            )
+            directory = fuzz.choice(("data/net/", "data/net/attachments/", "run/portmap/", "run/portmap/claims/"))
+            parts[directory + fuzz.hostile_text()[:200].replace("/", "_")] = fuzz.hostile_text()
         return parts
 
     def check(parts):

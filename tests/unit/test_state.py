@@ -224,3 +224,39 @@ class TestInstall:
     def test_an_unknown_name_is_refused(self, tmp_path):
         with pytest.raises(mncni.CNIError, match="no plugin"):
             mncni.install(str(tmp_path), ["naive"])
+
+
+# ---- host ports ----
+
+
+def portmap_call(command, number, run_dir):
+    """ADD or DEL of the number-th pod with a host port. Returns the commands that it ran."""
+    ran = []
+
+    def run(command):
+        ran.append(str(command))
+        return mncni.Reply(0, "", "")
+
+    ip = {"address": f"10.88.{number >> 8}.{number & 255}/16", "interface": 1}
+    links = [{"name": "mncni0"}, {"name": "eth0", "sandbox": "/run/netns/c1"}]
+    conf = {"cniVersion": "1.1.0", "name": "net", "plugin": "portmap", "prevResult": {"interfaces": links, "ips": [ip]}}
+    conf["runtimeConfig"] = {"portMappings": [{"hostPort": 1000 + number, "containerPort": 80}]}
+    (run_dir / "netns").touch()
+    names = {"CNI_CONTAINERID": f"c{number}", "CNI_NETNS": f"{run_dir}/netns", "CNI_IFNAME": "eth0"}
+    environ = {**names, "CNI_COMMAND": command, "MNCNI_RUN_DIR": str(run_dir)}
+    exit_code, stdout = mncni.answer(environ, mncni.json.dumps(conf), run)
+    assert exit_code == 0, stdout
+    return ran
+
+
+def test_a_host_port_costs_the_same_however_many_others_there_are(tmp_path, mocker):
+    """Neither the states that are read nor the lines that nft gets grow with their number."""
+    for number in range(2, 60):
+        portmap_call("ADD", number, tmp_path)
+    read = mocker.spy(mncni, "read_ports")
+    lines = [len("\n".join(portmap_call(command, 300, tmp_path)).splitlines()) for command in ("ADD", "DEL")]
+    assert max(lines) < 8
+    assert read.call_count <= 6  # in each call its own, and one that has the subnet's rules, one the device's
+    for number in range(2, 60):
+        portmap_call("DEL", number, tmp_path)
+    assert [path.name for path in (tmp_path / "portmap").iterdir()] == ["lock"]
