@@ -992,11 +992,14 @@ def control_path(directory):
 
 
 class ApiProcess:
-    """A double in a process, and in a network namespace, of its own: call("create_node", "n1"), .url, .ca_file, .dir."""
+    """A double in a process, and in a network namespace, of its own: call("create_node", "n1"), .url, .ca_file, .dir.
+
+    netns: the namespace, by its name or by a path.
+    """
 
     def __init__(self, directory, netns="", listen="127.0.0.1:0", sans=(), nodes=0, python=sys.executable):
         self.dir = Path(directory)
-        enter = ["nsenter", f"--net=/run/netns/{netns}", "--"] if netns else []
+        enter = ["nsenter", f"--net={os.path.join('/run/netns', netns)}", "--"] if netns else []
         self.argv = [*enter, python, "-m", "tests.apiserver", "--dir", str(self.dir), "--listen", listen, "--nodes", str(nodes),
                      "--control"]
         for name in sans:

@@ -261,7 +261,7 @@ def run_agent_in_a_cluster(kubeconfig):
 
 def test_an_agent_killed_at_any_request_to_the_cluster_is_as_good_as_new_at_the_next_start(new_node, tmp_path, survived):
     node, kubeconfig = new_node(), str(tmp_path / "kubeconfig")
-    with ApiProcess(tmp_path / "api", netns=f"../../proc/{node.pid}/ns/net") as api:
+    with ApiProcess(tmp_path / "api", netns=f"/proc/{node.pid}/ns/net") as api:
         api.call("kubeconfig", kubeconfig, "system:serviceaccount:kube-system:mncni-agent")
         api.call("create_node", "node2", pod_cidrs=PEER["podCIDRs"])
         for number in itertools.count(1):
