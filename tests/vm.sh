@@ -16,6 +16,7 @@ LIMIT_S=1800
 main() {
     local kernel status=0 begin=$SECONDS vm words
     ((EUID == 0)) || { echo "needs root" >&2; exit 1; }
+    (($#)) || set -- tests/unit tests/integration tests/e2e tests/faults
     kernel=$(newest_kernel)
     [[ -n $kernel ]] || { echo "vm: no /boot/vmlinuz-*-amd64: apt-get install linux-image-amd64" >&2; exit 1; }
     scratch=$(mktemp -d /tmp/mncni-vm.XXXXXX)

@@ -91,9 +91,9 @@ def frozen(lab, api):
 
 
 def slow(lab, api):
-    api.call("fault", "slow", times=None, delay_s=10)
+    api.call("fault", "slow", times=None, delay_s=30)
     api.call("close_watches")
-    time.sleep(12)
+    time.sleep(32)
 
 
 def expired(lab, api, kind, **parameters):
@@ -146,7 +146,7 @@ def crowd(lab, api):
 FAULTS = {
     "API server away": away,
     "API server frozen": frozen,
-    "API server answers after 10 s": slow,
+    "API server answers after 30 s": slow,
     "watches cut": lambda lab, api: api.call("close_watches", abrupt=True),
     "410, then an empty list": lambda lab, api: expired(lab, api, "empty_list"),
     "410, then lists without annotations": lambda lab, api: expired(lab, api, "strip", drop=["metadata.annotations"]),

@@ -144,6 +144,7 @@ def not_other(lab):
 # ---- the node ----
 
 
+@pytest.mark.vm
 def test_a_node_that_reboots_has_its_pods_back_soon(lab, fault):
     """kubelet starts pods at once, before there is an agent: the plugin tells it to try again, and nothing leaves them in clear."""
     pods, heal_s, before = ["pod1", "pod2", "pod3"], [], things(lab, "node3")
@@ -168,6 +169,7 @@ def test_a_node_that_reboots_has_its_pods_back_soon(lab, fault):
     assert heal_s[0] < 4 * HEAL_S
 
 
+@pytest.mark.vm
 def test_a_node_that_is_made_anew_with_other_addresses_and_key_is_followed(lab, fault):
     heal_s = []
 
@@ -203,6 +205,7 @@ def change_address(lab, node, address):
     node_sh(lab, node, f"ip address flush dev eth0; ip address add {address}/24 dev eth0")
 
 
+@pytest.mark.vm
 def test_nodes_whose_addresses_change_are_followed(lab, fault):
     """First one gets another address, then two exchange theirs."""
     for node in ("node2", "node3"):
@@ -302,19 +305,19 @@ def test_tcp_survives_loss_and_disorder(lab, fault):
 
 @pytest.mark.vm
 def test_tcp_survives_a_partition(lab, fault):
-    """Of 16 s: after 15 s without an answer WireGuard begins anew. TCP tries again 12.6 s and 25.4 s after the last answer."""
+    """Of 30 s: after 15 s without an answer WireGuard begins anew. TCP tries again 25 s and 51 s after the last answer."""
 
     def act():
         drop_on_the_wire(lab, "")
-        time.sleep(16)
+        time.sleep(30)
         heal_the_wire(lab)
         labs.wait_until(lambda: answers(lab, "node1", "node2"), 60, "answer")
 
     [flow] = stream(lab, act, rate=200, count=200)
-    heal_s = flow.silence_s - 16
-    fault(f"underlay cut for 16 s (TCP silent for {flow.stall_s:.0f} s)", flow.lost, flow.sent, 0, heal_s)
+    heal_s = flow.silence_s - 30
+    fault(f"underlay cut for 30 s (TCP silent for {flow.stall_s:.0f} s)", flow.lost, flow.sent, 0, heal_s)
     assert 0 <= heal_s < HEAL_S
-    assert flow.stall_s < 60
+    assert flow.stall_s < 80
 
 
 # ---- clock and disk ----
