@@ -34,7 +34,6 @@ Specification: https://www.cni.dev/docs/spec/ ("SPEC" below), version 1.1.0. The
 import errno
 import fcntl
 import ipaddress
-import json
 import os
 import select
 import struct
@@ -77,6 +76,69 @@ class CNIError(Exception):
 def config_error(msg, details=""):
     """Code 7, which is what nearly every refusal of a configuration is."""
     return CNIError(BAD_CONFIG, msg, details)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def refuse_constant(word):
+    raise ValueError(f"{word} is not JSON")
+
+
+def finite(word):
+    """A number with a point or an exponent. 1e400 is infinite to Python, which would write Infinity."""
+    return float(word) if abs(float(word)) < float("inf") else refuse_constant(word)
+
+
+class JsonRules:
+    """What the scanner asks for, by the names that json.JSONDecoder has for it."""
+
+    strict, object_hook, object_pairs_hook, memo = True, None, None, {}
+    parse_float, parse_int, parse_constant = finite, int, refuse_constant
+
+
+try:  # The half of json that is written in C. The other imports re: +6 ms, a quarter of what a STATUS takes.
+    import _json
+
+    scan_json, quoted = _json.make_scanner(JsonRules), _json.encode_basestring_ascii
+except (ImportError, AttributeError, TypeError):  # it is CPython's own business, and may change
+    import json
+
+    scan_json = json.JSONDecoder(parse_float=finite, parse_constant=refuse_constant).scan_once
+    quoted = json.encoder.encode_basestring_ascii
+
+
+def parse_json(text):
+    """The value of a JSON text, as json.loads has it. ValueError; RecursionError if it is nested too deep."""
+    try:
+        value, end = scan_json(text, len(text) - len(text.lstrip(" \t\r\n")))
+        if not text[end:].strip(" \t\r\n"):
+            return value
+    except (StopIteration, SystemError):  # what the scanner does where json has not been imported, instead of raising JSONDecodeError
+        pass
+    import json  # +6 ms, to say what is wrong
+
+    return json.loads(text)
+
+
+def to_json(value):
+    """A value as JSON text, as json.dumps has it."""
+    if isinstance(value, dict):
+        return f"{{{', '.join([f'{quoted(key)}: {to_json(item)}' for key, item in value.items()])}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join([to_json(item) for item in value])}]"
+    if isinstance(value, str):
+        return quoted(value)
+    return repr(value) if type(value) in (int, float) else {None: "null", True: "true", False: "false"}[value]
+
+
+def indented(value):
+    """The same for people to read."""
+    import json  # the command line only
+
+    return json.dumps(value, indent=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,19 +222,13 @@ def parse_args(text):
 
 def parse_json_object(text, what="the network configuration on stdin"):
     """The dict that text holds; `what` it is, for messages. CNIError 6 for anything else: no UTF-8, no JSON, no object, nested too deep."""
-
-    def refuse(word):
-        raise ValueError(f"{word} is not JSON")
-
-    def finite(word):  # 1e400 is infinite to Python, which would write Infinity
-        return float(word) if abs(float(word)) < float("inf") else refuse(word)
-
+    if not text.strip():
+        raise CNIError(DECODE_FAILURE, f"cannot decode {what}: it is empty")
     try:
         text.encode("utf-8")
-        value = json.loads(text, parse_constant=refuse, parse_float=finite)
+        value = parse_json(text)
     except (ValueError, RecursionError) as error:  # UnicodeError and JSONDecodeError are ValueErrors
-        why = "it is empty" if not text.strip() else str(error) or type(error).__name__
-        raise CNIError(DECODE_FAILURE, f"cannot decode {what}: {why}") from None
+        raise CNIError(DECODE_FAILURE, f"cannot decode {what}: {str(error) or type(error).__name__}") from None
     if not isinstance(value, dict):
         raise CNIError(DECODE_FAILURE, f"{what} is not a JSON object but {kind_of(value)}")
     return value
@@ -212,7 +268,7 @@ def typed(mapping, key, kind, default):
     if value is None:
         return default
     if type(value) is not kind:  # not isinstance: True is an int to Python, but no number to JSON
-        raise config_error(f'"{key}" must be {kind_of(kind())}, not {kind_of(value)} ({json.dumps(value)[:80]})')
+        raise config_error(f'"{key}" must be {kind_of(kind())}, not {kind_of(value)} ({to_json(value)[:80]})')
     return value
 
 
@@ -243,7 +299,7 @@ def valid_attachments(request):
         return None
     pairs = [(any_case(entry, "containerID"), any_case(entry, "ifname")) for entry in typed(request.conf, key, list, [])]
     if not all(isinstance(item, str) and item for pair in pairs for item in pair):
-        raise config_error(f'"{key}" must list objects with "containerID" and "ifname"', json.dumps(request.conf[key]))
+        raise config_error(f'"{key}" must list objects with "containerID" and "ifname"', to_json(request.conf[key]))
     return set(pairs)
 
 
@@ -313,7 +369,7 @@ def answer(environ, stdin_text, run, plugins=None, called_as="mncni", at_once=Fa
     try:
         check_environment(environ)
         if environ["CNI_COMMAND"] == "VERSION":
-            return 0, json.dumps(version_reply(stdin_text)) + "\n"
+            return 0, to_json(version_reply(stdin_text)) + "\n"
         conf = parse_conf(stdin_text)
         if environ["CNI_COMMAND"] not in VERBS:
             raise CNIError(BAD_ENVIRONMENT, f"CNI_COMMAND {environ['CNI_COMMAND']!r} is unknown; there are: {', '.join(VERBS)}, VERSION")
@@ -327,7 +383,7 @@ def answer(environ, stdin_text, run, plugins=None, called_as="mncni", at_once=Fa
         check_netns(request, environ)
         run = logged(run, request)
         result = VERBS[request.command](request, stages, run)
-        return 0, json.dumps(result_to_version(result, version)) + "\n" if result is not None else ""
+        return 0, to_json(result_to_version(result, version)) + "\n" if result is not None else ""
     except CNIError as error:
         return 1, error_reply(error, version)
     except OSError as error:
@@ -441,7 +497,7 @@ def choose_plugins(conf, called_as, plugins):
         raise config_error(f'"plugin" is an empty list; the plugins are: {known}')
     for position, name in enumerate(names):
         if not isinstance(name, str) or name not in plugins:
-            what = f'called as "{name}" without a "plugin" key' if "plugin" not in conf else f'"plugin" {json.dumps(name)} is unknown'
+            what = f'called as "{name}" without a "plugin" key' if "plugin" not in conf else f'"plugin" {to_json(name)} is unknown'
             raise config_error(f"{what}; the plugins are: {known}", 'set "plugin" to one of them, or to a list of them')
         if name in names[:position]:
             raise config_error(f'"plugin" lists "{name}" twice')
@@ -492,7 +548,7 @@ def check_netns(request, environ):
 def error_reply(error, version):
     """The JSON object that an error is on stdout. SPEC section 5, Error."""
     reply = {"cniVersion": version, "code": error.code, "msg": error.msg, "details": error.details}
-    return json.dumps({key: value for key, value in reply.items() if value != ""}) + "\n"
+    return to_json({key: value for key, value in reply.items() if value != ""}) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -748,7 +804,7 @@ IP_KEYS = {  # what we read of `ip -json`, and what it has to be, for some of it
 
 def parse_ip(text):
     """The objects in lines of JSON, less those of links that nobody can name in a command. ValueError, TypeError, ... for other texts."""
-    items = [item for line in text.splitlines() if line for item in json.loads(line)]
+    items = [item for line in text.splitlines() if line for item in parse_json(line)]
     for part in [*items, *(info for item in items for info in item.get("addr_info", ()))]:
         wrong = [key for key, fits in IP_KEYS.items() if key in part and not fits(part[key])]
         whole = f"{part.get('local', '::')}/{part.get('prefixlen', 0)}"
@@ -764,13 +820,13 @@ def parse_ip(text):
 def look_nft(what, parse, run):
     """parse(objects) of a table or chain of nft, see nft(8), JSON: look_nft(["table", "inet", "t"], parse, run); of [] if it is gone."""
     text = ask(Command(["nft", "-j", "list", *what]), run).stdout or "{}"
-    return understood("nft", lambda text: parse(json.loads(text).get("nftables", [])), text)
+    return understood("nft", lambda text: parse(parse_json(text).get("nftables", [])), text)
 
 
 def look_qdiscs(device, run, netns=""):
     """[(kind, rate in byte/s, 0 for none)] of the queueing disciplines of a device, [] if it or its namespace is gone."""
     reply = run(Command(in_netns(netns, ["tc", "-json", "qdisc", "show", "dev", device])))
-    rows = json.loads if reply.exit_code == 0 else lambda text: []
+    rows = parse_json if reply.exit_code == 0 else lambda text: []
     return understood("tc", lambda text: [(row["kind"], row.get("options", {}).get("rate", 0)) for row in rows(text)], reply.stdout or "[]")
 
 
@@ -1033,7 +1089,7 @@ def parse_address(text, kind, what):
     """kind(text): ipaddress.ip_address, ip_interface or ip_network. CNIError 7 naming `what` and the text."""
     if not is_address(text, kind):
         form = "a network like 10.0.0.0/24, no host bits set" if kind is ipaddress.ip_network else "an IP address"
-        raise config_error(f"{what} must be {form}, not {json.dumps(text)}")
+        raise config_error(f"{what} must be {form}, not {to_json(text)}")
     return kind(text)
 
 
@@ -1052,7 +1108,7 @@ def parse_mac(text, what):
     parts = text.lower().split(":") if isinstance(text, str) else []
     is_mac = len(parts) == 6 and all(len(part) == 2 and HEX.issuperset(part) for part in parts)
     if not is_mac or int(parts[0], 16) & 1 or set(parts) == {"00"}:
-        raise config_error(f"{what} must be a unicast MAC address like 0a:58:0a:f4:01:05, not {json.dumps(text)}")
+        raise config_error(f"{what} must be a unicast MAC address like 0a:58:0a:f4:01:05, not {to_json(text)}")
     return ":".join(parts)
 
 
@@ -1101,7 +1157,7 @@ def ipam_leases(request):
     ipam = request.conf.get("ipam")
     data_dir = ipam.get("dataDir") if isinstance(ipam, dict) else None
     if data_dir is not None and (not isinstance(data_dir, str) or not os.path.isabs(data_dir) or "\0" in data_dir):
-        raise config_error(f'"dataDir" must be an absolute path, not {json.dumps(data_dir)}')
+        raise config_error(f'"dataDir" must be an absolute path, not {to_json(data_dir)}')
     return Leases(data_dir or DEFAULT_DATA_DIR, request.network)
 
 
@@ -1310,13 +1366,13 @@ def delegate_call(request, run, verb):
     found = [os.path.join(part, kind) for part in request.path if os.path.isfile(os.path.join(part, kind))]
     if not found:
         raise CNIError(BAD_ENVIRONMENT, f'cannot find the IPAM plugin "{kind}" in CNI_PATH {":".join(request.path)!r}')
-    reply = run(Command([found[0]], json.dumps({**request.conf, "cniVersion": request.version}), {"CNI_COMMAND": verb}))
+    reply = run(Command([found[0]], to_json({**request.conf, "cniVersion": request.version}), {"CNI_COMMAND": verb}))
     if reply.stderr:
         tell(f"{kind}: {reply.stderr.strip()}")
     if reply.exit_code == 0:
         return reply.stdout
     try:
-        error = json.loads(reply.stdout)
+        error = parse_json(reply.stdout)
         raise CNIError(int(error["code"]), f"{kind}: {error.get('msg', '')}", str(error.get("details", "")))
     except (ValueError, TypeError, KeyError):
         said = (reply.stdout + reply.stderr).strip()
@@ -2002,7 +2058,7 @@ def change_ports(run_dir, path, state, run):
         wanted = state["claims"] if state else {}
         claims = {**(mine["claims"] if mine else {}), **wanted}  # none: our own file is torn
         if state:
-            write_file(path, json.dumps(without(state, "claims")))
+            write_file(path, to_json(without(state, "claims")))
             note_claims(run_dir, path, wanted)
         others = look_claimants(run_dir, claims, path) if has_index and claims else without(look_ports(run_dir), path)
         before, after = (winners({**others, path: one} if one else others) for one in (mine, state))
@@ -2611,7 +2667,7 @@ def chain(name, conf_dir, backup_dir, remove=False):
     plugins = typed(conf, "plugins", list, [])
     if not plugins:
         listed = [without(conf, "name", "cniVersion"), CHAINED[name]]
-        conflist = json.dumps({"cniVersion": conf.get("cniVersion"), "name": conf.get("name"), "plugins": listed}, indent=2)
+        conflist = indented({"cniVersion": conf.get("cniVersion"), "name": conf.get("name"), "plugins": listed})
         raise config_error(f"{path} is no list of plugins; put in its place a file {os.path.splitext(path)[0]}.conflist", conflist)
     present = any(name in plugin_names(plugin) for plugin in plugins)
     ours = [plugin for plugin in plugins[1:] if plugin_names(plugin) == [name] and plugin.get("type") in ("mncni", "mncni.py")]
@@ -2621,7 +2677,7 @@ def chain(name, conf_dir, backup_dir, remove=False):
         raise config_error(f"{path} has a plugin {name} already, which is none that `install --chain` put there")
     check_version("ADD", str(conf.get("cniVersion")))
     wanted = [plugin for plugin in plugins if plugin is not ours[0]] if remove else [*plugins, CHAINED[name]]
-    added = "" if remove else ",\n    " + json.dumps(CHAINED[name])
+    added = "" if remove else ",\n    " + to_json(CHAINED[name])
     keep_backup(path, text, backup_dir)
     write_file(path, edited(text, {**conf, "plugins": wanted}, ours[0] if remove else plugins[-1], added), os.stat(path).st_mode & 0o777)
     return path
@@ -2636,6 +2692,8 @@ def plugin_names(plugin):
 def edited(text, wanted, anchor, added):
     """The JSON text, changed in one place so that it says `wanted`: `added` comes behind the object `anchor`, or, added being "", that
     object goes with the comma before it. All the rest stays, however it is written."""
+    import json  # the command line only
+
     decode = json.JSONDecoder().raw_decode
     for start in (place for place, char in enumerate(text) if char == "{"):
         before = start - 1
@@ -2646,11 +2704,11 @@ def edited(text, wanted, anchor, added):
         try:
             found, end = decode(text, start)
             changed = text[: end if added else text.rindex(",", 0, start)] + added + text[end:] if found == anchor else "{}"
-            if json.loads(changed) == wanted:
+            if parse_json(changed) == wanted:
                 return changed
         except ValueError:
             continue
-    return json.dumps(wanted, indent=2) + "\n"
+    return indented(wanted) + "\n"
 
 
 def keep_backup(path, text, backup_dir):
@@ -2710,14 +2768,14 @@ class Explainer:
         self.heading = heading
         if "CNI_COMMAND" in command.environ:
             self.script.append("# ... another plugin; the address below stands for the one that it gives.")
-            return Reply(0, json.dumps({"ips": [without(FOREIGN_RESULT["ips"][0], "interface")]}), "")
+            return Reply(0, to_json({"ips": [without(FOREIGN_RESULT["ips"][0], "interface")]}), "")
         if "route" in command.argv:
             return Reply(0, "default via 192.0.2.1\n" if "-4" in command.argv else "", "")
         lines = [line.split() for line in command.stdin.splitlines()]
         found = [(words[3], self.links.index(words[3])) for words in lines if words[1:3] == ["show", "dev"] and words[3] in self.links]
         other = {"mtu": 1500, "address": "00:00:00:00:00:00", "flags": ["UP"]}  # of a veth pair a result names the host's end first
         links = [{"ifname": name, "ifindex": index, "link_index": index - 1, **other} for name, index in found]
-        return Reply(0, json.dumps(links) if links else "", "")
+        return Reply(0, to_json(links) if links else "", "")
 
 
 def explain_command(options, run):
@@ -2737,7 +2795,7 @@ def explain_command(options, run):
     print("# on a host that has nothing of it yet, or only what an ADD made. Leases are files, not commands, so they do not show.")
     result = None
     for conf in plugins:
-        print("\n# ---- type {}, plugin {} ----".format(*(json.dumps(conf.get(key, conf.get("type"))) for key in ("type", "plugin"))))
+        print("\n# ---- type {}, plugin {} ----".format(*(to_json(conf.get(key, conf.get("type"))) for key in ("type", "plugin"))))
         if "plugin" not in conf and conf.get("type") not in (*PLUGINS, "mncni", "mncni.py"):
             print("# Not a plugin of MNCNI's. The interface and the address below stand for its own.")
             result = result or FOREIGN_RESULT
@@ -2752,7 +2810,7 @@ def explain_plugin(conf, prev_result, command, root):
     conf.update({"ready": "", "logFile": "", "cni.dev/valid-attachments": []})
     conf["runtimeConfig"] = {name: value for name, value in EXPLAINED.items() if any_case(conf.get("capabilities"), name)}
     if conf["runtimeConfig"]:
-        print(f"# The runtime asks for {json.dumps(conf['runtimeConfig'])}.")
+        print(f"# The runtime asks for {to_json(conf['runtimeConfig'])}.")
     delegate = delegate_type(conf)
     if typed(conf, "ipam", dict, {}) and not delegate:
         conf["ipam"] = {**conf["ipam"], "dataDir": root}
@@ -2770,8 +2828,8 @@ def explain_call(command, conf, root):
     """(the commands of one call, its result or {}). CHECK is bound to find everything missing: that is no error here."""
     run, names = Explainer(conf["prevResult"]), {"CNI_CONTAINERID": "c1", "CNI_NETNS": f"{root}/run/netns/c1", "CNI_IFNAME": "eth0"}
     environ = {**names, "CNI_COMMAND": command, "CNI_PATH": root + DEFAULT_BIN_DIR, "MNCNI_RUN_DIR": root + DEFAULT_RUN_DIR}
-    exit_code, stdout = answer(environ, json.dumps(conf), run, called_as=conf.get("type"))
-    reply = json.loads(stdout or "{}")
+    exit_code, stdout = answer(environ, to_json(conf), run, called_as=conf.get("type"))
+    reply = parse_json(stdout or "{}")
     if exit_code and (command, reply["code"]) != ("CHECK", COMMAND_FAILED):
         raise CNIError(reply["code"], reply["msg"], reply.get("details", ""))
     return run.script, reply

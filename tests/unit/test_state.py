@@ -244,7 +244,7 @@ def portmap_call(command, number, run_dir):
     (run_dir / "netns").touch()
     names = {"CNI_CONTAINERID": f"c{number}", "CNI_NETNS": f"{run_dir}/netns", "CNI_IFNAME": "eth0"}
     environ = {**names, "CNI_COMMAND": command, "MNCNI_RUN_DIR": str(run_dir)}
-    exit_code, stdout = mncni.answer(environ, mncni.json.dumps(conf), run)
+    exit_code, stdout = mncni.answer(environ, mncni.to_json(conf), run)
     assert exit_code == 0, stdout
     return ran
 
