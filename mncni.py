@@ -31,7 +31,6 @@ always a parameter: tests pass a recorder.
 Specification: https://www.cni.dev/docs/spec/ ("SPEC" below), version 1.1.0. The error codes 8 and 999 come from libcni, not from it.
 """
 
-import errno
 import fcntl
 import ipaddress
 import os
@@ -1845,10 +1844,10 @@ def naivewg_status(request, run):
 # ---------------------------------------------------------------------------------------------------------------------
 #
 # <run_dir>/portmap/KEY is what an attachment asked for, and the nft table is what follows from these files: a newer pod takes a port
-# over, and an older one that still runs gets it back. <run_dir>/portmap/claims/CLAIM/KEY is empty, and leads to those that ask for the
-# same: the same port, or the rules of the same subnet or device. So an ADD or DEL looks only at those it shares something with, and
-# changes only that in the table; where nft refuses, because somebody flushed it, the table is written whole. A file is written before
-# its claims, and they before the table; they go the other way round, so that DEL finds whatever a crash left.
+# over, and an older one that still runs gets it back. <run_dir>/portmap/claims/CLAIM/KEY is empty, and leads to those that claim the
+# port, device or subnet. So an ADD or DEL looks only at those it shares something with, and changes only that in the table. The
+# table and all claims are written whole, as the files say, where nft refuses, because somebody flushed it, and after a change that did not
+# come to its end: it leaves the file "changing". An attachment's file is there before all that follows from it, and goes last.
 #
 # Only what is for an address of the host is translated; the connection is labelled then (109, one bit of 128). Two kinds get an
 # address of the host's as well, or their answers would bypass it: from the pod's own subnet, the pod itself included, and from
@@ -1860,6 +1859,7 @@ table inet mncni_portmap {
   map any4 { type inet_proto . inet_service : ipv4_addr . inet_service; }
   map given6 { type ipv6_addr . inet_proto . inet_service : ipv6_addr . inet_service; }
   map any6 { type inet_proto . inet_service : ipv6_addr . inet_service; }
+  set podlinks { type ifname; }
   chain ports {
     dnat ip to ip daddr . meta l4proto . th dport map @given4
     dnat ip to meta l4proto . th dport map @any4
@@ -1868,11 +1868,15 @@ table inet mncni_portmap {
   }
   chain prerouting { type nat hook prerouting priority -100; fib daddr type local ct label set 109 jump ports; }
   chain output { type nat hook output priority -100; fib daddr type local ct label set 109 jump ports; }
-  chain postrouting { type nat hook postrouting priority 100; }
-  chain guard { type filter hook prerouting priority -300; }
+  chain postrouting { type nat hook postrouting priority 100; ct status dnat ip saddr 127.0.0.0/8 oifname @podlinks masquerade; }
+  chain guard {
+    type filter hook prerouting priority -300;
+    iifname @podlinks ip saddr 127.0.0.0/8 drop
+    iifname @podlinks ip daddr 127.0.0.0/8 drop
+  }
 }
 """
-PORTMAP_RULES = 6  # of the table above; those of plan_port_rules come on top
+PORTMAP_RULES = 9  # of the table above; one for each subnet comes on top
 PROTOCOLS = {"6": "tcp", "17": "udp", "132": "sctp"}  # nft shows the number where there is no /etc/protocols
 
 
@@ -1897,7 +1901,7 @@ def parse_mapping(mapping):
 
 def plan_claims(mappings, ips, device):
     """What an attachment claims: {"MAP KEY": VALUE} in nft's words, each mapping leading to the pod's first address of each family it is
-    for; {"subnet 10.88.0.0/24": ""} of these; {"device mncni0": ""}. {} without mappings. CNIError 7.
+    for; {"subnet 10.88.0.0/24": ""} of these; {"podlinks mncni0": ""}. {} without mappings. CNIError 7.
 
     Two maps a family, for a given host address and for any: one map of intervals cannot hold both.
     """
@@ -1914,7 +1918,7 @@ def plan_claims(mappings, ips, device):
             if claims.setdefault(key, value) != value:
                 raise config_error(f'"portMappings" leads host port {host_port}/{protocol} to two container ports')
             claims[f"subnet {own.network}"] = ""
-    return {**claims, f"device {device}": ""} if claims and device else claims
+    return {**claims, f"podlinks {device}": ""} if claims and device else claims
 
 
 def parse_state(text):
@@ -1949,28 +1953,25 @@ def look_ports(run_dir):
 
 def look_claimants(run_dir, claims, path):
     """Of the states in other files than path, as look_ports has them, those that matter to the claims: of a port all that claim it,
-    of rules one."""
+    of a device or subnet one."""
     found = {}
     for claim in claims:
-        directory = claim_dir(run_dir, claim)
-        for name in os.listdir(directory) if os.path.isdir(directory) else []:
-            other = os.path.join(run_dir, "portmap", name)
-            state = found.get(other) or (read_ports(other) if other != path else None)
-            if state and claim in state["claims"]:
-                found[other] = state
-                if not is_port(claim):
-                    break
+        try:
+            entries = os.scandir(claim_dir(run_dir, claim))
+        except OSError:
+            continue
+        with entries:
+            for other in (os.path.join(run_dir, "portmap", entry.name) for entry in entries):
+                state = found.get(other) or (read_ports(other) if other != path else None)
+                if state and claim in state["claims"]:
+                    found[other] = state
+                    if not is_port(claim):
+                        break
     return found
 
 
 def claims_dir(run_dir):
     return os.path.join(run_dir, "portmap", "claims")
-
-
-def claim_dirs(run_dir):
-    """The directories of all claims that there are."""
-    top = claims_dir(run_dir)
-    return [os.path.join(top, name) for name in (os.listdir(top) if os.path.isdir(top) else [])]
 
 
 def claim_dir(run_dir, claim):
@@ -1979,24 +1980,42 @@ def claim_dir(run_dir, claim):
 
 def note_claims(run_dir, path, claims):
     """Have whoever claims the same find the state at path."""
-    for claim in claims:
-        os.makedirs(claim_dir(run_dir, claim), exist_ok=True)
-        with open(os.path.join(claim_dir(run_dir, claim), os.path.basename(path)), "w"):
-            continue
+    for directory in [claim_dir(run_dir, claim) for claim in claims]:
+        os.makedirs(directory, exist_ok=True)
+        touch(os.path.join(directory, os.path.basename(path)))
 
 
-def drop_claims(directories, is_stale):
-    """Remove claims, and the directories that are empty then."""
-    for directory in directories:
-        try:
-            for name in filter(is_stale, os.listdir(directory)):
-                os.unlink(os.path.join(directory, name))
-            os.removedirs(directory)
-        except FileNotFoundError:
-            continue  # a process that did this was killed
-        except OSError as error:
-            if error.errno != errno.ENOTEMPTY:  # others claim the same
-                raise
+def drop_claims(run_dir, path, claims):
+    """Take that back. A directory goes with its last file."""
+    for directory in [claim_dir(run_dir, claim) for claim in claims]:
+        remove_file(os.path.join(directory, os.path.basename(path)))
+        remove_empty(directory)
+    remove_empty(claims_dir(run_dir))
+
+
+def write_claims(run_dir, states):
+    """Make the claims those of the states, and no others."""
+    top = claims_dir(run_dir)
+    if os.path.islink(top) or not os.path.isdir(top):
+        remove_file(top)
+    for directory, _, names in os.walk(top, topdown=False):
+        for name in names:
+            os.unlink(os.path.join(directory, name))
+        remove_empty(directory)
+    for path, state in states.items():
+        note_claims(run_dir, path, state["claims"])
+
+
+def touch(path):
+    """Make an empty file, if it is not there."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644))
+
+
+def remove_empty(directory):
+    try:
+        os.rmdir(directory)
+    except OSError:
+        return  # there are others in it, or it is gone
 
 
 def ports_lock(run_dir):
@@ -2004,8 +2023,8 @@ def ports_lock(run_dir):
 
 
 def is_port(claim):
-    """Whether a claim is one of a port: an element of a map. The others are of rules."""
-    return not claim.startswith(("subnet ", "device "))
+    """Whether a claim is one of a host port, of which one has it. Devices and subnets are shared."""
+    return claim.startswith(("any", "given"))
 
 
 def winners(states):
@@ -2017,87 +2036,103 @@ def winners(states):
 
 
 def plan_claim(claim, state):
-    """Lines for nft, those that a claim of a state stands for."""
+    """The line for nft that a claim of a state stands for."""
     kind, _, value = claim.partition(" ")
     if kind == "subnet":
         ip = "ip6" if ":" in value else "ip"
-        rules = [f"postrouting ct status dnat ct label 109 {ip} saddr {value} {ip} daddr {value} masquerade"]
-    elif kind == "device":
-        rules = [f'postrouting ct status dnat ip saddr 127.0.0.0/8 oifname "{value}" masquerade']
-        rules += [f'guard iifname "{value}" ip {end} 127.0.0.0/8 drop' for end in ("saddr", "daddr")]
-    else:
-        network, container_id, ifname = state["owner"]
-        owner = f"{network[:30]}:{container_id[:64]}:{ifname}"  # a comment has 128 bytes
-        return [f'add element inet mncni_portmap {kind} {{ {value} comment "{owner}" : {state["claims"][claim]} }}']
-    return [f"add rule inet mncni_portmap {rule}" for rule in rules]
+        return f"add rule inet mncni_portmap postrouting ct status dnat ct label 109 {ip} saddr {value} {ip} daddr {value} masquerade"
+    if kind == "podlinks":
+        return f'add element inet mncni_portmap podlinks {{ "{value}" }}'
+    network, container_id, ifname = state["owner"]
+    owner = f"{network[:30]}:{container_id[:64]}:{ifname}"  # a comment has 128 bytes
+    return f'add element inet mncni_portmap {kind} {{ {value} comment "{owner}" : {state["claims"][claim]} }}'
 
 
-def plan_portmap(states, head="table inet mncni_portmap\ndelete table inet mncni_portmap"):
-    """A command that makes the table what the states say, in one transaction; there is none without them."""
-    claims = sorted(winners(states).items(), key=lambda item: (is_port(item[0]), item[0]))
-    lines = [line for claim, state in claims for line in plan_claim(claim, state)]
-    return Command(["nft", "-f", "-"], "\n".join([head, *([PORTMAP_TABLE.rstrip()] if states else []), *lines]) + "\n")
+def plan_portmap(claims, head="table inet mncni_portmap\ndelete table inet mncni_portmap"):
+    """A command that makes the table what {claim: state} says, in one transaction; there is none without them."""
+    lines = [plan_claim(claim, state) for claim, state in sorted(claims.items(), key=lambda item: (is_port(item[0]), item[0]))]
+    return Command(["nft", "-f", "-"], "\n".join([head, *([PORTMAP_TABLE.rstrip()] if claims else []), *lines]) + "\n")
 
 
 def plan_port_change(before, after):
-    """A command that changes the table from one {claim: state} to another, None where rules have to go: they have no name to delete them
-    by. It fails if the table is not as it was."""
+    """A command that changes the table from one {claim: state} to another, None where a rule has to go: it has no name to delete it by.
+    It fails if an element is not as it was."""
     lines = []
     for claim in sorted({**before, **after}):
         kind, _, key = claim.partition(" ")
-        if is_port(claim):
-            lines += [f"delete element inet mncni_portmap {kind} {{ {key} }}"] if claim in before else []
-            lines += plan_claim(claim, after[claim]) if claim in after else []
-        elif claim not in after:
+        if kind == "subnet" and claim not in after:
             return None
-        elif claim not in before:
-            lines += plan_claim(claim, after[claim])
+        if claim in before and (is_port(claim) or claim not in after):
+            key = key if is_port(claim) else f'"{key}"'
+            lines.append(f"delete element inet mncni_portmap {kind} {{ {key} }}")
+        if claim in after and (kind != "subnet" or claim not in before):
+            lines.append(plan_claim(claim, after[claim]))
     return Command(["nft", "-f", "-"], "\n".join(lines) + "\n")
 
 
 def change_ports(run_dir, path, state, run):
     """Take up the state that an attachment keeps at path, None to drop it, and make the table what follows."""
     with ports_lock(run_dir) as lock:
-        mine, has_index = read_ports(path), os.path.isdir(claims_dir(run_dir))
-        wanted = state["claims"] if state else {}
+        if not state and not has_ports(run_dir, path):
+            return  # meanwhile another process has put right what was left
+        mine, wanted = read_ports(path), state["claims"] if state else {}
         claims = {**(mine["claims"] if mine else {}), **wanted}  # none: our own file is torn
+        is_known = bool(claims) and os.path.isdir(claims_dir(run_dir)) and not os.path.exists(mark_of_change(run_dir))
+        touch(mark_of_change(run_dir))
+        others = look_claimants(run_dir, claims, path) if is_known else without(look_ports(run_dir), path)
+        had, has = ({**others, path: one} if one else others for one in (mine, state))
         if state:
             write_file(path, to_json(without(state, "claims")))
+        if is_known:
             note_claims(run_dir, path, wanted)
-        others = look_claimants(run_dir, claims, path) if has_index and claims else without(look_ports(run_dir), path)
-        before, after = (winners({**others, path: one} if one else others) for one in (mine, state))
-        command = None
-        if has_index and claims:
-            before, after = ({claim: had[claim] for claim in claims if claim in had} for had in (before, after))
+            before, after = ({claim: one for claim, one in winners(states).items() if claim in claims} for states in (had, has))
             command = plan_port_change(before, after)
-        elif state and not before:  # a transaction that deletes something takes 10 to 15 ms longer
-            command = plan_portmap({path: state}, "create table inet mncni_portmap")
-        apply_ports(run_dir, before, after, lock.held(run), command, [path] if state is None else [])
-        stale = [claim_dir(run_dir, claim) for claim in claims if claim not in wanted]
-        drop_claims(stale if claims else claim_dirs(run_dir), lambda name: name == os.path.basename(path))
+        else:
+            write_claims(run_dir, has)
+            before, after = winners(had), winners(has)
+            first = bool(state) and not before  # there is nothing to delete, which would take 10 to 15 ms
+            command = plan_portmap(after, "create table inet mncni_portmap") if first else None
+        apply_ports(run_dir, before, after, lock.held(run), command, [] if state else [path])
+        drop_claims(run_dir, path, [claim for claim in claims if claim not in wanted])
         if state is None:
             remove_file(path)
+        remove_file(mark_of_change(run_dir))
+
+
+def mark_of_change(run_dir):
+    return os.path.join(run_dir, "portmap", "changing")
+
+
+def has_ports(run_dir, path):
+    """Whether there is something to do for a DEL: the attachment's own state, or a change that did not come to its end."""
+    return os.path.exists(path) or os.path.exists(mark_of_change(run_dir))
 
 
 def apply_ports(run_dir, before, after, run, command=None, gone=()):
     """Make the table what `after`, {claim: state}, says: by a command, or where that is none or fails, whole, of all states but those
     gone. UDP flows to ports that lead elsewhere than `before` have to find their new way: conntrack remembers the old one."""
     switch_localnet(devices_of(before) - devices_of(after), 0, run)  # before the guard goes
+    devices = devices_of(after)
     if command is None or run(command).exit_code:
-        states = without(look_ports(run_dir), *gone)
-        for path, state in states.items():
-            note_claims(run_dir, path, state["claims"])
-        apply([plan_portmap(states)], run)
-    switch_localnet(devices_of(after), 1, run)
-    changed = [claim for claim in {**before, **after} if "udp . " in claim and before.get(claim) != after.get(claim)]
+        claims = winners(without(look_ports(run_dir), *gone))
+        devices = devices_of(claims)
+        apply([plan_portmap(claims)], run)
+    switch_localnet(devices, 1, run)
+    udp = [claim for claim in {**before, **after} if is_port(claim) and "udp . " in claim]
+    changed = [claim for claim in udp if leads_to(claim, before) != leads_to(claim, after)]
     if changed:
         flows = sorted(claim.partition(" ")[2].replace("udp . ", "").replace(" . ", "/") for claim in changed)
         best_effort(run, Command(["mncni.py", "forget-flows", *dict.fromkeys(flows)]))
 
 
+def leads_to(claim, claims):
+    """Where a host port leads, None for nowhere."""
+    return claims[claim]["claims"][claim] if claim in claims else None
+
+
 def devices_of(claims):
     """The set of devices that claims name."""
-    return {claim.partition(" ")[2] for claim in claims if claim.startswith("device ")}
+    return {claim.partition(" ")[2] for claim in claims if claim.startswith("podlinks ")}
 
 
 def switch_localnet(devices, value, run):
@@ -2169,14 +2204,18 @@ def is_own_address(address):
     return True
 
 
+def port_device(request):
+    """What pods' packets come in through: of prevResult's interfaces on the host the first, by convention."""
+    return (host_links(request) or [""])[0]
+
+
 def ports_path(request):
     return os.path.join(request.run_dir, "portmap", short_hash(request.network, request.container_id, request.ifname))
 
 
 def portmap_add(request, run):
     """ADD: lead host ports to the pod. Returns what it was given. Its undo is portmap_del."""
-    mappings, ips = runtime_config(request, "portMappings", list, []), own_ips(request)
-    device = (host_links(request) or [""])[0]  # what pods' packets come in through, in the convention's order
+    mappings, ips, device = runtime_config(request, "portMappings", list, []), own_ips(request), port_device(request)
     state = {
         "owner": [request.network, request.container_id, request.ifname],
         "since": time.monotonic_ns(),
@@ -2197,7 +2236,7 @@ def portmap_add(request, run):
 
 def portmap_del(request, run):
     """DEL: give the ports back. It needs neither prevResult nor namespace, and starts no command for a pod without host ports."""
-    if os.path.exists(ports_path(request)):
+    if has_ports(request.run_dir, ports_path(request)):
         change_ports(request.run_dir, ports_path(request), None, run)
     else:
         remove_file(ports_path(request))
@@ -2205,44 +2244,61 @@ def portmap_del(request, run):
 
 def portmap_check(request, run):
     """CHECK: the host ports lead to the pod. CNIError 100 whose details list those that do not."""
-    wanted = plan_claims(runtime_config(request, "portMappings", list, []), own_ips(request), "")
-    report(request, check_ports(winners(look_ports(request.run_dir)), wanted, run) if wanted else [])
+    wanted = plan_claims(runtime_config(request, "portMappings", list, []), own_ips(request), port_device(request))
+    report(request, check_ports(winners(look_ports(request.run_dir)), wanted, look_portmap(run)) if wanted else [])
 
 
-def check_ports(claims, wanted, run):
-    """What is wrong with the table, a list of messages. claims: all, as winners has them; wanted: {"MAP KEY": VALUE} to be in it."""
-    elements, rules = look_nft(["table", "inet", "mncni_portmap"], parse_portmap, run)
-    wrong = {key: value for key, value in wanted.items() if is_port(key) and elements.get(key) != value}
-    problems = [f"host port {key} leads to {elements.get(key, 'nothing')}, not to {value}" for key, value in wrong.items()]
-    expected = PORTMAP_RULES + sum(len(plan_claim(claim, state)) for claim, state in claims.items() if not is_port(claim))
-    return problems + ([f"nft table inet mncni_portmap has {rules} rules, not {expected}"] if rules != expected else [])
+def look_portmap(run):
+    """({"MAP KEY" or "SET KEY": VALUE}, number of rules) of the table."""
+    return look_nft(["table", "inet", "mncni_portmap"], parse_portmap, run)
 
 
 def parse_portmap(items):
-    """({"MAP KEY": VALUE}, number of rules) of nft's objects."""
+    """The same of nft's objects."""
     elements = {}
-    for table_map in (item["map"] for item in items if "map" in item):
-        for key, value in table_map.get("elem", []):
-            words = [[PROTOCOLS.get(str(word), str(word)) for word in side["concat"]] for side in (key["elem"]["val"], value)]
-            elements[f"{table_map['name']} {' . '.join(words[0])}"] = " . ".join(words[1])
+    for kind, item in [(kind, item[kind]) for item in items for kind in ("map", "set") if kind in item]:
+        for element in item.get("elem", []):
+            key, value = element if kind == "map" else (element, "")
+            elements[f"{item['name']} {element_text(key)}"] = element_text(value)
     return elements, sum("rule" in item for item in items)
+
+
+def element_text(side):
+    """A key or value of an nft element, in nft's words; somebody else's may lack a comment, or be no concatenation."""
+    if isinstance(side, dict) and "elem" in side:
+        side = side["elem"]["val"]
+    parts = side["concat"] if isinstance(side, dict) and "concat" in side else [side]
+    return " . ".join(PROTOCOLS.get(str(part), str(part)) for part in parts)
+
+
+def check_ports(claims, wanted, found):
+    """What is wrong with the table, a list of messages. claims: all, as winners has them; wanted: {claim: VALUE}, those that have to be
+    in it; found: what look_portmap returned."""
+    (elements, rules), problems = found, []
+    for claim, value in wanted.items():
+        if is_port(claim) and elements.get(claim) != value:
+            problems.append(f"host port {claim} leads to {elements.get(claim, 'nothing')}, not to {value}")
+        elif claim.startswith("podlinks ") and claim not in elements:
+            problems.append(f"nft set {claim.replace(' ', ' lacks ')}")
+    expected = PORTMAP_RULES + sum(claim.startswith("subnet ") for claim in claims)
+    return problems + ([f"nft table inet mncni_portmap has {rules} rules, not {expected}"] if rules != expected else [])
 
 
 def portmap_gc(request, run):
     """GC: drop what this network's attachments asked for that are not in the runtime's list, and what crashes left."""
-    keep = valid_attachments(request)
-    if keep is None or not os.path.isdir(os.path.join(request.run_dir, "portmap")):
+    keep, run_dir = valid_attachments(request), request.run_dir
+    if keep is None or not os.path.isdir(os.path.join(run_dir, "portmap")):
         return
-    with ports_lock(request.run_dir) as lock:
-        states, own = look_ports(request.run_dir), request.network
-        kept = {path: state for path, state in states.items() if state["owner"][0] != own or tuple(state["owner"][1:]) in keep}
-        stale = states.keys() - kept.keys()
-        if stale:
-            apply_ports(request.run_dir, winners(states), winners(kept), lock.held(run), gone=stale)
-        names = [os.path.basename(path) for path in kept]
-        drop_claims(claim_dirs(request.run_dir), lambda name: name not in names)
-        for path in [*stale, *half_written_ports(request.run_dir)]:
-            remove_file(path)
+    with ports_lock(run_dir) as lock:
+        states, left, mark = look_ports(run_dir), half_written_ports(run_dir), mark_of_change(run_dir)
+        owners = {path: (state["owner"][0], tuple(state["owner"][1:])) for path, state in states.items()}
+        stale = [path for path, (network, attachment) in owners.items() if network == request.network and attachment not in keep]
+        if stale or left or os.path.exists(mark):
+            touch(mark)
+            apply_ports(run_dir, winners(states), winners(without(states, *stale)), lock.held(run), gone=stale)
+            write_claims(run_dir, without(states, *stale))
+            for path in [*stale, *left, mark]:
+                remove_file(path)
 
 
 def half_written_ports(run_dir):
@@ -2257,8 +2313,9 @@ def restore_portmap(run_dir, run):
     if not look_ports(run_dir):
         return []
     with ports_lock(run_dir) as lock:
-        claims = winners(look_ports(run_dir))
-        problems = check_ports(claims, {claim: state["claims"][claim] for claim, state in claims.items()}, run)
+        claims, found = winners(look_ports(run_dir)), look_portmap(run)
+        problems = check_ports(claims, {claim: state["claims"][claim] for claim, state in claims.items()}, found)
+        problems += [f"host port {key} is nobody's" for key in sorted(found[0].keys() - claims.keys())]
         for device in sorted(devices_of(claims)):
             if read_file(f"/proc/sys/net/ipv4/conf/{device}/route_localnet") == "0\n":
                 problems.append(f"{device} does not accept 127.0.0.1 (route_localnet)")

@@ -57,8 +57,11 @@ NFT_LINES = (
     "  chain [a-z]+ \\{(?: type (?:nat|filter) hook [a-z]+ priority -?\\d+;(?: fib daddr type local ct label set 109 jump ports;)? \\})?",
     "    dnat ip6? to (?:ip6? daddr \\. )?meta l4proto \\. th dport map @(?:given|any)[46]",
     "add rule inet mncni_portmap postrouting ct status dnat ct label 109 <FAMILY> saddr <PREFIX> <FAMILY> daddr <PREFIX> masquerade",
-    'add rule inet mncni_portmap postrouting ct status dnat ip saddr 127.0.0.0/8 oifname "<NAME>" masquerade',
-    'add rule inet mncni_portmap guard iifname "<NAME>" ip [sd]addr 127.0.0.0/8 drop',
+    "  set podlinks \\{ type ifname; \\}",
+    "  chain postrouting \\{ type nat hook postrouting priority 100; ct status dnat ip saddr 127.0.0.0/8 oifname @podlinks masquerade; \\}",
+    "    type filter hook prerouting priority -300;",
+    "    iifname @podlinks ip [sd]addr 127.0.0.0/8 drop",
+    '(?:add|delete) element inet mncni_portmap podlinks \\{ "<NAME>" \\}',
     "add element inet mncni_portmap (?:given|any)[46] \\{ (?:<ADDRESS> \\. )?<PROTOCOL> \\. <NUMBER> comment "
     '"<ID>:<ID>:<NAME>" : <ADDRESS> \\. <NUMBER> \\}',
     "delete element inet mncni_portmap (?:given|any)[46] \\{ (?:<ADDRESS> \\. )?<PROTOCOL> \\. <NUMBER> \\}",

@@ -19,7 +19,7 @@ from tests.integration.conftest import Host
 pytestmark = pytest.mark.root
 
 RANGES = [[{"subnet": "10.88.0.0/24"}], [{"subnet": "fd00:88::/64"}]]
-ONE, TWO = (name.ljust(64, "0") for name in ("c1", "c2"))  # IDs as long as a runtime's
+ONE, TWO, THREE = (name.ljust(64, "0") for name in ("c1", "c2", "c3"))  # IDs as long as a runtime's
 ASKED = {  # enough host ports for a script that goes to nft in two pieces
     "portMappings": [{"hostPort": 8080 + i, "containerPort": 80, "protocol": "udp" if i % 2 else "tcp"} for i in range(8)],
     "bandwidth": {"ingressRate": 8_000_000, "egressRate": 8_000_000},
@@ -31,18 +31,18 @@ TOOLS = mncni.search_path({"PATH": os.environ["PATH"]})
 
 
 class Node:
-    """A host of its own and two pods; calls of the plugin, each in a child of this process. path: where the tools are."""
+    """A host of its own and three pods; calls of the plugin, each in a child of this process. path: where the tools are."""
 
     def __init__(self, tmp):
         self.host = Host(tmp)
         self.enter = namespaces(net=f"/run/netns/{self.host.netns}")
-        self.pods = {ONE: self.host.pod("a"), TWO: self.host.pod("b")}
+        self.pods = {ONE: self.host.pod("a"), TWO: self.host.pod("b"), THREE: self.host.pod("c")}
         self.path = TOOLS
 
     def conf(self, plugin, **keys):
         ipam = {"dataDir": f"{self.host.tmp}/data", "ranges": RANGES}
         asked = {**ASKED, **(LAT if kernel_has("netem") else {})}
-        return self.host.conf(plugin=plugin, ipMasq=True, ipam=ipam, runtimeConfig=asked, **keys)
+        return self.host.conf(**{"plugin": plugin, "ipMasq": True, "ipam": ipam, "runtimeConfig": asked, **keys})
 
     def child(self, command, conf, container_id=ONE, at=None):
         """A call that ends at a step. GC is to keep the second pod alone."""
@@ -181,6 +181,35 @@ def test_a_command_that_outlives_a_killed_add_undoes_no_del(node, survived, tmp_
         killed = child.outcome()
         assert diff(clean, node.snapshot()) == "", killed
     survived("ADD of all plugins, while a slow tool is at work", len(points))
+
+
+@pytest.mark.parametrize("what", ["ADD", "DEL", "ADD with other ports"])
+def test_what_a_killed_change_of_host_ports_leaves_harms_no_other_pod(node, what, survived):
+    """One pod has the ports already, on a bridge of its own; another comes to the killed one's bridge before that is deleted."""
+    other = {"name": "other", "bridge": "other0", "ipam": {"dataDir": f"{node.host.tmp}/data", "ranges": [[{"subnet": "10.89.0.0/24"}]]}}
+    ports, confs = ASKED["portMappings"][:2], {}
+    for pod, keys, asked in ((ONE, {}, ports), (TWO, {}, [{**ports[0], "hostPort": 9999}]), (THREE, other, ports)):
+        result = node.call("ADD", node.conf(["naivewg"], **keys), pod)
+        confs[pod] = {**node.conf(["portmap"], **keys), "prevResult": result, "runtimeConfig": {"portMappings": asked}}
+    fewer = {**confs[ONE], "runtimeConfig": {"portMappings": ports[:1]}}
+    for pod in (THREE, TWO):
+        node.call("ADD", confs[pod], pod)
+    wanted = sorted(node.snapshot().splitlines())
+    node.call("DEL", confs[TWO], TWO)
+
+    def start(at):
+        if what != "ADD":
+            node.call("ADD", confs[ONE])
+        return node.child(what[:3], fewer if "other" in what else confs[ONE], at=at)
+
+    for child in each_step(start):
+        killed = child.outcome()
+        node.call("ADD", confs[TWO], TWO)
+        node.call("CHECK", confs[TWO], TWO)
+        node.call("DEL", confs[ONE])
+        assert sorted(node.snapshot().splitlines()) == wanted, killed
+        node.call("DEL", confs[TWO], TWO)
+    survived(f"{what} of host ports, then another pod comes", len(killed["steps"]))
 
 
 def test_a_killed_restore_of_the_host_ports_is_finished_by_the_next(node, survived):

@@ -340,8 +340,8 @@ STATE_FILES = {  # as an ADD leaves them, and what lies beside them
         }
     ),
     "run/portmap/claims/given4,192.0.2.1,tcp,80/KEY": "",
-    "run/portmap/claims/device,mncni0/KEY": "",
-    "run/portmap/claims/device,mncni0/0123456789abcdef": "",
+    "run/portmap/claims/podlinks,mncni0/KEY": "",
+    "run/portmap/claims/podlinks,mncni0/0123456789abcdef": "",
     "run/portmap/claims/any4,udp,53/0123456789abcdef": "",
     "ready": json.dumps({"bootID": "{BOOT_ID}", "device": "lo", "ok": True, "reason": ""}),
 }

@@ -328,6 +328,7 @@ def test_check_names_what_is_missing_and_restore_puts_it_right(host, cluster):
         "nft flush ruleset",
         "nft flush chain inet mncni_portmap postrouting",
         "nft delete element inet mncni_portmap any6 '{ udp . 53 }'",
+        "nft delete element inet mncni_portmap podlinks '{ mncni0 }'",
     ):
         host.sh(harm)
         exit_code, error, _ = host.cni("CHECK", checked, "server", pod)
@@ -338,6 +339,8 @@ def test_check_names_what_is_missing_and_restore_puts_it_right(host, cluster):
         assert host.cni("CHECK", checked, "server", pod) == (0, None, "")
     assert cluster.who(cluster.world, HOST[4]) == "server"
     assert restore(host) == ""
+    host.sh("nft add element inet mncni_portmap any4 '{ tcp . 99 : 10.88.0.2 . 80 }'")
+    assert restore(host) == "restored: host port any4 tcp . 99 is nobody's\n" and table(host) == whole
     host.sh("echo 0 >/proc/sys/net/ipv4/conf/mncni0/route_localnet")
     assert "restored: mncni0 does not accept 127.0.0.1" in restore(host)
     assert cluster.who("", "127.0.0.1") == "server"
@@ -346,7 +349,9 @@ def test_check_names_what_is_missing_and_restore_puts_it_right(host, cluster):
 def restore(host):
     argv = ["nsenter", f"--net=/run/netns/{host.netns}", mncni.__file__, "portmap-restore"]
     environ = {**os.environ, "MNCNI_RUN_DIR": f"{host.tmp}/run"}
-    return subprocess.run(argv, capture_output=True, text=True, check=True, env=environ, timeout=60).stdout
+    done = subprocess.run(argv, capture_output=True, text=True, env=environ, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_pods_do_not_reach_the_hosts_loopback(host, cluster):
