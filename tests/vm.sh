@@ -11,7 +11,7 @@
 # a test failed, or the virtual machine ended before the tests did, or both took longer than LIMIT_S.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-LIMIT_S=1800
+LIMIT_S=3600
 
 main() {
     local kernel status=0 begin=$SECONDS vm words

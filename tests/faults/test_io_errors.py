@@ -41,7 +41,7 @@ def state_paths(host):
     key = mncni.short_hash("net", "c1", "eth0")
     net, ports = f"{host.tmp}/data/net", f"{host.tmp}/run/portmap"
     files = [f"{net}/10.88.0.2", f"{net}/last.0", f"{net}/attachments/{key}", f"{ports}/{key}"]
-    files += [f"{ports}/claims/{claim}/{key}" for claim in ("any4,tcp,8080", "subnet,10.88.0.0_24", "device,mncni0")]
+    files += [f"{ports}/claims/{claim}/{key}" for claim in ("any4,tcp,8080", "subnet,10.88.0.0_24", "podlinks,mncni0")]
     locks = [f"{net}/lock", f"{ports}/lock", f"{host.tmp}/run/bridge.lock", f"{host.tmp}/run/attachments/{key[-3:]}"]
     return [*files, *map(mncni.unfinished, files), *locks, *{os.path.dirname(path) for path in [*files, *locks]}]
 
@@ -123,7 +123,8 @@ def broken_disk(lab, call):
             labs.wait_until(lambda: "TracerPid:\t0\n" not in node_sh(lab, "node1", f"cat /proc/{pid}/status"), 20, "strace")
             yield
         finally:
-            node_sh(lab, "node1", "pkill -x strace")  # not the tracer, which is nsenter
+            # Not the tracer, which is nsenter. Asked to end, strace may wait forever: for a thread that waits for one it has let go of.
+            node_sh(lab, "node1", "pkill -KILL -x strace")
             tracer.wait(20)
 
 
