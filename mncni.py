@@ -617,7 +617,8 @@ def run_process(command, environ, timeout_s):
     ends, pid = {our_in, our_out, our_err}, 0
     try:
         try:
-            places = [*((fd, 100 + number) for number, fd in enumerate(command.fds)), (its_in, 0), (its_out, 1), (its_err, 2)]
+            free = max(its_in, its_out, its_err, *command.fds) + 1
+            places = [*((fd, free + number) for number, fd in enumerate(command.fds)), (its_in, 0), (its_out, 1), (its_err, 2)]
             actions = [(os.POSIX_SPAWN_DUP2, fd, place) for fd, place in places]
             pid = os.posix_spawn(program, argv, environ, file_actions=actions, setsigdef=[13, 25])  # SIGPIPE, SIGXFSZ: Python ignores them
         finally:
@@ -2073,56 +2074,49 @@ def plan_port_change(before, after):
 def change_ports(run_dir, path, state, run):
     """Take up the state that an attachment keeps at path, None to drop it, and make the table what follows."""
     with ports_lock(run_dir) as lock:
-        if not state and not has_ports(run_dir, path):
-            return  # meanwhile another process has put right what was left
-        mine, wanted = read_ports(path), state["claims"] if state else {}
+        run, mark, mine = lock.held(run), mark_of_change(run_dir), read_ports(path)
+        wanted = state["claims"] if state else {}
         claims = {**(mine["claims"] if mine else {}), **wanted}  # none: our own file is torn
-        is_known = bool(claims) and os.path.isdir(claims_dir(run_dir)) and not os.path.exists(mark_of_change(run_dir))
-        touch(mark_of_change(run_dir))
+        is_known = bool(claims) and not (mine and state) and os.path.isdir(claims_dir(run_dir)) and not os.path.exists(mark)
         others = look_claimants(run_dir, claims, path) if is_known else without(look_ports(run_dir), path)
         had, has = ({**others, path: one} if one else others for one in (mine, state))
-        if state:
+        before, after = ({claim: one for claim, one in winners(states).items() if claim in claims or not is_known} for states in (had, has))
+        switch_localnet(devices_of(before) - devices_of(after), 0, run)  # before the guard goes
+        if state and not mine:
+            write_file(path, to_json(without(state, "claims")))  # first, for by it DEL knows that there is something to do
+        touch(mark)
+        if state and mine:
             write_file(path, to_json(without(state, "claims")))
         if is_known:
             note_claims(run_dir, path, wanted)
-            before, after = ({claim: one for claim, one in winners(states).items() if claim in claims} for states in (had, has))
             command = plan_port_change(before, after)
         else:
             write_claims(run_dir, has)
-            before, after = winners(had), winners(has)
             first = bool(state) and not before  # there is nothing to delete, which would take 10 to 15 ms
             command = plan_portmap(after, "create table inet mncni_portmap") if first else None
-        apply_ports(run_dir, before, after, lock.held(run), command, [] if state else [path])
+        changed = [claim for claim in {**before, **after} if not is_known or leads_to(claim, before) != leads_to(claim, after)]
+        apply_ports(run_dir, after, changed, run, command, [] if state else [path])
         drop_claims(run_dir, path, [claim for claim in claims if claim not in wanted])
+        remove_file(mark)
         if state is None:
             remove_file(path)
-        remove_file(mark_of_change(run_dir))
 
 
 def mark_of_change(run_dir):
     return os.path.join(run_dir, "portmap", "changing")
 
 
-def has_ports(run_dir, path):
-    """Whether there is something to do for a DEL: the attachment's own state, or a change that did not come to its end."""
-    return os.path.exists(path) or os.path.exists(mark_of_change(run_dir))
-
-
-def apply_ports(run_dir, before, after, run, command=None, gone=()):
+def apply_ports(run_dir, after, changed, run, command=None, gone=()):
     """Make the table what `after`, {claim: state}, says: by a command, or where that is none or fails, whole, of all states but those
-    gone. UDP flows to ports that lead elsewhere than `before` have to find their new way: conntrack remembers the old one."""
-    switch_localnet(devices_of(before) - devices_of(after), 0, run)  # before the guard goes
-    devices = devices_of(after)
+    gone. changed: the claims that lead elsewhere now; UDP flows have to find their new way, for conntrack remembers the old one."""
     if command is None or run(command).exit_code:
-        claims = winners(without(look_ports(run_dir), *gone))
-        devices = devices_of(claims)
-        apply([plan_portmap(claims)], run)
-    switch_localnet(devices, 1, run)
-    udp = [claim for claim in {**before, **after} if is_port(claim) and "udp . " in claim]
-    changed = [claim for claim in udp if leads_to(claim, before) != leads_to(claim, after)]
-    if changed:
-        flows = sorted(claim.partition(" ")[2].replace("udp . ", "").replace(" . ", "/") for claim in changed)
-        best_effort(run, Command(["mncni.py", "forget-flows", *dict.fromkeys(flows)]))
+        after = winners(without(look_ports(run_dir), *gone))
+        apply([plan_portmap(after)], run)
+    switch_localnet(devices_of(after), 1, run)
+    udp = [claim.partition(" ")[2] for claim in changed if is_port(claim) and "udp . " in claim]
+    if udp:
+        flows = sorted({key.replace("udp . ", "").replace(" . ", "/") for key in udp})
+        best_effort(run, Command(["mncni.py", "forget-flows", *flows]))
 
 
 def leads_to(claim, claims):
@@ -2236,7 +2230,7 @@ def portmap_add(request, run):
 
 def portmap_del(request, run):
     """DEL: give the ports back. It needs neither prevResult nor namespace, and starts no command for a pod without host ports."""
-    if has_ports(request.run_dir, ports_path(request)):
+    if os.path.exists(ports_path(request)):
         change_ports(request.run_dir, ports_path(request), None, run)
     else:
         remove_file(ports_path(request))
@@ -2290,21 +2284,31 @@ def portmap_gc(request, run):
     if keep is None or not os.path.isdir(os.path.join(run_dir, "portmap")):
         return
     with ports_lock(run_dir) as lock:
-        states, left, mark = look_ports(run_dir), half_written_ports(run_dir), mark_of_change(run_dir)
+        states, left = look_ports(run_dir), half_written_ports(run_dir)
         owners = {path: (state["owner"][0], tuple(state["owner"][1:])) for path, state in states.items()}
         stale = [path for path, (network, attachment) in owners.items() if network == request.network and attachment not in keep]
-        if stale or left or os.path.exists(mark):
-            touch(mark)
-            apply_ports(run_dir, winners(states), winners(without(states, *stale)), lock.held(run), gone=stale)
-            write_claims(run_dir, without(states, *stale))
-            for path in [*stale, *left, mark]:
+        if stale or left or os.path.exists(mark_of_change(run_dir)):
+            rewrite_ports(run_dir, states, stale, lock.held(run))
+            for path in left:
                 remove_file(path)
 
 
 def half_written_ports(run_dir):
     """Paths of what killed processes left. Whoever holds the lock is the only one that writes."""
-    directory = os.path.join(run_dir, "portmap")
-    return [os.path.join(directory, name) for name in os.listdir(directory) if name[0] == "."]
+    paths = [os.path.join(run_dir, "portmap", name) for name in os.listdir(os.path.join(run_dir, "portmap")) if name[0] == "."]
+    return [path for path in paths if not os.path.isdir(path)]
+
+
+def rewrite_ports(run_dir, states, stale, run):
+    """Make table and claims what the states say, all that there are, without those at the paths in stale, which go."""
+    before, after = winners(states), winners(without(states, *stale))
+    switch_localnet(devices_of(before) - devices_of(after), 0, run)
+    touch(mark_of_change(run_dir))
+    changed = [claim for claim in before if not stale or leads_to(claim, before) != leads_to(claim, after)]
+    apply_ports(run_dir, after, changed, run, gone=stale)
+    write_claims(run_dir, without(states, *stale))
+    for path in [*stale, mark_of_change(run_dir)]:
+        remove_file(path)
 
 
 def restore_portmap(run_dir, run):
@@ -2313,14 +2317,17 @@ def restore_portmap(run_dir, run):
     if not look_ports(run_dir):
         return []
     with ports_lock(run_dir) as lock:
-        claims, found = winners(look_ports(run_dir)), look_portmap(run)
+        states, found = look_ports(run_dir), look_portmap(run)
+        claims = winners(states)
         problems = check_ports(claims, {claim: state["claims"][claim] for claim, state in claims.items()}, found)
-        problems += [f"host port {key} is nobody's" for key in sorted(found[0].keys() - claims.keys())]
+        problems += [f"nft has {key}, which no pod asked for" for key in sorted(found[0].keys() - claims.keys())]
         for device in sorted(devices_of(claims)):
             if read_file(f"/proc/sys/net/ipv4/conf/{device}/route_localnet") == "0\n":
                 problems.append(f"{device} does not accept 127.0.0.1 (route_localnet)")
+        if os.path.exists(mark_of_change(run_dir)):
+            problems.append("a change of host ports did not come to its end")
         if problems:
-            apply_ports(run_dir, {}, claims, lock.held(run))
+            rewrite_ports(run_dir, states, [], lock.held(run))
     return problems
 
 

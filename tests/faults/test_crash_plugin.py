@@ -221,7 +221,7 @@ def test_a_killed_restore_of_the_host_ports_is_finished_by_the_next(node, surviv
         return Child(node.enter, lambda: mncni.restore_portmap(state, run), at)
 
     for child in each_step(lambda at: restore(at)):
-        restore()
+        restore().outcome()
         killed = child.outcome()
         assert diff(whole, node.snapshot()) == "", killed
         node.host.sh("nft delete table inet mncni_portmap; echo 0 > /proc/sys/net/ipv4/conf/mncni0/route_localnet")

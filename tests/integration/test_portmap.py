@@ -340,7 +340,7 @@ def test_check_names_what_is_missing_and_restore_puts_it_right(host, cluster):
     assert cluster.who(cluster.world, HOST[4]) == "server"
     assert restore(host) == ""
     host.sh("nft add element inet mncni_portmap any4 '{ tcp . 99 : 10.88.0.2 . 80 }'")
-    assert restore(host) == "restored: host port any4 tcp . 99 is nobody's\n" and table(host) == whole
+    assert restore(host) == "restored: nft has any4 tcp . 99, which no pod asked for\n" and table(host) == whole
     host.sh("echo 0 >/proc/sys/net/ipv4/conf/mncni0/route_localnet")
     assert "restored: mncni0 does not accept 127.0.0.1" in restore(host)
     assert cluster.who("", "127.0.0.1") == "server"
