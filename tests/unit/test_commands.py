@@ -118,3 +118,17 @@ def test_looking_for_what_is_gone_is_no_error_but_any_other_failure_is():
         with pytest.raises(mncni.CNIError) as raised:
             mncni.look_ip(["link show"], lambda command, stderr=stderr: Reply(1, "", stderr))
         assert raised.value.code == code
+
+
+def test_a_lock_that_is_passed_on_takes_no_descriptors_place(tmp_path):
+    """However many files are open."""
+    many = [os.open(os.devnull, os.O_RDONLY) for _ in range(120)]
+    try:
+        with mncni.Locked(str(tmp_path / "lock")) as lock:
+            run = lock.held(mncni.make_run(program(tmp_path, "ip", "cat; readlink /proc/$$/fd/* | grep -c '/lock$'")))
+            while many[-1] >= 100:  # the command's pipes come in their place
+                os.close(many.pop())
+            assert run(Command(["ip"], "line\n")) == Reply(0, "line\n1\n", "")
+    finally:
+        for fd in many:
+            os.close(fd)
