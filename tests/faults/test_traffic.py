@@ -144,7 +144,6 @@ def not_other(lab):
 # ---- the node ----
 
 
-@pytest.mark.vm
 def test_a_node_that_reboots_has_its_pods_back_soon(lab, fault):
     """kubelet starts pods at once, before there is an agent: the plugin tells it to try again, and nothing leaves them in clear."""
     pods, heal_s, before = ["pod1", "pod2", "pod3"], [], things(lab, "node3")
@@ -169,7 +168,6 @@ def test_a_node_that_reboots_has_its_pods_back_soon(lab, fault):
     assert heal_s[0] < 4 * HEAL_S
 
 
-@pytest.mark.vm
 def test_a_node_that_is_made_anew_with_other_addresses_and_key_is_followed(lab, fault):
     heal_s = []
 
@@ -205,7 +203,6 @@ def change_address(lab, node, address):
     node_sh(lab, node, f"ip address flush dev eth0; ip address add {address}/24 dev eth0")
 
 
-@pytest.mark.vm
 def test_nodes_whose_addresses_change_are_followed(lab, fault):
     """First one gets another address, then two exchange theirs."""
     for node in ("node2", "node3"):
