@@ -2087,13 +2087,10 @@ def change_ports(run_dir, path, state, run):
         touch(mark)
         if state and mine:
             write_file(path, to_json(without(state, "claims")))
-        if is_known:
-            note_claims(run_dir, path, wanted)
-            command = plan_port_change(before, after)
-        else:
-            write_claims(run_dir, has)
-            first = bool(state) and not before  # there is nothing to delete, which would take 10 to 15 ms
-            command = plan_portmap(after, "create table inet mncni_portmap") if first else None
+        note_claims(run_dir, path, wanted)
+        command = plan_port_change(before, after) if is_known else None
+        if state and not before and not is_known:  # the first: there is nothing to delete, which would take 10 to 15 ms
+            command = plan_portmap(after, "create table inet mncni_portmap")
         changed = [claim for claim in {**before, **after} if not is_known or leads_to(claim, before) != leads_to(claim, after)]
         apply_ports(run_dir, after, changed, run, command, [] if state else [path])
         drop_claims(run_dir, path, [claim for claim in claims if claim not in wanted])
@@ -2108,9 +2105,12 @@ def mark_of_change(run_dir):
 
 def apply_ports(run_dir, after, changed, run, command=None, gone=()):
     """Make the table what `after`, {claim: state}, says: by a command, or where that is none or fails, whole, of all states but those
-    gone. changed: the claims that lead elsewhere now; UDP flows have to find their new way, for conntrack remembers the old one."""
+    gone, and the claims with it. changed: the claims that lead elsewhere now: UDP flows have to find their new way, for conntrack
+    remembers the old one."""
     if command is None or run(command).exit_code:
-        after = winners(without(look_ports(run_dir), *gone))
+        states = without(look_ports(run_dir), *gone)
+        after = winners(states)
+        write_claims(run_dir, states)
         apply([plan_portmap(after)], run)
     switch_localnet(devices_of(after), 1, run)
     udp = [claim.partition(" ")[2] for claim in changed if is_port(claim) and "udp . " in claim]
@@ -2300,13 +2300,12 @@ def half_written_ports(run_dir):
 
 
 def rewrite_ports(run_dir, states, stale, run):
-    """Make table and claims what the states say, all that there are, without those at the paths in stale, which go."""
+    """Make table and claims what the states say, all that there are, less those at the paths in stale, which go."""
     before, after = winners(states), winners(without(states, *stale))
     switch_localnet(devices_of(before) - devices_of(after), 0, run)
     touch(mark_of_change(run_dir))
     changed = [claim for claim in before if not stale or leads_to(claim, before) != leads_to(claim, after)]
     apply_ports(run_dir, after, changed, run, gone=stale)
-    write_claims(run_dir, without(states, *stale))
     for path in [*stale, mark_of_change(run_dir)]:
         remove_file(path)
 
