@@ -1060,6 +1060,12 @@ def shown(value):
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def listed(values):
+    """Several values, fit for a log line."""
+    text = ", ".join(map(str, values))
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
 def parse_time(text):
     """RFC 3339 text in a form that sorts, "" if it is none. It only breaks ties, so a bad one is not worth a quarantine."""
     try:
@@ -1115,8 +1121,8 @@ def agreed(node, facts):
     if node.uid != facts.uid:
         raise BadRecord("the record is of an earlier node of this name")
     if facts.pod_cidrs is not None and {str(cidr) for cidr in node.pod_cidrs} != set(facts.pod_cidrs):
-        claimed = ", ".join(map(str, node.pod_cidrs))
-        raise BadRecord(f"its record claims the pod CIDRs {claimed}, the cluster gave it {', '.join(facts.pod_cidrs) or 'none'}")
+        claimed, given = listed(node.pod_cidrs), listed(facts.pod_cidrs) or "none"
+        raise BadRecord(f"its record claims the pod CIDRs {claimed}, the cluster gave it {given}")
     return replace(node, created=parse_time(facts.created))
 
 

@@ -315,6 +315,14 @@ def test_a_record_is_validated_once_per_content(validations):
     assert validations() == ["a", "b", "b"]
 
 
+def test_the_reason_of_a_quarantine_is_short_whatever_the_cluster_says():
+    roster = agent.Roster(make_settings())
+    roster.facts = {"a": agent.Facts("uid-1", "", tuple(f"10.244.{number}.0/24" for number in range(2, 100)))}
+    believed, quarantine = judge({"a": text_of(1)}, roster)
+    assert not believed and quarantine["a"].startswith("its record claims the pod CIDRs 10.244.1.0/24, the cluster gave it 10.244.2.0/24, ")
+    assert len(quarantine["a"]) < 200
+
+
 def test_the_roster_forgets_nodes_that_left():
     roster = agent.Roster(make_settings())
     judge({"a": text_of(1), "b": text_of(2)}, roster)
