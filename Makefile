@@ -46,7 +46,7 @@ test: ## all tests; as an ordinary user those that need no root
 kubernetes: ## a real kube-apiserver, etcd and kubectl for `make test`, which leaves out some tests without them (needs go; 10 minutes)
 	@tests/kubernetes.sh
 
-test-faults: ## what faults cost, as one table: crashes, storms, traffic through faults, hostile input (root; 20 minutes)
+test-faults: ## what faults cost, as one table: crashes, storms, traffic through faults, hostile input (root; 25 minutes)
 	@$(NEED_ROOT)
 	@tests/setup.sh test
 	@.venv/bin/python -m pytest $(FAULT_TESTS) $(ARGS)
