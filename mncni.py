@@ -2082,11 +2082,11 @@ def change_ports(run_dir, path, state, run):
         had, has = ({**others, path: one} if one else others for one in (mine, state))
         before, after = ({claim: one for claim, one in winners(states).items() if claim in claims or not is_known} for states in (had, has))
         switch_localnet(devices_of(before) - devices_of(after), 0, run)  # before the guard goes
-        if state and not mine:
-            write_file(path, to_json(without(state, "claims")))  # first, for by it DEL knows that there is something to do
+        if mine:
+            touch(mark)
+        if state:
+            write_file(path, to_json(without(state, "claims")))  # a new one before the mark: by it DEL knows that there is something to do
         touch(mark)
-        if state and mine:
-            write_file(path, to_json(without(state, "claims")))
         note_claims(run_dir, path, wanted)
         command = plan_port_change(before, after) if is_known else None
         if state and not before and not is_known:  # the first: there is nothing to delete, which would take 10 to 15 ms
