@@ -11,6 +11,7 @@ A case is a title in comment lines and one or more steps, each made of sections:
     -- answer --     exit status and stdout                                                        (written by --update)
     -- leases --     the leases that stand after the step                                          (written by --update)
 
+    # text               why it is run
     $ ip -batch -        a command          < text       a line that it prints
     | link set ...       its stdin          ! text       a line of its stderr          = 1    its exit status
 
@@ -78,9 +79,14 @@ def format_case(title, steps):
 
 
 def command_lines(command):
-    """A command as the lines of a case."""
+    """A command as the lines of a case, without its reason."""
     shown = mncni.Command(command.argv, environ=command.environ)
     return [f"$ {shown}", *(f"| {line}" for line in command.stdin.splitlines())]
+
+
+def explained_lines(command):
+    """A command as the lines of a case, with its reason above it."""
+    return [f"# {command.why}", *command_lines(command)]
 
 
 def parse_replies(text):
@@ -124,7 +130,7 @@ class Recorder:
 
     def __call__(self, command):
         text = self.names.hide("\n".join(command_lines(command)))
-        self.commands.append(text)
+        self.commands.append(self.names.hide("\n".join(explained_lines(command))))
         for index, (expected, reply) in enumerate(self.replies):
             if expected == text:
                 del self.replies[index]
@@ -159,9 +165,9 @@ class RealKernel:
         subprocess.run(["sh", "-c", command], check=True)
 
     def __call__(self, command):
-        self.commands.append(self.names.hide("\n".join(command_lines(command))))
+        self.commands.append(self.names.hide("\n".join(explained_lines(command))))
         argv = [mncni.__file__ if word == "mncni.py" else word for word in command.argv]
-        reply = self.run(mncni.Command(["nsenter", f"--net=/run/netns/{self.host}", *argv], command.stdin, command.environ))
+        reply = self.run(mncni.Command(["nsenter", f"--net=/run/netns/{self.host}", *argv], command.stdin, command.why, command.environ))
         if looks(command) or reply.exit_code:
             shown = mncni.Reply(reply.exit_code, readable(reply.stdout), reply.stderr)
             self.replies.append(self.names.hide(format_reply(command, shown)))

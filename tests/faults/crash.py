@@ -6,9 +6,8 @@
 
 A step is a change of a file (a write of one has two, half of the text apart), a lock, a command that changes something, a request to an
 API. After one step is before the next, and the last is before the answer is given. A command has several: before it is started; when it
-runs with nothing on its stdin yet; after each piece of its stdin, which is what the runner's death cuts off; and, for a batch, after each
-line, as if it had been killed along with its parent (what the end of a container or a service does). All that is put in from outside, so
-what is killed is the program as it is.
+runs; and, for a batch, after each line, as if it had been killed along with its parent (what the end of a container or a service does).
+All that is put in from outside, so what is killed is the program as it is.
 """
 
 import builtins
@@ -131,35 +130,24 @@ class HalfFile:
 
 def hook_commands(steps):
     """The steps of commands that change something."""
-    now, spawn, write, wait = threading.local(), os.posix_spawn, os.write, os.waitpid
+    spawn = os.posix_spawn
 
     def posix_spawn(program, argv, environ, file_actions, **options):
-        changes = not LOOKS & set(argv)
-        if changes:
-            steps(f"before {' '.join(argv)}")
-        pid = spawn(program, argv, environ, file_actions=[*file_actions, (os.POSIX_SPAWN_DUP2, steps.writer, 99)], **options)
-        if changes:
-            steps(f"started {' '.join(argv)}")
-        now.argv, now.pid = argv if changes else None, pid
+        actions = [*file_actions, (os.POSIX_SPAWN_DUP2, steps.writer, 99)]
+        if LOOKS & set(argv):
+            return spawn(program, argv, environ, file_actions=actions, **options)
+        steps(f"before {' '.join(argv)}")
+        if "-batch" in argv:
+            stdin = next(fd for _, fd, place in file_actions if place == 0)
+            lines = os.pread(stdin, 1 << 20, 0).splitlines(True)
+            for number in range(1, len(lines)):
+                if steps.is_last(f"after {lines[number - 1].decode().strip()!r}, the command killed along"):
+                    os.truncate(stdin, len(b"".join(lines[:number])))
+                    os.waitpid(spawn(program, argv, environ, file_actions=actions, **options), 0)
+                    steps.die()
+        pid = spawn(program, argv, environ, file_actions=actions, **options)
+        steps(f"started {' '.join(argv)}")
         return pid
-
-    def write_piece(fd, data):
-        argv = getattr(now, "argv", None)
-        lines = data.decode().splitlines(True) if argv and "-batch" in argv else []
-        for number in range(1, len(lines)):
-            if steps.is_last(f"after {lines[number - 1].strip()!r}, the command killed along"):
-                write(fd, "".join(lines[:number]).encode())
-                os.close(fd)
-                wait(now.pid, 0)
-                steps.die()
-        size = write(fd, data)
-        if argv:
-            steps(f"{size} bytes more to {' '.join(argv)}")
-        return size
-
-    def waitpid(pid, flags):
-        now.argv = None
-        return wait(pid, flags)
 
     class Popen(subprocess.Popen):
         def __init__(self, argv, **options):
@@ -167,7 +155,7 @@ def hook_commands(steps):
             super().__init__(argv, **options)
             steps(f"started {' '.join(argv)}")
 
-    os.posix_spawn, os.write, os.waitpid, subprocess.Popen = posix_spawn, write_piece, waitpid, Popen
+    os.posix_spawn, subprocess.Popen = posix_spawn, Popen
 
 
 # ---- children ----

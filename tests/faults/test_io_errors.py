@@ -41,7 +41,6 @@ def state_paths(host):
     key = mncni.short_hash("net", "c1", "eth0")
     net, ports = f"{host.tmp}/data/net", f"{host.tmp}/run/portmap"
     files = [f"{net}/10.88.0.2", f"{net}/last.0", f"{net}/attachments/{key}", f"{ports}/{key}"]
-    files += [f"{ports}/claims/{claim}/{key}" for claim in ("any4,tcp,8080", "subnet,10.88.0.0_24", "podlinks,mncni0")]
     locks = [f"{net}/lock", f"{ports}/lock", f"{host.tmp}/run/bridge.lock", f"{host.tmp}/run/attachments/{key[-3:]}"]
     return [*files, *map(mncni.unfinished, files), *locks, *{os.path.dirname(path) for path in [*files, *locks]}]
 

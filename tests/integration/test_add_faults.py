@@ -18,7 +18,8 @@ class Faulty:
 
     def __call__(self, command):
         self.count += 1
-        inside = mncni.Command(["nsenter", f"--net=/run/netns/{self.host.netns}", *command.argv], command.stdin, command.environ)
+        argv = ["nsenter", f"--net=/run/netns/{self.host.netns}", *command.argv]
+        inside = mncni.Command(argv, command.stdin, command.why, command.environ)
         if self.count != self.point:
             return self.run(inside)
         if self.after:

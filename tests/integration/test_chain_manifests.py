@@ -106,7 +106,7 @@ def test_it_is_taken_out_again_and_the_programs_stay(container, tmp_path):
     running.stop()
     container("lat", remove="--remove")
     wait_for(path, ["flannel", "portmap"])
-    assert path.read_text() == THEIRS
+    assert json.loads(path.read_text()) == json.loads(THEIRS)
     assert (tmp_path / "root/opt/cni/bin/mncni.py").exists()
 
 

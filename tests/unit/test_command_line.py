@@ -42,7 +42,7 @@ def test_explain_takes_a_delegate_and_foreign_plugins(tmp_path):
     exit_code, script, stderr = explain(path)
     assert exit_code == 0, stderr
     assert "host-local" in script and "address add 192.0.2.2/24" in script
-    assert "# Not a plugin of MNCNI's." in script
+    assert "# Another program's plugin" in script
 
 
 def test_explain_shows_what_chained_plugins_run_on_top_of_another_network(tmp_path):
@@ -59,7 +59,7 @@ def test_explain_says_what_is_wrong_with_a_conflist(tmp_path, text, said):
     path.write_text(text)
     exit_code, _, stderr = explain(path)
     assert exit_code == 1 and said in stderr
-    assert explain(tmp_path / "none")[2].startswith("mncni.py explain: there is no file")
+    assert explain(tmp_path / "none")[2].startswith("mncni.py explain: [Errno 2] No such file")
 
 
 class TestLogFile:
@@ -70,10 +70,10 @@ class TestLogFile:
     def test_each_command_is_noted_with_its_time_and_its_end_for_root_alone(self, tmp_path):
         path = tmp_path / "log"
         run = mncni.logged(lambda command: Reply(1, "", "no such thing\n"), self.request(str(path)))
-        assert run(Command(["ip", "-batch", "-"], "link\n")).exit_code == 1
+        assert run(Command(["ip", "-batch", "-"], "link\n", "a link")).exit_code == 1
         lines = path.read_text().splitlines()
-        assert " ADD net c1 eth0: " in lines[0] and " ms, exit 1: ip -batch - <<'E'" in lines[0]
-        assert lines[1:] == ["link", "E", "no such thing"]
+        assert lines[0].startswith("# ") and " ADD net c1 eth0: " in lines[0] and lines[0].endswith(" ms, exit 1")
+        assert lines[1:] == ["# a link", "ip -batch - <<'E'", "link", "E", "no such thing"]
         assert path.stat().st_mode & 0o777 == 0o600
 
     def test_it_is_put_aside_once_at_ten_megabytes(self, tmp_path):

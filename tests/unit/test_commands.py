@@ -18,7 +18,7 @@ def program(tmp_path, name, script):
 
 def test_argv_stdin_and_environment_go_to_the_process_and_no_shell(tmp_path):
     environ = program(tmp_path, "ip", 'echo "$CNI_COMMAND $LC_ALL $PATH"; printf "%s|" "$@"; cat; echo err >&2')
-    reply = mncni.make_run(environ)(Command(["ip", "a b", "$PATH;"], "link\n", {"CNI_COMMAND": "DEL"}))
+    reply = mncni.make_run(environ)(Command(["ip", "a b", "$PATH;"], "link\n", environ={"CNI_COMMAND": "DEL"}))
     assert reply == Reply(0, f"DEL C {tmp_path}:/usr/sbin:/usr/bin:/sbin:/bin\na b|$PATH;|link\n", "err\n")
 
 
@@ -87,7 +87,10 @@ def test_a_batch_refuses_what_could_be_more_than_one_word(value):
 
 
 def test_a_command_reads_as_a_shell_line():
-    assert str(Command(["tee", "/proc/a b"], "1\n", {"X": "y z"})) == "X='y z' tee '/proc/a b' <<'E'\n1\nE"
+    command = Command(["tee", "/proc/a b"], "1\n", "a reason", {"X": "y z"})
+    assert str(command) == "X='y z' tee '/proc/a b' <<'E'\n1\nE"
+    assert command.explained("+ ") == f"# a reason\n+ {command}"
+    assert Command(["ip"]).explained() == "ip"
 
 
 def test_the_failing_line_of_a_batch_stands_in_the_details():
