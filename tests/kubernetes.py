@@ -2,7 +2,7 @@
 kubelet, no controllers. What it stores, and whom it lets do what, is as in a cluster.
 
     with Kubernetes(directory) as cluster:
-        cluster.api()                                              # an agent.Api of the administrator
+        cluster.api()                                              # a kube.Api of the administrator
         cluster.api("system:node:n1", ["system:nodes"], node="n1") # of somebody else: the administrator, impersonating them
         cluster.kubectl("apply", "-k", ".")
     Kubernetes(directory, "192.0.2.250", 6443, netns="name")       # elsewhere; then kubectl() reaches it, api() does not
@@ -14,7 +14,7 @@ import subprocess
 import time
 from pathlib import Path
 
-import agent
+import kube
 from tests import manifests
 
 TOKEN = "the-administrator"
@@ -36,7 +36,7 @@ def free_ports(count):
     return ports
 
 
-class Impersonator(agent.Api):
+class Impersonator(kube.Api):
     """A client whose requests count as another user's."""
 
     def __init__(self, access, user, groups, node):
@@ -116,7 +116,7 @@ class Kubernetes:
         return {"server": self.url, "certificate-authority": self.ca_file, "token": token}
 
     def api(self, user="", groups=(), node=""):
-        return Impersonator(self.access(), user, groups, node) if user else agent.Api(self.access())
+        return Impersonator(self.access(), user, groups, node) if user else kube.Api(self.access())
 
     def kubectl(self, *words, check=True, stdin=None):
         """What kubectl says (stdout and stderr), run at the top of the repository. stdin: an object for `-f -`."""

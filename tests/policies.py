@@ -9,6 +9,7 @@ from collections import namedtuple
 from types import SimpleNamespace
 
 import agent
+import kube
 from tests.apiserver import realistic_node
 
 AGENT = "system:serviceaccount:kube-system:mncni-agent"
@@ -232,9 +233,9 @@ def request_of(case, nodes):
     """(method, path, body, content type) of a case. nodes: {name: Node} as the server has them."""
     body = copy.deepcopy(case.body(nodes) if callable(case.body) else case.body)
     if not case.node:
-        return "POST", agent.NODES, body, agent.JSON
-    path = "/".join(filter(None, (agent.NODES, case.node, case.part)))
-    return ("DELETE", path, None, "") if body is None else ("PATCH", path, body, agent.STRATEGIC_PATCH if case.part else agent.MERGE_PATCH)
+        return "POST", kube.NODES, body, kube.JSON
+    path = "/".join(filter(None, (kube.NODES, case.node, case.part)))
+    return ("DELETE", path, None, "") if body is None else ("PATCH", path, body, kube.STRATEGIC_PATCH if case.part else kube.MERGE_PATCH)
 
 
 def refusal(case, nodes, client):
@@ -242,8 +243,8 @@ def refusal(case, nodes, client):
     ApiError for any other trouble."""
     method, path, body, content_type = request_of(case, nodes)
     try:
-        client.request(method, path, body, None, content_type or agent.JSON)
-    except agent.ApiError as error:
+        client.request(method, path, body, None, content_type or kube.JSON)
+    except kube.ApiError as error:
         found = re.search("ValidatingAdmissionPolicy '([a-z-]*)'", error.message)
         if not found and error.status != 422:
             raise

@@ -129,32 +129,20 @@ def install(packages):
 def report(reason, message):
     """Condition and Event of this Node, best effort: the log says the same. The agent sets the condition right when it is up."""
     sys.path.insert(0, AGENT_DIR)
-    import agent
+    import kube
+    import mncni
 
     name, stamp = os.environ.get("MNCNI_NODE_NAME", ""), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     condition = {"type": "NetworkUnavailable", "status": "True", "reason": reason, "message": message[:1000]}
     condition.update(lastTransitionTime=stamp, lastHeartbeatTime=stamp)
     try:
-        api = agent.open_api("", dict(os.environ), None)
+        api = kube.open_api("", dict(os.environ), None, "mncni-agent")
         body = {"status": {"conditions": [condition]}}
-        api.request("PATCH", f"{agent.NODES}/{name}/status", body, content_type=agent.STRATEGIC_PATCH)
-        api.request("POST", "/api/v1/namespaces/default/events", plan_event(name, reason, message, stamp, agent.mncni.short_hash))
-    except (agent.ApiError, agent.CNIError) as error:
-        if getattr(error, "status", 0) != 409:  # 409: the same Event is there already
-            say(f"cannot tell the cluster: {error}")
-
-
-def plan_event(name, reason, message, stamp, short_hash):
-    """A Kubernetes Event about a node: one per reason in ten minutes, by its name."""
-    return {
-        "metadata": {"name": f"{name}.{short_hash(name, reason, message, stamp[:-4])}", "namespace": "default"},
-        "involvedObject": {"apiVersion": "v1", "kind": "Node", "name": name, "uid": name},
-        "type": "Warning",
-        "reason": reason,
-        "message": message[:1000],
-        "source": {"component": "mncni-agent", "host": name},
-        **{"firstTimestamp": stamp, "lastTimestamp": stamp, "count": 1},
-    }
+        api.request("PATCH", f"{kube.NODES}/{name}/status", body, content_type=kube.STRATEGIC_PATCH)
+        source = {"component": "mncni-agent", "host": name}
+        kube.send_event(api, name, name, message[:1000], reason=reason, type="Warning", source=source)
+    except (kube.ApiError, mncni.CNIError) as error:
+        say(f"cannot tell the cluster: {error}")
 
 
 # ---- main -----------------------------------------------------------------------------------------------------------------

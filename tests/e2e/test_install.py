@@ -10,6 +10,7 @@ import time
 import pytest
 
 import agent
+import kube
 from tests import kubernetes, manifests, policies
 
 pytestmark = pytest.mark.skipif(bool(kubernetes.missing()), reason=kubernetes.missing())
@@ -44,20 +45,20 @@ def wait_until(is_so, timeout_s=60):
 
 
 def look_nodes(api):
-    return {node["metadata"]["name"]: node for node in api.list(agent.NODES)[0]}
+    return {node["metadata"]["name"]: node for node in api.list(kube.NODES)[0]}
 
 
 def reset_nodes(api):
     """The nodes of tests/policies.py, made anew; their uids are the server's, so the records are written again."""
     for name in look_nodes(api):
-        api.request("DELETE", f"{agent.NODES}/{name}")
+        api.request("DELETE", f"{kube.NODES}/{name}")
     for node in policies.nodes():
         node["metadata"] = {key: value for key, value in node["metadata"].items() if key in ("name", "labels", "annotations")}
         record = node["metadata"]["annotations"].pop(agent.RECORD, "")
-        made = api.request("POST", agent.NODES, node)
-        api.request("PATCH", f"{agent.NODES}/{node['metadata']['name']}/status", {"status": node["status"]}, None, agent.MERGE_PATCH)
+        made = api.request("POST", kube.NODES, node)
+        api.request("PATCH", f"{kube.NODES}/{node['metadata']['name']}/status", {"status": node["status"]}, None, kube.MERGE_PATCH)
         if record:
-            api.request("PATCH", f"{agent.NODES}/{node['metadata']['name']}", policies.says(policies.record(made)), None, agent.MERGE_PATCH)
+            api.request("PATCH", f"{kube.NODES}/{node['metadata']['name']}", policies.says(policies.record(made)), None, kube.MERGE_PATCH)
 
 
 def client(cluster, case):
@@ -103,8 +104,8 @@ def test_an_agent_does_its_work_with_the_token_of_its_pod_and_cannot_touch_anoth
     """On a node that later tests do not have: the store's threads go on as long as this process."""
     reset_nodes(cluster.api())
     node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "a1"}, **policies.given("10.8.0.0/24")}
-    cluster.api().request("POST", agent.NODES, node)
-    api = agent.Api(cluster.access(cluster.token("mncni-agent", "a1")))
+    cluster.api().request("POST", kube.NODES, node)
+    api = kube.Api(cluster.access(cluster.token("mncni-agent", "a1")))
     store = agent.KubernetesStore(api, "a1")
     store.start()
     wait_until(lambda: store.identity() and store.guard is not None)
@@ -117,8 +118,8 @@ def test_an_agent_does_its_work_with_the_token_of_its_pod_and_cannot_touch_anoth
     wait_until(lambda: ("True", "MncniIsDown") in [(row["status"], row["reason"]) for row in conditions(cluster, "a1")])
     wait_until(lambda: cluster.api().list("/api/v1/namespaces/default/events")[0])
     assert store.trouble == ""
-    with pytest.raises(agent.ApiError, match="may not change another Node"):
-        api.request("PATCH", f"{agent.NODES}/n2", policies.says(None), None, agent.MERGE_PATCH)
+    with pytest.raises(kube.ApiError, match="may not change another Node"):
+        api.request("PATCH", f"{kube.NODES}/n2", policies.says(None), None, kube.MERGE_PATCH)
     store.publish("a1", None)  # or it would put the record back
     store.withdraw("a1")
     assert agent.RECORD not in look_nodes(cluster.api())["a1"]["metadata"].get("annotations", {})
@@ -130,15 +131,15 @@ def conditions(cluster, node):
 
 def test_nodeipam_does_its_work_with_the_token_of_its_pod(cluster, tmp_path):
     for name in look_nodes(cluster.api()):
-        cluster.api().request("DELETE", f"{agent.NODES}/{name}")
+        cluster.api().request("DELETE", f"{kube.NODES}/{name}")
     for name in ("m1", "m2", "m3"):
-        cluster.api().request("POST", agent.NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}})
+        cluster.api().request("POST", kube.NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}})
     access = cluster.access(cluster.token("mncni-nodeipam", "m1"))
     user = {"name": "u", "user": {"token": access.pop("token")}}
     config = {"current-context": "c", "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}]}
     config.update(users=[user], clusters=[{"name": "c", "cluster": access}])
     (tmp_path / "kubeconfig").write_text(json.dumps(config))
-    argv = [sys.executable, str(manifests.ROOT / "agent.py"), "nodeipam", "--kubeconfig", str(tmp_path / "kubeconfig")]
+    argv = [sys.executable, str(manifests.ROOT / "nodeipam.py"), "--kubeconfig", str(tmp_path / "kubeconfig")]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([*argv, "--cluster-cidr", "10.244.0.0/23"], stderr=log)
         try:

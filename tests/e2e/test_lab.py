@@ -101,7 +101,7 @@ def crossings_that_answer(lab):
 
     def answers(crossing):
         node, pod, to_node = crossing
-        argv = labs.source_argv(lab, {"node": node, "pod": pod})
+        argv = labs.pod_argv(lab, node, pod)
         address = labs.pod_record(lab, to_node, "pod1")["addresses"][0]
         return labs.run([*argv, "ping", "-n", "-c2", "-i0.2", "-W1", address])[0] == 0
 
@@ -326,10 +326,10 @@ def test_exec_passes_the_exit_status_and_the_output(lab):
 @pytest.mark.parametrize(
     "words, answer",
     [
-        (("exec", "node9", "--", "true"), "lab.py: no node 'node9'; there are: node1 node2\n"),
-        (("exec", "node1/pod9", "--", "true"), "lab.py: no pod 'pod9' on node1; there are: pod1 pod2\n"),
-        (("exec", "node1"), "lab.py: exec: no command; lab.py exec node1/pod1 -- ip address\n"),
-        (("reboot", "node9"), "lab.py: no node 'node9'; there are: node1 node2\n"),
+        (("exec", "node9", "--", "true"), "lab.py: no node 'node9'; the nodes are: node1 node2\n"),
+        (("exec", "node1/pod9", "--", "true"), "lab.py: no pod 'pod9' on node1; the pods are: pod1 pod2\n"),
+        (("exec", "node1"), "lab.py: exec: the command is missing; for example: lab.py exec node1/pod1 -- ip address\n"),
+        (("reboot", "node9"), "lab.py: no node 'node9'; the nodes are: node1 node2\n"),
         (("up",), f"lab.py: the lab {NAME} is up; end it with: lab.py --name {NAME} down\n"),
     ],
 )
@@ -366,7 +366,8 @@ def test_demo_shows_table_and_verdict_and_leaves_nothing(figure):
 def test_an_agent_that_dies_at_once_is_told_with_its_last_words_and_nothing_is_left(tmp_path):
     name = f"{NAME}-dead"
     (tmp_path / "agent.py").write_text("raise SystemExit('these are my last words')\n")
-    (tmp_path / "mncni.py").write_text("")
+    for part in ("mncni.py", "kube.py"):
+        (tmp_path / part).write_text("")
     done = lab_py("up", "--source", str(tmp_path), name=name)
     assert done.returncode == 1
     assert done.stdout.endswith("the agent died; the end of /var/log/mncni-agent.log:\n    these are my last words\n")
@@ -394,7 +395,7 @@ def test_down_touches_no_directory_that_is_not_a_lab():
         assert lab_py("down", name=name).returncode == 0
         assert directory.is_dir()
         done = lab_py("up", name=name)
-        assert (done.returncode, done.stdout) == (1, f"lab.py: {directory} exists and is no lab; take another --name\n")
+        assert (done.returncode, done.stdout) == (1, f"lab.py: {directory} exists and is not a lab; use another --name\n")
     finally:
         directory.rmdir()
 

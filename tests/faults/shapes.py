@@ -50,21 +50,25 @@ NFT_LINES = (
     *(
         "table inet mncni_portmap(?: \\{)?",
         "delete table inet mncni_portmap",
-        "  map (?:given|any)[46] \\{ type [a-z0-9_. :]+; \\}",
         "\\}",
         "  \\}",
     ),
-    "  chain [a-z]+ \\{(?: type (?:nat|filter) hook [a-z]+ priority -?\\d+;(?: fib daddr type local ct label set 109 jump ports;)? \\})?",
-    "    dnat ip6? to (?:ip6? daddr \\. )?meta l4proto \\. th dport map @(?:given|any)[46]",
-    "add rule inet mncni_portmap postrouting ct status dnat ct label 109 <FAMILY> saddr <PREFIX> <FAMILY> daddr <PREFIX> masquerade",
-    "  set podlinks \\{ type ifname; \\}",
-    "  chain postrouting \\{ type nat hook postrouting priority 100; ct status dnat ip saddr 127.0.0.0/8 oifname @podlinks masquerade; \\}",
-    "    type filter hook prerouting priority -300;",
-    "    iifname @podlinks ip [sd]addr 127.0.0.0/8 drop",
-    '(?:add|delete) element inet mncni_portmap podlinks \\{ "<NAME>" \\}',
-    "add element inet mncni_portmap (?:given|any)[46] \\{ (?:<ADDRESS> \\. )?<PROTOCOL> \\. <NUMBER> comment "
-    '"<ID>:<ID>:<NAME>" : <ADDRESS> \\. <NUMBER> \\}',
-    "delete element inet mncni_portmap (?:given|any)[46] \\{ (?:<ADDRESS> \\. )?<PROTOCOL> \\. <NUMBER> \\}",
+    "  chain [a-z]+ \\{(?:(?: type (?:nat|filter) hook [a-z]+ priority -?\\d+;)? \\})?",
+    *(
+        f'add rule inet mncni_portmap {rule} comment "<HASH> {owner}"'
+        for rule, owner in (
+            (
+                "ports (?:<FAMILY> daddr <ADDRESS>|meta nfproto ipv[46]) <PROTOCOL> dport <NUMBER> "
+                "dnat <FAMILY> to (?:<ADDRESS>|\\[<ADDRESS>\\]):<NUMBER>",
+                "<ID>:<ID>:<NAME>",
+            ),
+            ("(?:prerouting|output) fib daddr type local ct label set 109 jump ports", "all"),
+            ("postrouting ct status dnat ct label 109 <FAMILY> saddr <PREFIX> <FAMILY> daddr <PREFIX> masquerade", "all"),
+            ('postrouting ct status dnat ip saddr 127.0.0.0/8 oifname "<NAME>" masquerade', "all"),
+            ('guard iifname "<NAME>" ip [sd]addr 127.0.0.0/8 drop', "all"),
+        )
+    ),
+    "flush table inet mncni_portmap",
     "create table inet mncni_portmap",
     "add table inet mncni_masq",
     "(?:add|flush) chain inet mncni_masq net_<HASH>(?: \\{ type nat hook postrouting priority srcnat; policy accept; \\})?",

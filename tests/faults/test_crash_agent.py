@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 import agent
+import kube
 import mncni
+import nodeipam
 from tests.apiserver import ApiProcess
 from tests.faults.crash import Child, diff, each_step, hook_requests, namespaces
 from tests.unit.agent_data import key_of, parse, text_of
@@ -292,11 +294,11 @@ def allocate(kubeconfig, lease, count):
         return time.monotonic() * SPEED
 
     def follow(put, stopping):
-        agent.start_thread(agent.follow_nodes, api, agent.parse_claim, put, ipam.tell, stopping)
+        kube.start_thread(kube.follow_nodes, api, nodeipam.parse_claim, put, ipam.tell, stopping)
 
-    api, deadline = agent.open_api(kubeconfig, {}, None), time.monotonic() + PATIENCE_S
-    election = agent.Election(agent.Api(api.access), lease, str(os.getpid()), clock)
-    ipam = agent.NodeIpam(election.api, POOLS, election, clock, follow)
+    api, deadline = kube.open_api(kubeconfig, {}, None), time.monotonic() + PATIENCE_S
+    election = nodeipam.Election(kube.Api(api.access), lease, str(os.getpid()), clock)
+    ipam = nodeipam.NodeIpam(election.api, POOLS, election, clock, follow)
     while sum(bool(claim.cidrs) for claim in (ipam.claims or {}).values()) < count:
         assert time.monotonic() < deadline, ipam.counters
         ipam.tick(0.01)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import agent
+import kube
 import mncni
 from deploy import lab as labs
 from tests.e2e.conftest import lab_up, node_sh
@@ -67,7 +68,7 @@ def test_a_command_that_handles_the_key_and_fails_does_not_tell_it(bench, caplog
     texts += [str(record.__dict__) for record in caplog.records]
     for page in ("/healthz", "/readyz", "/metrics"):
         with contextlib.suppress(mncni.CNIError):
-            texts.append(agent.pages(bench.agent, agent.agent_figures)[page]()[1])
+            texts.append(kube.pages(bench.agent, agent.look_figures, agent.METRICS)[page]()[1])
     texts += [
         path.read_text(errors="replace") for path in bench.dir.rglob("*") if path.is_file() and path.name != "key0" and path.suffix != ".py"
     ]
@@ -171,9 +172,6 @@ MODES = {  # of all that agent and plugin make, whatever the umask
     "run/portmap": 0o755,
     "run/portmap/lock": 0o600,
     "run/portmap/KEY": 0o644,
-    "run/portmap/claims": 0o755,
-    **{f"run/portmap/claims/{claim}": 0o755 for claim in ("any4,tcp,80", "subnet,10.88.0.0_24", "podlinks,mncni0")},
-    **{f"run/portmap/claims/{claim}/KEY": 0o644 for claim in ("any4,tcp,80", "subnet,10.88.0.0_24", "podlinks,mncni0")},
     "run/bridge.lock": 0o600,
     "log": 0o600,
     "backup": 0o700,
@@ -309,7 +307,7 @@ def test_leases_that_are_links_count_as_free_and_what_they_lead_to_stays(tmp_pat
     planted(leases.index_path("c1", "eth0"), "symbolic", outside)
     with leases.lock:
         leases.take(["10.88.0.2"], "c1", "eth0")
-    assert leases.addresses("c1", "eth0") == ["10.88.0.2"]
+    assert leases.holder("10.88.0.2") == ("c1", "eth0")
     with leases.lock:
         leases.release("c1", "eth0")
 

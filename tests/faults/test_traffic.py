@@ -19,7 +19,7 @@ from deploy import lab as labs
 from tests.e2e.conftest import answers, is_well, lab_up, node_sh, restart_agent, stream, things, wait_well, wg_peers
 from tests.e2e.test_services import CONNECT, SERVE
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.alone]
 
 HEAL_S = 10  # far more than it takes: the machine may be busy, or emulated
 

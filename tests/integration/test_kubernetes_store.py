@@ -10,6 +10,7 @@ import time
 import pytest
 
 import agent
+import kube
 import mncni
 from tests.apiserver import ApiServer, realistic_node
 from tests.integration import big_cluster
@@ -61,7 +62,7 @@ class Cluster:
 
     def start(self, access=None):
         """A new agent, as after a restart: it knows what is in files and in the device."""
-        client = agent.Api(access) if access else agent.open_api(self.settings.kubeconfig, {}, None)
+        client = kube.Api(access) if access else kube.open_api(self.settings.kubeconfig, {}, None)
         client.READ_S = client.SILENCE_S = client.CONNECT_S = 1
         self.store = agent.KubernetesStore(client, "n1")
         self.store.EVENT_PAUSE_S = 0
@@ -457,7 +458,7 @@ def test_a_server_that_is_frozen_delays_no_pass(cluster):
     for _ in range(10):
         cluster.now += 60
         assert cluster.agent.tick()
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 5  # a pass that waited for the server would take 1 s, each of them
     cluster.server.thaw()
     cluster.join(4)
     cluster.tick(lambda: cluster.peers() == [2, 3, 4])
@@ -466,7 +467,7 @@ def test_a_server_that_is_frozen_delays_no_pass(cluster):
 def test_tokens_and_certificates_may_change_at_any_time(cluster):
     host, port = cluster.server.url.rpartition("/")[2].split(":")
     directory = cluster.server.service_account_dir(cluster.dir / "account", USER, node="n1")
-    cluster.start(agent.in_cluster({"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}, str(directory)))
+    cluster.start(kube.in_cluster({"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}, str(directory)))
     cluster.settle()
     for number, rotate in enumerate((cluster.server.rotate_tokens, cluster.server.rotate_certificate, cluster.server.rotate_ca), 4):
         rotate()
@@ -544,6 +545,7 @@ def test_a_join_is_seen_at_once(cluster, figure):
     figure(f"agent: {(time.monotonic() - begin) * 1000:.0f} ms from a record in the API server to a WireGuard peer, in memory")
 
 
+@pytest.mark.alone
 def test_5000_nodes_are_synced_in_5_s_and_100_mb_and_a_change_is_cheap(tmp_path, figure):
     with big_cluster.running(tmp_path, "serve", "5000") as server, big_cluster.running(tmp_path, "follow") as agents:
         first = agents("sync")

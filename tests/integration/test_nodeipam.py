@@ -1,4 +1,4 @@
-"""agent.py nodeipam as it runs in a cluster: a process of its own, or several, against an API server with faults."""
+"""nodeipam.py as it runs in a cluster: a process of its own, or several, against an API server with faults."""
 
 import ipaddress
 import re
@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-import agent
+import kube
+import nodeipam
 from tests.apiserver import ApiServer
 
 USER = "system:serviceaccount:kube-system:mncni-nodeipam"
@@ -30,12 +31,12 @@ def server():
 
 
 class Allocator:
-    """A running `agent.py nodeipam`. text(): what it has logged so far."""
+    """A running nodeipam.py. text(): what it has logged so far."""
 
     def __init__(self, directory, number, server, *flags):
         config = server.kubeconfig(directory / f"kubeconfig{number}", USER)
         self.log = directory / f"log{number}"
-        argv = [sys.executable, "-I", agent.__file__, "nodeipam", "--kubeconfig", str(config), *flags]
+        argv = [sys.executable, "-I", nodeipam.__file__, "--kubeconfig", str(config), *flags]
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(argv, stderr=log, env={"PATH": "/usr/bin:/bin"})
 
@@ -81,7 +82,7 @@ def ranges(server):
     """{node: its pod CIDRs} of the nodes that have some. AssertionError if any two overlap."""
     found = {node["metadata"]["name"]: node["spec"].get("podCIDRs", []) for node in server.nodes()}
     found = {name: cidrs for name, cidrs in sorted(found.items()) if cidrs}
-    spans = sorted(agent.span_of(ipaddress.ip_network(cidr)) for cidrs in found.values() for cidr in cidrs)
+    spans = sorted(kube.span_of(ipaddress.ip_network(cidr)) for cidrs in found.values() for cidr in cidrs)
     assert all(one[0] != two[0] or one[2] < two[1] for one, two in zip(spans, spans[1:])), f"two nodes share a range: {found}"
     return found
 
@@ -112,7 +113,7 @@ def test_nodes_get_the_lowest_ranges_of_both_families_with_no_more_rights_than_d
         "n3": ["10.244.1.0/25", "fd00:10:0:2::/64"],
     }
     assert server.node("n1")["spec"]["podCIDR"] == "10.244.0.0/25"
-    assert agent.parse_claim(server.node("n1")).fault == ""  # we know our own hand
+    assert nodeipam.parse_claim(server.node("n1")).fault == ""  # we know our own hand
     assert allocator.stop() == 0
     lease = server.get(*LEASE)
     assert lease["spec"]["holderIdentity"] == ""
@@ -239,12 +240,12 @@ def test_a_server_that_was_away_is_served_within_five_seconds_of_its_return(serv
     start()
     wait(lambda: server.watches(USER))
     server.down()
-    time.sleep(agent.RENEW_S + 1)  # long enough to lose the right to write
+    time.sleep(nodeipam.RENEW_S + 1)  # long enough to lose the right to write
     server.create_node("n1")
     server.up()
     before = time.monotonic()
     wait(all_have(server, 1))
-    figure(f"nodeipam: an API server back after {agent.RENEW_S + 1} s was served after {time.monotonic() - before:.1f} s")
+    figure(f"nodeipam: an API server back after {nodeipam.RENEW_S + 1} s was served after {time.monotonic() - before:.1f} s")
     assert time.monotonic() - before < 10
 
 
@@ -267,7 +268,7 @@ def test_another_allocator_at_work_is_told_and_nothing_is_given_until_its_nodes_
     server.create_node("n1")
     wait(all_have(server, 1))
     server.rbac = None
-    rival = agent.open_api(server.kubeconfig(tmp_path / "rival", "system:serviceaccount:kube-system:node-controller"), {}, None)
+    rival = kube.open_api(server.kubeconfig(tmp_path / "rival", "system:serviceaccount:kube-system:node-controller"), {}, None)
     node = {"metadata": {"name": "n2"}, "spec": {"podCIDR": "10.244.9.0/24", "podCIDRs": ["10.244.9.0/24"]}}
     rival.request("POST", "/api/v1/nodes", node, {"fieldManager": "kube-controller-manager"})
     server.create_node("n3")

@@ -1,7 +1,9 @@
 """What agent.py would do, as data: peers, routes, addresses, links, firewalls, the conflist. Pure: no root, no kernel, no files."""
 
+import ast
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -555,3 +557,16 @@ def test_the_plugin_accepts_the_conflist(settings):
     assert [str(ranges[0]["gateway"]) for ranges in parsed["ipam"]["range_sets"]] == [str(g) for g in settings.gateways.values()]
     stages = mncni.choose_plugins(plugin, "mncni", mncni.PLUGINS)
     assert plugin["type"] == "mncni" and plugin["plugin"][0] == "naivewg" and len(stages) == len(plugin["plugin"])
+
+
+WHY = {"Command": 2, "ip_batch": 2, "look_ip": 4, "write_sysctls": 3, "apply_lines": 2, "wg_set": 2}  # its place among the arguments
+
+
+def test_every_command_of_the_agent_says_why():
+    """`CNI_TRACE` and the debug log print it above the command."""
+    calls = [node for node in ast.walk(ast.parse(Path(agent.__file__).read_text())) if isinstance(node, ast.Call)]
+    found = [(getattr(call.func, "id", getattr(call.func, "attr", "")), call) for call in calls]
+    found = [(name, call) for name, call in found if name in WHY]
+    assert {name for name, _ in found} == set(WHY)
+    for name, call in found:
+        assert len(call.args) > WHY[name] or "why" in {word.arg for word in call.keywords}, ast.unparse(call)

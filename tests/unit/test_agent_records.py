@@ -8,6 +8,7 @@ import random
 import pytest
 
 import agent
+import kube
 from tests.unit.agent_data import V4, V6, key_of, make_settings, record, text_of
 
 CLUSTER = make_settings().cluster_cidrs
@@ -74,8 +75,8 @@ BAD_RECORDS = {
     "nested deeply": ("[" * 60_000, "is no JSON"),
     "a megabyte": (text_of(uid="u" * 1_000_000), "longer than 65536"),
     "a megabyte of nothing": (" " * 1_000_000, "longer than 65536"),
-    "a key twice": (text_of()[:-1] + ',"uid":"another"}', "twice"),
-    "a key twice, deeper": (text_of().replace('"port"', '"port":1,"port"'), "twice"),
+    "a key twice": (text_of()[:-1] + ',"uid":"another"}', "duplicate key"),
+    "a key twice, deeper": (text_of().replace('"port"', '"port":1,"port"'), "duplicate key"),
     "INI injection": ("[Peer]\nPublicKey = x\nAllowedIPs = 0.0.0.0/0", "is no JSON"),
     "version 2": (text_of(v=2), "version is 2"),
     "no version": (text_of(v=...), '"v" is null'),
@@ -278,7 +279,7 @@ def test_clashes_are_found_as_by_comparing_all_pairs():
                 length = random_source.randrange(20, 31)
                 address = (10 << 24 | 244 << 16 | random_source.randrange(1 << 16)) >> (32 - length) << (32 - length)
                 cidrs.append(ipaddress.ip_network((address, length)))
-            if agent.find_twins(cidrs) is None:
+            if kube.overlapping_pair(cidrs) is None:
                 nodes.append(agent.Node(f"n{number}", "u", str(random_source.random()), tuple(cidrs), (V4,), key_of(number + 1), 1))
         kept = []
         for node in sorted(nodes, key=agent.seniority):

@@ -563,7 +563,7 @@ def test_a_restart_without_the_store_goes_on_with_the_last_good_list(bench):
     for _ in range(100):
         assert bench.tick(10)
     assert bench.run.names() == [1, 2]
-    assert "going on with the last good list of nodes" in bench.status()["store"]
+    assert "the last good list of nodes stays in use" in bench.status()["store"]
 
 
 def test_a_store_that_is_missing_keeps_the_peers_and_one_that_returns_is_believed(bench, caplog):
@@ -931,4 +931,4 @@ def test_status_when_the_agent_is_gone(bench):
     bench.settle()
     status = status_of(bench)
     assert (status["ok"], status["running"]) == (False, False)
-    assert agent.format_status(status, 0).startswith("node self: not ok: no agent is running; the network stands as the last one left it\n")
+    assert agent.format_status(status, 0).startswith("node self: not ok: no agent is running; the network is as the last one left it\n")

@@ -9,6 +9,8 @@ import time
 import pytest
 
 import agent
+import kube
+import nodeipam
 from tests import manifests, policies
 from tests.apiserver import ApiServer
 from tests.manifests import DEPLOY, ROOT, find, load
@@ -47,7 +49,7 @@ def test_the_kustomization_renders_and_every_configmap_that_it_mentions_is_in_it
     there = {each["metadata"]["name"] for each in objects if each["kind"] == "ConfigMap"}
     text = str([each for each in objects if each["kind"] in ("DaemonSet", "Deployment")])
     mentioned = set(re.findall(r"mncni-[a-z]+-[a-z0-9]{10}", text))
-    assert len(there) == 4
+    assert len(there) == 5
     assert mentioned == there
 
 
@@ -109,18 +111,19 @@ def test_the_policies_name_the_record_as_the_agent_does_and_know_how_it_begins()
 
 
 def test_the_lease_that_nodeipam_wants_is_the_one_that_it_has_rights_on():
-    lease = {row[0]: row[2] for row in agent.NODEIPAM_FLAGS}["--lease"]
+    lease = {row[0]: row[2] for row in nodeipam.FLAGS}["--lease"]
     role = find(load(NODEIPAM_FILES[0]), "Role", namespace="kube-system")
     assert {f"kube-system/{name}" for rule in role["rules"] for name in rule.get("resourceNames", [])} == {lease}
-    assert find(load(NODEIPAM_FILES[2]), "Deployment")["metadata"]["name"] == agent.MANAGER
+    assert find(load(NODEIPAM_FILES[2]), "Deployment")["metadata"]["name"] == nodeipam.MANAGER
 
 
 def test_every_setting_is_a_flag_and_both_programs_accept_them_all():
-    flags = {"MNCNI_" + row[0][2:].upper().replace("-", "_") for row in (*agent.FLAGS, *agent.NODEIPAM_FLAGS)}
+    flags = {"MNCNI_" + row[0][2:].upper().replace("-", "_") for row in (*agent.FLAGS, *nodeipam.FLAGS)}
     assert set(manifests.settings()) <= flags
     parser = agent.build_parser(manifests.settings())
     assert agent.parse_settings(parser, parser.parse_args(["run", "--node-name", "n1"]), manifests.settings()).cluster_cidrs
-    assert agent.parse_pools(parser, parser.parse_args(["nodeipam"]), manifests.settings())
+    parser = nodeipam.build_parser(manifests.settings())
+    assert nodeipam.parse_pools(parser, parser.parse_args([]), manifests.settings())
 
 
 def test_the_probes_ask_where_the_agent_listens():
@@ -157,7 +160,7 @@ def wait_until(is_so, timeout_s=30, why=lambda: ""):
 
 def test_the_agent_needs_no_other_rights_and_uses_all_that_it_has(api, tmp_path):
     """But `get nodes`, which who may list them has anyway. Its node has a record of an earlier life."""
-    store = agent.KubernetesStore(agent.open_api(api.kubeconfig(tmp_path / "kubeconfig", policies.AGENT, node="n1"), {}, None), "n1")
+    store = agent.KubernetesStore(kube.open_api(api.kubeconfig(tmp_path / "kubeconfig", policies.AGENT, node="n1"), {}, None), "n1")
     store.start()
     wait_until(lambda: store.identity())
     text = policies.record(api.node("n1"), gen=9)
@@ -177,7 +180,7 @@ def test_the_agent_needs_no_other_rights_and_uses_all_that_it_has(api, tmp_path)
 def test_nodeipam_needs_no_other_rights_and_uses_all_that_it_has(api, tmp_path):
     api.create_node("foreign")
     config = api.kubeconfig(tmp_path / "kubeconfig", policies.NODEIPAM)
-    argv = [sys.executable, str(ROOT / "agent.py"), "nodeipam", "--kubeconfig", config, "--cluster-cidr", "10.200.0.0/23"]
+    argv = [sys.executable, str(ROOT / "nodeipam.py"), "--kubeconfig", config, "--cluster-cidr", "10.200.0.0/23"]
     with open(tmp_path / "log", "w+") as log:
         for node in ("n1", "n2"):  # their CIDRs are another allocator's
             api.delete_node(node)

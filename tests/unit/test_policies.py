@@ -3,6 +3,7 @@
 import pytest
 
 import agent
+import kube
 from tests import policies
 from tests.apiserver import ApiServer
 
@@ -20,7 +21,7 @@ def api():
 @pytest.mark.parametrize("case", policies.CASES, ids=lambda case: f"{case.user.rpartition(':')[2]} {case.claim}".replace(" ", "-"))
 def test_the_policies_allow_and_refuse(api, case):
     nodes = {name: api.node(name) for name in ("n1", "n2", "n3")}
-    client = agent.Api({"server": api.url, "certificate-authority": api.ca_file, "token": api.token(case.user, node=case.token)})
+    client = kube.Api({"server": api.url, "certificate-authority": api.ca_file, "token": api.token(case.user, node=case.token)})
     assert policies.refusal(case, nodes, client) == case.refused
     unchanged = {name: api.node(name) for name in ("n1", "n2", "n3")} == nodes
     assert unchanged or not case.refused
@@ -29,7 +30,7 @@ def test_the_policies_allow_and_refuse(api, case):
 def test_the_test_of_the_agent_whether_it_is_watched_is_refused_by_the_policy(api):
     """_test_guard: a dry-run write to another Node."""
     store = agent.KubernetesStore(
-        agent.Api({"server": api.url, "certificate-authority": api.ca_file, "token": api.token(policies.AGENT, node="n1")}), "n1"
+        kube.Api({"server": api.url, "certificate-authority": api.ca_file, "token": api.token(policies.AGENT, node="n1")}), "n1"
     )
     assert store._test_guard() is True
     api.policies.clear()

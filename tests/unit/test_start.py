@@ -111,10 +111,10 @@ def api(tmp_path, monkeypatch):
         config = api.kubeconfig(tmp_path / "kubeconfig", policies.AGENT, node="n1")
         monkeypatch.setattr(start, "AGENT_DIR", str(ROOT))
         monkeypatch.setenv("MNCNI_NODE_NAME", "n1")
-        import agent
+        import kube
 
-        opened = agent.open_api
-        monkeypatch.setattr(agent, "open_api", lambda kubeconfig, environ, run: opened(config, environ, run))
+        opened = kube.open_api
+        monkeypatch.setattr(kube, "open_api", lambda kubeconfig, *rest: opened(config, *rest))
         yield api
 
 

@@ -1,4 +1,4 @@
-"""agent.py nodeipam: its plans, its election, and what several allocators make of a cluster that creates and deletes nodes.
+"""nodeipam.py: its plans, its election, and what several allocators make of a cluster that creates and deletes nodes.
 
 The API server here is one in memory, on the test's clock; requests through HTTP are in tests/integration/test_nodeipam.py.
 """
@@ -8,11 +8,14 @@ import json
 import logging
 import random
 import re
+import subprocess
 
 import pytest
 
-import agent
-from agent import RENEW_S, RETRY_S, REUSE_S, ApiError, Claim, Election, NodeIpam
+import kube
+import nodeipam
+from kube import ApiError
+from nodeipam import RENEW_S, RETRY_S, REUSE_S, Claim, Election, NodeIpam
 
 V4, V6 = ipaddress.ip_network("10.244.0.0/16"), ipaddress.ip_network("fd00:10::/48")
 POOLS, DUAL = {4: (24, (V4,))}, {4: (24, (V4,)), 6: (64, (V6,))}
@@ -31,7 +34,7 @@ def plan(claims, pools=POOLS, given=None, freed=None, now=0):
     """({name: ["10.244.0.0/24"]}, {name: reason})."""
     if given is None:
         given = {each.uid: each.cidrs for each in claims if each.cidrs}
-    writes, refused, _ = agent.plan_allocations(claims, pools, given, freed or {}, now)
+    writes, refused, _ = nodeipam.plan_allocations(claims, pools, given, freed or {}, now)
     return {each.name: list(map(str, cidrs)) for each, cidrs in writes.items()}, {each.name: why for each, why in refused.items()}
 
 
@@ -44,12 +47,12 @@ def plan(claims, pools=POOLS, given=None, freed=None, now=0):
         ([], "--cluster-cidr is needed"),
         (["--cluster-cidr", "10.244.0.1/16"], "10.244.0.1/16 has host bits set"),
         (["--cluster-cidr", "pods"], "'pods' does not appear to be"),
-        (["--cluster-cidr", "10.244.0.0/25"], "--cluster-cidr 10.244.0.0/25 is smaller than one node's range: --node-mask-v4 is 24"),
-        (["--cluster-cidr", "fd00::/65"], "--cluster-cidr fd00::/65 is smaller than one node's range: --node-mask-v6 is 64"),
+        (["--cluster-cidr", "10.244.0.0/25"], "--node-mask-v4 24 is out of range for --cluster-cidr 10.244.0.0/25: 25 to 30"),
+        (["--cluster-cidr", "fd00::/65"], "--node-mask-v6 64 is out of range for --cluster-cidr fd00::/65: 65 to 126"),
         (["--cluster-cidr", "10.0.0.0/8", "--cluster-cidr", "10.1.0.0/16"], "10.0.0.0/8 overlaps --cluster-cidr 10.1.0.0/16"),
-        (["--cluster-cidr", "10.0.0.0/8", "--node-mask-v4", "31"], "--node-mask-v4 31 is out of range: 1 to 30"),
+        (["--cluster-cidr", "10.0.0.0/8", "--node-mask-v4", "31"], "--node-mask-v4 31 is out of range for .* 8 to 30"),
         (["--cluster-cidr", "10.0.0.0/8", "--node-mask-v4", "0"], "--node-mask-v4 0 is out of range"),
-        (["--cluster-cidr", "fd00::/48", "--node-mask-v6", "127"], "--node-mask-v6 127 is out of range: 1 to 126"),
+        (["--cluster-cidr", "fd00::/48", "--node-mask-v6", "127"], "--node-mask-v6 127 is out of range for .* 48 to 126"),
         (["--cluster-cidr", "10.0.0.0/8", "--node-mask-v4", "wide"], "--node-mask-v4.*'wide'"),
         (["--cluster-cidr", "10.0.0.0/8", "--lease", "ipam"], "--lease 'ipam' must be namespace/name"),
         (["--cluster-cidr", "10.0.0.0/8", "--lease", "a/b/c"], "--lease 'a/b/c' must be"),
@@ -58,22 +61,28 @@ def plan(claims, pools=POOLS, given=None, freed=None, now=0):
 )
 def test_a_wrong_flag_exits_2_naming_flag_and_value(argv, said, capsys):
     with pytest.raises(SystemExit) as left:
-        agent.main(["nodeipam", *argv], {})
-    assert left.value.code == agent.USAGE
+        nodeipam.main(argv, {})
+    assert left.value.code == nodeipam.USAGE
     assert re.search(said, capsys.readouterr().err)
+
+
+def test_it_is_a_program_of_its_own_whose_help_names_every_flag():
+    done = subprocess.run([nodeipam.__file__, "--help"], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(row[0] in done.stdout for row in nodeipam.FLAGS)
 
 
 def test_flags_may_come_by_environment_and_the_first_cidr_says_which_family_comes_first():
     environ = {"MNCNI_CLUSTER_CIDR": "fd00::/48,10.0.0.0/8", "MNCNI_NODE_MASK_V4": "22", "MNCNI_LEASE": "a/b"}
-    parser = agent.build_parser(environ)
-    options = parser.parse_args(["nodeipam"])
-    pools = agent.parse_pools(parser, options, environ)
+    parser = nodeipam.build_parser(environ)
+    options = parser.parse_args([])
+    pools = nodeipam.parse_pools(parser, options, environ)
     assert list(pools.items()) == [(6, (64, nets("fd00::/48"))), (4, (22, nets("10.0.0.0/8")))]
     assert options.lease == "a/b"
 
 
 def test_without_a_cluster_it_fails_and_says_what_to_give(caplog):
-    assert agent.main(["nodeipam", "--cluster-cidr", "10.0.0.0/8"], {}) == agent.FAILED
+    assert nodeipam.main(["--cluster-cidr", "10.0.0.0/8"], {}) == nodeipam.FAILED
     assert "give --kubeconfig" in caplog.text
 
 
@@ -102,7 +111,7 @@ def test_a_node_with_half_of_a_huge_family_costs_no_time():
 
 
 def test_a_range_given_back_rests_and_is_free_after_that():
-    freed = {agent.span_of(*nets("10.244.0.0/24")): 600}
+    freed = {kube.span_of(*nets("10.244.0.0/24")): 600}
     assert plan([claim("n1")], freed=freed, now=599)[0] == {"n1": ["10.244.1.0/24"]}
     assert plan([claim("n1")], freed=freed, now=600)[0] == {"n1": ["10.244.0.0/24"]}
 
@@ -158,12 +167,12 @@ def test_a_reserved_range_that_another_node_has_is_given_up():
 def test_what_may_be_in_use_survives_as_text():
     grown = {4: (26, (*SMALL[4][1], *nets("10.9.0.0/24", "10.8.0.0/24"))), 6: DUAL[6]}
     claims = [claim("n1", "10.244.0.64/26", "fd00:10:0:5::/64"), claim("n2", "10.9.0.0/26"), claim("n3")]
-    _, _, taken = agent.plan_allocations(claims, grown, {each.uid: each.cidrs for each in claims}, {}, 0)
-    text = agent.format_used(grown, taken)
+    _, _, taken = nodeipam.plan_allocations(claims, grown, {each.uid: each.cidrs for each in claims}, {}, 0)
+    text = nodeipam.format_used(grown, taken)
     assert text == "10.244.0.127,10.9.0.63,fd00:10:0:5:ffff:ffff:ffff:ffff"
-    freed = agent.parse_used(text + ",192.0.2.1,rubbish,", grown, 600)
+    freed = nodeipam.parse_used(text + ",192.0.2.1,rubbish,", grown, 600)
     assert set(freed.values()) == {600} and len(freed) == 3
-    writes, _, _ = agent.plan_allocations([claim("n9")], grown, {}, freed, 0)
+    writes, _, _ = nodeipam.plan_allocations([claim("n9")], grown, {}, freed, 0)
     assert list(map(str, *writes.values())) == ["10.244.0.128/26", "fd00:10:0:6::/64"]
 
 
@@ -180,17 +189,17 @@ def node_object(name="n1", uid="u1", version="7", cidrs=(), manager=None):
 
 
 def test_a_claim_knows_who_set_the_ranges():
-    assert agent.parse_claim(node_object()) == Claim("2026-01-01T00:00:00Z", "n1", "u1", "7", (), "")
-    assert agent.parse_claim(node_object(cidrs=["10.244.0.0/24"], manager="mncni-nodeipam")).fault == ""
-    other = agent.parse_claim(node_object(cidrs=["10.244.0.0/24"], manager="kube-controller-manager"))
+    assert nodeipam.parse_claim(node_object()) == Claim("2026-01-01T00:00:00Z", "n1", "u1", "7", (), "")
+    assert nodeipam.parse_claim(node_object(cidrs=["10.244.0.0/24"], manager="mncni-nodeipam")).fault == ""
+    other = nodeipam.parse_claim(node_object(cidrs=["10.244.0.0/24"], manager="kube-controller-manager"))
     assert other.fault == 'its pod CIDR was set by "kube-controller-manager", not by mncni-nodeipam'
     assert other.cidrs == nets("10.244.0.0/24") and other.version == ""
-    assert agent.parse_claim({**node_object(), "spec": {"podCIDR": "10.244.0.0/24"}}).cidrs == nets("10.244.0.0/24")
-    assert "no network" in agent.parse_claim(node_object(cidrs=["10.244.0.0/99"])).fault
+    assert nodeipam.parse_claim({**node_object(), "spec": {"podCIDR": "10.244.0.0/24"}}).cidrs == nets("10.244.0.0/24")
+    assert "no network" in nodeipam.parse_claim(node_object(cidrs=["10.244.0.0/99"])).fault
 
 
 def test_a_heartbeat_of_a_node_that_has_its_ranges_is_no_news():
-    first, second = (agent.parse_claim(node_object(version=version, cidrs=["10.244.0.0/24"])) for version in ("7", "8"))
+    first, second = (nodeipam.parse_claim(node_object(version=version, cidrs=["10.244.0.0/24"])) for version in ("7", "8"))
     assert first == second
 
 
@@ -217,12 +226,12 @@ class World:
         return NodeIpam(api, how.get("pools", self.pools), election, clock, self.follow)
 
     def follow(self, put, stopping):
-        put("LIST", [agent.parse_claim(node) for node in self.nodes.values()])
+        put("LIST", [nodeipam.parse_claim(node) for node in self.nodes.values()])
         self.watchers = [*[each for each in self.watchers if not each[1].is_set()], (put, stopping)]
 
     def tell(self, kind, node):
         for put, _ in self.watchers:
-            put(kind, [agent.parse_claim(node)])
+            put(kind, [nodeipam.parse_claim(node)])
 
     def stamp(self):
         self.version += 1
@@ -393,7 +402,7 @@ def test_events_of_many_waiting_nodes_come_a_few_at_a_time():
     for number in range(104):
         world.create(f"n{number}")
     ipam.tick(0)
-    assert len(world.events) == agent.EVENTS
+    assert len(world.events) == nodeipam.EVENTS
     world.run(60, ipam)
     assert len({name for name, _, _ in world.events}) == len(world.events) == 100
 
@@ -524,7 +533,7 @@ def test_of_two_one_leads_and_the_other_takes_over_at_once_when_it_stops(world):
 def test_a_killed_leader_is_followed_after_the_lease_has_run_out_on_the_others_clock(world):
     first, second = leading(world, "a"), world.start("b")
     world.run(3, second)
-    world.run(agent.LEASE_S - 4, second)
+    world.run(nodeipam.LEASE_S - 4, second)
     assert not second.election.leads(second.term)
     world.run(5, second)
     assert second.election.leads(second.term)
@@ -557,7 +566,7 @@ def test_a_leader_whose_lease_was_deleted_makes_it_anew_and_forgets_nothing(worl
     world.run(1, ipam)
     world.lease = None
     world.run(6, ipam)
-    assert ipam.election.leads(ipam.term) and world.lease["metadata"]["annotations"][agent.USED] == "10.244.0.255"
+    assert ipam.election.leads(ipam.term) and world.lease["metadata"]["annotations"][nodeipam.USED] == "10.244.0.255"
     world.create("n2")
     world.run(1, ipam)
     assert world.cidrs() == {"n2": ["10.244.1.0/24"]}
@@ -567,7 +576,7 @@ def test_a_standby_that_saw_the_lease_vanish_waits_for_the_leader_to_notice(worl
     first, second = leading(world, "a"), world.start("b")
     world.run(3, first, second)
     world.lease = None
-    world.run(agent.LEASE_S - 1, second)
+    world.run(nodeipam.LEASE_S - 1, second)
     assert world.lease is None
     world.run(RETRY_S + 2, second)
     assert second.election.leads(second.term) and not first.election.leads(first.term)
@@ -651,7 +660,7 @@ def test_a_leader_paused_between_its_look_at_the_clock_and_its_write_hands_out_n
             for watcher in list(world.watchers):  # n1 is slow to be seen by the new leader: the old write is still good
                 world.watchers.remove(watcher)
             node = world.nodes.pop("n1")
-            world.run(2 * agent.LEASE_S, second)
+            world.run(2 * nodeipam.LEASE_S, second)
             assert second.election.leads(second.term)
             world.create("n2")
             world.run(60, second)
@@ -825,3 +834,30 @@ def test_an_undisturbed_leader_always_gives_the_lowest_range_that_has_rested(see
         else:
             world.delete(rng.choice(sorted(world.nodes)))
         world.run(rng.randrange(0, 120), ipam, step=1)
+
+
+# ---- figures ----
+
+
+class FakeIpam:
+    def __init__(self):
+        self.now, self.beat, self.reason = 1000.0, 1000.0, ""
+        self.api = self.election = self
+        self.counts, self.ours = kube.Counts(), True
+        self.counts.set("mncni_nodeipam_nodes", 2, state="waiting")
+        self.counts.add("mncni_nodeipam_ranges_given_total", 5)
+
+    def clock(self):
+        return self.now
+
+
+def test_nodeipam_tells_who_leads_and_who_waits():
+    fake = FakeIpam()
+    pages = kube.pages(fake, nodeipam.look_figures, nodeipam.METRICS)
+    code, text = pages["/metrics"]()
+    assert code == 200
+    for line in ("mncni_nodeipam_leader 1", 'mncni_nodeipam_nodes{state="waiting"} 2', "mncni_nodeipam_ranges_given_total 5"):
+        assert line in text.splitlines()
+    assert pages["/healthz"]()[0] == 200
+    fake.now += kube.STUCK_S
+    assert pages["/healthz"]()[0] == 503

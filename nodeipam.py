@@ -1,0 +1,470 @@
+#!/usr/bin/python3 -I
+"""MNCNI's node IPAM: gives each node of a cluster its pod CIDRs, where the control plane gives none. One per cluster.
+
+A pod CIDR is the range of addresses for the pods of one node (Node.spec.podCIDRs), a part of the cluster CIDR. Each node gets the lowest
+free range of every address family, in one write, and keeps it for its life: the API allows no change of it.
+
+Several replicas may run. One of them is the leader, by a Lease: an object with a holder and a time, which the holder renews. Another
+replica takes the Lease when it has not been renewed for LEASE_S. Only the leader follows the Nodes and writes.
+
+No two nodes may get the same range, even if a replica is paused or cut off at the worst moment. Three rules see to that:
+- A write names the resourceVersion of the Node that the plan was made from, so it fails if the Node has changed since. The leader looks
+  at the clock right before each write.
+- A write of an earlier leader may still be on its way. So before it gives out ranges, the leader notes in the Lease the highest address
+  that may be in use (annotation USED). A new leader gives nothing at or below it for REUSE_S.
+- A freed range is not reused for REUSE_S, because packets to its old node may be on their way. The note in the Lease covers the ranges
+  that were freed under the previous leader, too.
+
+Reading order: settings, claims and allocation (pure), the Lease, the allocator, main.
+"""
+
+import argparse
+import bisect
+import collections
+import contextlib
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import uuid
+from datetime import datetime, timezone
+
+if __name__ == "__main__":
+    sys.path.append(os.path.dirname(os.path.realpath(__file__)))  # -I leaves it out; kube.py and mncni.py are beside this file
+
+import kube
+import mncni
+from kube import NODES, ApiError, api_errors, find_overlap, listen_address, network, parse_addresses, shown, span_of, text_in
+
+log = logging.getLogger("mncni-nodeipam")
+
+OK, FAILED, USAGE = 0, 1, 2
+MANAGER = "mncni-nodeipam"  # our name in managedFields and Events
+USED = "mncni.dev/used"  # annotation of the Lease: the highest address that may be in use, of each cluster CIDR
+REUSE_S = 600  # how long a freed range is not reused
+LEASE_S, RENEW_S, RETRY_S = 15, 10, 2  # others wait this long for a leader; it writes this long after a renewal; pause between tries
+POLL_S = 0.5  # how long the loop waits for news
+EVENTS = 20  # the most Kubernetes Events in one pass
+FOREIGN = "no node gets a pod CIDR until the other allocator is stopped and this Node deleted; its kubelet registers it anew at its start"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+FLAGS = (
+    # flag, type, default, repeatable, help
+    ("--kubeconfig", str, "", False, "the cluster; without it, the pod's own"),
+    ("--cluster-cidr", network, None, True, "addresses of all pods; repeat it for a second family, or for more room"),
+    ("--node-mask-v4", int, "24", False, "prefix length of a node's IPv4 range"),
+    ("--node-mask-v6", int, "64", False, "prefix length of a node's IPv6 range"),
+    ("--lease", str, "kube-system/mncni-nodeipam", False, "namespace/name of the Lease that the leader of several replicas holds"),
+    ("--listen-nodeipam", listen_address, "127.0.0.1:28387", False, "address of /healthz, /readyz, /metrics; other hosts get metrics only"),
+)
+
+
+def build_parser(environ):
+    about = "Gives each node of a cluster its pod CIDRs, where the control plane gives none. Each flag is also an MNCNI_* variable."
+    parser = argparse.ArgumentParser(prog="nodeipam.py", description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    kube.add_flags(parser, FLAGS, environ)
+    return parser
+
+
+def parse_pools(parser, options, environ):
+    """{family: (prefix length of a node's range, cluster CIDRs)}; the family of the first CIDR comes first. Exits with USAGE."""
+    cidrs, pools = kube.parse_list(parser, options, environ, "cluster_cidr", network), {}
+    if not cidrs:
+        parser.error("--cluster-cidr is needed: see nodeipam.py --help")
+    pair = kube.overlapping_pair(cidrs)
+    if pair:
+        parser.error(f"--cluster-cidr {pair[0]} overlaps --cluster-cidr {pair[1]}")
+    for cidr in cidrs:
+        flag, mask = f"--node-mask-v{cidr.version}", getattr(options, f"node_mask_v{cidr.version}")
+        if not cidr.prefixlen <= mask <= cidr.max_prefixlen - 2:
+            parser.error(f"{flag} {mask} is out of range for --cluster-cidr {cidr}: {cidr.prefixlen} to {cidr.max_prefixlen - 2}")
+        pools[cidr.version] = (mask, (*pools.get(cidr.version, (mask, ()))[1], cidr))
+    if options.lease.count("/") != 1 or not all(map(mncni.is_identifier, options.lease.split("/"))):
+        parser.error(f"--lease {options.lease!r} must be namespace/name")
+    return pools
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claims and allocation: pure
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What the allocator knows of a Node. Claims sort by age, oldest first. version: the resourceVersion, "" once the Node has pod CIDRs.
+# cidrs: networks. fault: why its pod CIDRs are not of our making, or "".
+Claim = collections.namedtuple("Claim", "created name uid version cidrs fault")
+
+
+def parse_claim(item):
+    """The Claim of a Node object. ApiError."""
+    with api_errors("read", NODES):
+        meta, spec = item["metadata"], item.get("spec") or {}
+        texts = spec.get("podCIDRs") or ([spec["podCIDR"]] if spec.get("podCIDR") else [])
+        entries = [(entry.get("manager"), (entry.get("fieldsV1") or {}).get("f:spec") or {}) for entry in meta.get("managedFields") or []]
+        others = [manager for manager, fields in entries if manager != MANAGER and {"f:podCIDR", "f:podCIDRs"} & set(fields)]
+        fault = f"its pod CIDR was set by {shown(others[0])}, not by {MANAGER}" if texts and others else ""
+        try:
+            cidrs = kube.parse_cidrs(texts)
+        except ValueError as error:
+            cidrs, fault = (), f"its pod CIDR is no network: {error}"
+        if not mncni.is_identifier(meta["name"]):
+            raise ValueError(f"a node named {shown(meta['name'])}")
+        created, uid, version = text_in(meta, "creationTimestamp", False), text_in(meta, "uid"), text_in(meta, "resourceVersion")
+        return Claim(created or "", meta["name"], uid, "" if texts else version, cidrs, fault)
+
+
+def plan_allocations(claims, pools, given, freed, now):
+    """({claim: CIDRs to give}, {claim: why it gets none}, [span in use after that]). If another allocator has set any node's CIDR, nobody
+    gets anything.
+
+    pools: {family: (prefix length, cluster CIDRs)}. given: {uid: CIDRs} that nodes have, or were sent by a write of unknown outcome.
+    freed: {span: when it may be reused}.
+    """
+    refused, held = find_foreign(claims, pools)
+    taken = [span_of(cidr) for cidrs in given.values() for cidr in cidrs] + [span for span, until in freed.items() if until > now]
+    sources = [free_ranges(cidrs, mask, sorted(taken)) for mask, cidrs in pools.values()]
+    writes, waiting = {}, [] if refused else sorted(claim for claim in claims if not claim.cidrs)
+    for claim in waiting:
+        cidrs = given.get(claim.uid, ())
+        if not cidrs or any(find_overlap(held, span_of(cidr)) for cidr in cidrs):
+            cidrs = tuple(next(source, None) for source in sources)
+        if None in cidrs:
+            mask, outer = list(pools.values())[cidrs.index(None)]
+            what = f"no range /{mask} is free in --cluster-cidr {', '.join(map(str, outer))}"
+            refused[claim] = f"{what}; one that a node gives back is free after {REUSE_S // 60} minutes; for more, add a --cluster-cidr"
+            continue
+        writes[claim] = cidrs
+        taken += map(span_of, cidrs)
+    return writes, refused, taken
+
+
+def find_foreign(claims, pools):
+    """({claim: reason} of the nodes whose CIDRs another allocator must have set, sorted [(*span, name)] of all other CIDRs)."""
+    foreign, held = {}, []
+    for claim in sorted(claims):
+        fault = claim.fault
+        for cidr in claim.cidrs:
+            owner = find_overlap(held, span_of(cidr))
+            if not any(cidr.subnet_of(outer) for outer in pools.get(cidr.version, (0, ()))[1]):
+                fault = f"its pod CIDR {cidr} is outside --cluster-cidr"
+            elif owner:
+                fault = f"its pod CIDR {cidr} overlaps that of node {owner}"
+            else:
+                bisect.insort(held, (*span_of(cidr), claim.name))
+        if fault:
+            foreign[claim] = fault
+    return foreign, held
+
+
+def free_ranges(cidrs, mask, taken):
+    """Yield the networks of a prefix length inside cidrs that overlap no span of taken, a sorted list. Lowest first."""
+    for cidr in cidrs:
+        size, (version, first, end) = 1 << (cidr.max_prefixlen - mask), span_of(cidr)
+        for _, low, high in [*(span for span in taken if span[0] == version), (version, end + 1, end + 1)]:
+            while first + size <= min(low, end + 1):
+                yield type(cidr)((first, mask))
+                first += size
+            first = max(first, -(-(high + 1) // size) * size)  # the next multiple of size behind the span
+
+
+def format_used(pools, taken):
+    """The text of USED: the highest address in use of each cluster CIDR that has one, comma-separated."""
+    highest = []
+    for cidr in (cidr for _, cidrs in pools.values() for cidr in cidrs):
+        version, first, end = span_of(cidr)
+        lasts = [min(last, end) for family, low, last in taken if family == version and low <= end and last >= first]
+        highest += [str(cidr[max(lasts) - first])] if lasts else []
+    return ",".join(highest)
+
+
+def parse_used(text, pools, until):
+    """{span: until} of the addresses that may be in use, from the text of USED."""
+    cidrs = [cidr for _, cidrs in pools.values() for cidr in cidrs]
+    return {(cidr.version, int(cidr[0]), int(last)): until for last in parse_addresses(text.split(",")) for cidr in cidrs if last in cidr}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Lease: which replica leads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Election:
+    """This replica's view of the Lease. The time since the last renewal is measured on our own clock, never read from the Lease.
+
+    clock: seconds that only go forward. note: the text of USED, written with each renewal. term: a number that grows whenever another
+    replica leads or has led since we did; what was learned in an earlier term is void.
+    """
+
+    def __init__(self, api, lease, identity, clock):
+        namespace, self.name = lease.split("/")
+        self.path = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
+        self.api, self.identity, self.clock = api, identity, clock
+        self.lease, self.known = {}, False  # the Lease as last read, {} if there is none; whether we know that it is still so
+        self.ours = False  # whether we lead this term
+        self.seen = self.renewed = float("-inf")  # when we saw the Lease change; when we sent our last renewal
+        self.next_try, self.term, self.note, self.trouble = 0, 0, "", ""
+
+    def leads(self, term):
+        """Whether we may write now, with what we learned in that term. This ends LEASE_S - RENEW_S before another replica takes over."""
+        return self.term == term and self.clock() < self.renewed + RENEW_S
+
+    def tick(self):
+        """Renew the Lease or try to take it, if it is time to."""
+        if self.clock() < self.next_try:
+            return
+        self.next_try, trouble = self.clock() + RETRY_S, ""
+        try:
+            if not (self.known and self.leads(self.term)):
+                self.look()
+            spec = self.lease.get("spec") or {}
+            vacant = self.lease and spec.get("holderIdentity") in (None, "", self.identity)
+            if vacant or self.leads(self.term) or self.clock() >= self.seen + (spec.get("leaseDurationSeconds") or LEASE_S):
+                self.write(self.identity, LEASE_S)
+        except ApiError as error:
+            self.known = False
+            if error.status != 409:  # 409: another replica was faster
+                trouble = f"cannot get or keep the lease {self.name}, without which nothing is written: {error}"
+        if trouble and trouble != self.trouble:
+            log.warning("%s", trouble)
+        self.trouble = trouble
+
+    def request(self, *arguments):
+        """The Lease in the answer to a request. ApiError, also for an answer that is no Lease."""
+        lease = self.api.request(*arguments)
+        with api_errors("read", self.path):
+            meta, spec = lease["metadata"], lease.get("spec") or {}
+            text_in(meta, "resourceVersion"), text_in(meta.get("annotations") or {}, USED, False), text_in(spec, "holderIdentity", False)
+            numbers = [spec.get(key) or 0 for key in ("leaseDurationSeconds", "leaseTransitions")]
+            if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
+                raise ValueError(f"{shown(numbers)} are no numbers of a Lease")
+        return lease
+
+    def look(self):
+        """Read the Lease. ApiError. If another replica holds it, our term is over."""
+        before = self.lease
+        try:
+            self.lease = self.request("GET", f"{self.path}/{self.name}")
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            self.lease = {}
+        self.known = True
+        version, former = (lease.get("metadata", {}).get("resourceVersion") for lease in (self.lease, before))
+        self.seen = self.seen if version == former else self.clock()
+        holder, former = ((lease.get("spec") or {}).get("holderIdentity") for lease in (self.lease, before))
+        if self.lease and holder != self.identity:
+            if self.ours or holder != former:
+                log.info("%s leads", shown(holder) if holder else "nobody")
+            self.term += self.ours
+            self.ours, self.renewed = False, float("-inf")
+
+    def write(self, holder, duration_s):
+        """Take, renew or (holder "") give up the Lease. ApiError."""
+        meta, old = {"name": self.name, **self.lease.get("metadata", {})}, self.lease.get("spec") or {}
+        notes, now = meta.get("annotations") or {}, datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        spec = {**old, "holderIdentity": holder, "leaseDurationSeconds": duration_s, "renewTime": now}
+        if not self.ours:
+            self.note = notes.get(USED) or ""
+            spec.update(acquireTime=now, leaseTransitions=(old.get("leaseTransitions") or 0) + 1)
+        lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "spec": spec}
+        lease["metadata"] = {**meta, "annotations": {**notes, USED: self.note}}
+        method, path = ("PUT", f"{self.path}/{self.name}") if self.lease else ("POST", self.path)
+        sent, self.known = self.clock(), False
+        self.lease = self.request(method, path, lease)
+        self.known, self.renewed = True, sent if holder else float("-inf")
+        if not self.ours:
+            self.ours, self.term = True, self.term + 1
+            log.info("leading, by the lease %s", self.name)
+
+    def publish(self, note):
+        """Renew the Lease now, with this note. Returns whether that succeeded."""
+        self.note, self.next_try = note, 0
+        self.tick()
+        return self.known
+
+    def release(self):
+        """Give up the Lease, so that another replica leads at once."""
+        try:
+            if self.leads(self.term):
+                self.write("", 1)
+        except ApiError as error:
+            log.warning("the lease %s runs out by itself: %s", self.name, error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The allocator
+# ---------------------------------------------------------------------------------------------------------------------
+
+METRICS = {  # name: (type, help)
+    "mncni_nodeipam_leader": ("gauge", "Whether this replica leads."),
+    "mncni_nodeipam_nodes": ("gauge", "Nodes by state: all; waiting for a range; foreign: with a range that another allocator set."),
+    "mncni_nodeipam_ranges_given_total": ("counter", "Nodes that were given their ranges."),
+    "mncni_nodeipam_write_failures_total": ("counter", "Writes that failed, by cause: conflict or other."),
+    "mncni_nodeipam_terms_total": ("counter", "How often this replica began to lead."),
+}
+
+
+class NodeIpam:
+    """The loop of a replica. follow(put, stopping) starts a thread that calls put(type, [Claim]), first with type LIST, until the event
+    `stopping` is set; see kube.follow_nodes."""
+
+    def __init__(self, api, pools, election, clock, follow):
+        self.api, self.pools, self.election, self.clock, self.follow = api, pools, election, clock, follow
+        self.trouble = ""  # why we cannot follow the Nodes
+        self.counts, self.reason, self.beat = kube.Counts(), "", clock()  # see kube.pages; a replica that waits for its turn is ready
+        self.stopping = threading.Event()
+        self.begin()
+
+    def begin(self):
+        """Forget everything, because a new term has begun. As leader, read all Nodes anew."""
+        self.stopping.set()
+        self.events, self.stopping, self.term = queue.SimpleQueue(), threading.Event(), self.election.term
+        # claims: {uid: Claim}, None before the first list. given, freed: see plan_allocations. told: {uid: the reason that was sent}.
+        self.claims, self.given, self.freed, self.told = None, {}, {}, {}
+        self.next_pass = self.not_before = 0
+        if self.election.ours:
+            self.counts.add("mncni_nodeipam_terms_total")
+            events = self.events
+            self.follow(lambda *event: events.put(event), self.stopping)
+
+    def tick(self, timeout_s):
+        """Renew the Lease, wait for news, and as leader give out ranges."""
+        self.election.tick()
+        if self.election.term != self.term:
+            self.begin()
+        with contextlib.suppress(queue.Empty):
+            self.observe(*self.events.get(timeout=timeout_s))
+            while True:
+                self.observe(*self.events.get_nowait())
+        if self.claims is not None and self.clock() >= max(self.next_pass, self.not_before) and self.election.leads(self.term):
+            self.allocate()
+
+    def tell(self, trouble):
+        """Log why the Nodes cannot be followed; "" if they can."""
+        if trouble not in ("", self.trouble):
+            log.warning("cannot follow the nodes: %s", trouble)
+        self.trouble = trouble
+
+    def observe(self, kind, claims):
+        """Take in a change of one Node, or (LIST) all Nodes."""
+        if self.claims is None:
+            self.claims, self.freed = {}, parse_used(self.election.note, self.pools, self.clock() + REUSE_S)
+        there = {} if kind == "DELETED" else {claim.uid: claim for claim in claims}
+        for uid in set(self.claims) | set(self.given) if kind == "LIST" else {claim.uid for claim in claims}:
+            if uid not in there:
+                self.claims.pop(uid, None)
+                self.release(uid)
+                self.next_pass = 0
+        for uid, claim in there.items():
+            known = self.claims.get(uid)
+            if claim == known or (known and known.cidrs and not claim.cidrs):  # the latter is old: the API lets no CIDR be taken away
+                continue
+            self.claims[uid], self.next_pass = claim, 0
+            if claim.cidrs and claim.cidrs != self.given.get(uid):
+                self.release(uid)
+                self.given[uid] = claim.cidrs
+
+    def release(self, uid):
+        """Free the ranges of a node, to be reused after REUSE_S."""
+        self.freed.update({span_of(cidr): self.clock() + REUSE_S for cidr in self.given.pop(uid, ())})
+
+    def allocate(self):
+        """One pass: plan from all Nodes, note in the Lease what will be in use, write."""
+        now = self.clock()
+        self.freed = {span: until for span, until in self.freed.items() if until > now}
+        writes, refused, taken = plan_allocations(self.claims.values(), self.pools, self.given, self.freed, now)
+        foreign = sum(bool(claim.cidrs or claim.fault) for claim in refused)
+        for state, nodes in (("all", len(self.claims)), ("foreign", foreign), ("waiting", len(refused) - foreign)):
+            self.counts.set("mncni_nodeipam_nodes", nodes, state=state)
+        self.next_pass = now + RETRY_S if writes or refused else float("inf")
+        self.say(refused)
+        self.election.note = format_used(self.pools, taken)
+        if writes and not self.election.publish(self.election.note):
+            return
+        for claim, cidrs in writes.items():
+            self.election.tick()
+            if self.clock() < self.not_before or not self.election.leads(self.term):
+                return
+            self.write(claim, cidrs)
+
+    def write(self, claim, cidrs):
+        """Give a node its CIDRs, unless it has changed since the plan. They stay reserved for it in any case: a write that failed for us
+        may have been done."""
+        texts, self.given[claim.uid] = [str(cidr) for cidr in cidrs], cidrs
+        body = {"metadata": {"resourceVersion": claim.version}, "spec": {"podCIDR": texts[0], "podCIDRs": texts}}
+        try:
+            node = parse_claim(self.api.request("PATCH", f"{NODES}/{claim.name}", body, {"fieldManager": MANAGER}, kube.MERGE_PATCH))
+        except ApiError as error:
+            changed = error.status in (404, 409)  # the watch brings the change
+            self.counts.add("mncni_nodeipam_write_failures_total", cause="conflict" if changed else "other")
+            log.log(logging.INFO if changed else logging.WARNING, "node %s has no pod CIDR yet: %s", claim.name, error)
+            if error.status in (0, 401, 403, 429) or error.status >= 500:  # not a trouble of this node alone, so all nodes wait
+                self.not_before = self.clock() + max(RETRY_S, error.retry_after_s or 0)
+            return
+        self.counts.add("mncni_nodeipam_ranges_given_total")
+        self.observe("MODIFIED", [node])  # as the API server stored it: the next pass compares it with all others
+        log.info("node %s has pod CIDRs %s", claim.name, ", ".join(texts))
+
+    def say(self, refused):
+        """Log, and send as Events, why nodes get no range or have a foreign one: each reason once, at most EVENTS in one pass."""
+        self.told = {claim.uid: reason for claim, reason in refused.items() if self.told.get(claim.uid) == reason}
+        for claim in [claim for claim in refused if claim.uid not in self.told][:EVENTS]:
+            what, more = ("ForeignPodCIDR", f"; {FOREIGN}") if claim.cidrs or claim.fault else ("CIDRNotAvailable", "")
+            self.told[claim.uid], message = refused[claim], refused[claim] + more
+            log.error("node %s: %s", claim.name, message)
+            self.election.tick()
+            if self.election.leads(self.term):
+                kube.send_event(self.api, claim.name, claim.uid, message, reason=what, type="Warning", source={"component": MANAGER})
+
+
+def look_figures(ipam):
+    """The figures for /metrics, see kube.format_metrics."""
+    return {("mncni_nodeipam_leader", ()): ipam.election.ours, **ipam.counts.figures, **ipam.api.counts.figures}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_nodeipam(options, pools, environ):
+    """Give out ranges until SIGTERM or SIGINT. CNIError 7 without a cluster."""
+    patient = kube.open_api(options.kubeconfig, environ, mncni.make_run(environ), MANAGER)
+    quick, stopping = kube.Api(patient.access, MANAGER), []
+    quick.READ_S = RENEW_S / 2  # a request that takes longer must not cost us the Lease
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stopping.append(number))
+
+    def follow(put, stopping):
+        kube.start_thread(kube.follow_nodes, patient, parse_claim, put, ipam.tell, stopping)
+
+    election = Election(quick, options.lease, f"{socket.gethostname()}_{uuid.uuid4()}", kube.uptime)
+    ipam = NodeIpam(quick, pools, election, kube.uptime, follow)
+    kube.start_thread(kube.serve_http, options.listen_nodeipam, kube.pages(ipam, look_figures, METRICS))
+    while not stopping:
+        ipam.beat = kube.uptime()
+        ipam.tick(POLL_S)
+    election.release()
+    log.info("stopping; nodes keep the pod CIDRs that they have")
+
+
+def main(arguments, environ):
+    """The exit code. argparse exits with USAGE for a wrong flag."""
+    parser = build_parser(environ)
+    options = parser.parse_args(arguments)
+    kube.start_log(environ)
+    try:
+        run_nodeipam(options, parse_pools(parser, options, environ), environ)
+        return OK
+    except (mncni.CNIError, OSError) as error:
+        log.error("%s", error)
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], dict(os.environ)))
