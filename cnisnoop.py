@@ -1,32 +1,44 @@
 #!/usr/bin/python3
-"""cnisnoop: see every CNI call on this node as it happens, and what else tells why a pod has no network.
+"""cnisnoop: watch every CNI call on this node, and find out why a pod has no network.
 
-    sudo ./cnisnoop.py trace                 each call: command, plugin, container, stdin, stdout, exit code, duration, delegates
-    sudo ./cnisnoop.py trace --changes       the same, and what each call changed on the host and in the pod
-    ./cnisnoop.py view FILE                  a recording (trace --out FILE) again
-    sudo ./cnisnoop.py cache                 the results that libcni keeps in /var/lib/cni/results, stale ones marked
-    sudo ./cnisnoop.py doctor                which conflist is in use, and what is wrong: exit status 0 nothing, 1 findings
+CNI, the Container Network Interface: to connect a pod to the network, or to disconnect it, the container runtime (containerd, CRI-O,
+podman) starts a program, the plugin. It puts the command (ADD, DEL, CHECK, GC, STATUS, VERSION) into the environment as CNI_COMMAND, with
+other CNI_* variables beside it, and the configuration on standard input; the plugin prints its result to standard output, both as JSON.
+A network may be a chain of plugins, called one after the other for each pod. One such start of a plugin is a call.
 
-How a call is found: a CNI call is a program that is started with CNI_COMMAND in its environment. The backend, bpftrace or strace,
-reports each such start, what the process and its children read from its standard input and write to its standard output and error,
-and its end. A program that a plugin starts from a directory of CNI_PATH, or from its own, is a delegate, nested below its caller;
-any other is a command that the plugin ran.
+    sudo ./cnisnoop.py trace                 show each call: command, plugin, pod, stdin, stdout, exit code, duration
+    sudo ./cnisnoop.py trace --changes       show also what each call changed on the host and in the pod
+    ./cnisnoop.py view FILE                  show again what `trace --out FILE` recorded
+    sudo ./cnisnoop.py cache                 list the results that the runtime has stored in /var/lib/cni/results, and mark stale ones
+    sudo ./cnisnoop.py doctor                say which configuration is in use and what is wrong; exit status 1 if something is
 
-    bpftrace   >= 0.17, tracepoints alone: no kprobes and no kernel structs, so that no kernel version matters. Sees the whole machine.
-    strace     where there is no bpftrace: attaches to the container runtimes and follows what they start, which slows them down.
+How a call is found: a process that executes a program with CNI_COMMAND in its environment is a call. A backend, bpftrace or strace,
+reports when such a process starts and ends, and what it and its children read from its standard input and write to its standard output
+and error. A plugin may start another plugin, its delegate (bridge starts host-local for the addresses): a program in one of the plugin
+directories that CNI_PATH lists, or in the caller's directory. Any other program that a plugin starts, such as ip, is one of its commands.
 
-Both give the same small events, which are tuples (kind, time in ns, pid, ...):
+    bpftrace   version 0.17 or later; loads a small program into the kernel, which sees all processes of the machine. The program uses
+               tracepoints only (places in the kernel with fixed names and arguments), no kprobes and no kernel structs, so that it runs
+               on any kernel version.
+    strace     where bpftrace cannot be used; attaches to the container runtimes and follows their children, and slows them down.
 
-    ("begin", ts, pid, owner, parent, comm)    the process wants to execute; owner: nearest process above it that was reported, or 0
-    ("word", ts, pid, number, text)            what: 0 the path, 1 to 1023 the arguments, from ENV on CNI_* variables, in parts: + 8 each
-    ("exec", ts, pid, error, in, out, err)     error 0: it did; streams behind its descriptors 0, 1, 2: 8 * owning pid + 1, 2 or 3, + 4
-                                               for what was put there after the owner's first program. Else it could not
-    ("data", ts, pid, stream, n, bytes)        n bytes went through a stream; or 0, and the contents of those before, up to LIMIT
-    ("exit", ts, pid, code)                    256 + exit status, or the signal; 0: not known
-    ("lost", 0, 0, n)                            the backend could not keep up
+Both backends give the same events. An event is a tuple (kind, time in ns, process ID, ...):
 
-Reading order: the backends' program and parsers; `Calls`, which makes calls of events; how they are printed; changes; cache; doctor;
-the command line. All but the last four sections is pure: tests feed recorded output of the backends.
+    ("begin", ts, pid, owner, parent, comm)    The process wants to execute a program. owner: the nearest process above it, itself
+                                               included, of which an "exec" was reported; 0 if there is none.
+    ("word", ts, pid, number, text)            A string of that program: number 0 is the path, 1 to 1023 are the arguments, from ENV on
+                                               come the CNI_* variables. Each has 8 numbers, because a long one comes in parts.
+    ("exec", ts, pid, error, in, out, err)     error 0: the program runs, and its descriptors 0, 1 and 2 stand for these streams. A stream
+                                               is 8 * PID of the process whose stdin, stdout or stderr it is, plus 1, 2 or 3; 4 more
+                                               if that process put it there after its first program. Else error is minus the errno:
+                                               the program could not be executed.
+    ("data", ts, pid, stream, n, bytes)        n bytes went through a stream. Their contents, up to LIMIT in all, come with this event or
+                                               in the next ones, where n is 0.
+    ("exit", ts, pid, code)                    code is 256 + exit status, or the number of the signal; 0 if unknown.
+    ("lost", 0, 0, n)                          The backend could not keep up and lost n events.
+
+Reading order: the backends (program and parser), `Calls`, which makes calls of events, printing, changes, trace, cache, doctor, the
+command line. The sections up to printing are pure; the tests feed them recorded output of the backends.
 """
 import argparse
 import base64
@@ -45,79 +57,92 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 
-ENV = 1024             # number of the first word of the environment
+ENV = 1024             # number of the first "word" of the environment
 LIMIT = 65536          # bytes kept of each stream of a call
-DESCRIPTORS = 13       # followed per process: 0 to 12; bash puts saved ones from 10 on
-CHUNK = 160            # bytes of a string or buffer in one event: bpftrace 0.17 takes up to 200, but a probe has 512 bytes of stack
-CANARY = "cnisnoop"    # CNI_COMMAND of a process of our own, which shows that the probes are there
+DESCRIPTORS = 13       # file descriptors followed in each process: 0 to 12. bash saves redirected ones as 10 and up
+CHUNK = 160            # bytes of a string or buffer in one event: bpftrace 0.17 allows 200, but a probe has only 512 bytes of stack
+STREAMS = ("stdin", "stdout", "stderr")
+CANARY = "cnisnoop"    # CNI_COMMAND of the test processes that show whether the probes work
 RUNTIMES = ("containerd", "crio", "podman", "conmon", "kubelet", "cri-dockerd", "dockerd", "buildkitd", "nomad", "multus-daemon")
-# Programs that start another one in their place or below them: never a plugin themselves.
+# Programs that start another program, in their place or as a child. They are never plugins, even with CNI_COMMAND in their environment.
 WRAPPERS = ("env", "nsenter", "setpriv", "unshare", "sudo", "su", "runuser", "chroot", "timeout", "nice", "ionice", "stdbuf", "strace",
             "ip", "flock", "setsid", "sh", "bash", "dash")
-PACKAGES = {"ip": "iproute2", "tc": "iproute2", "nft": "nftables", "nsenter": "util-linux"}  # others are called as their program
+PACKAGES = {"ip": "iproute2", "tc": "iproute2", "nft": "nftables", "nsenter": "util-linux"}  # tool: Debian package, if named otherwise
 
 
 class SnoopError(Exception):
-    """What went wrong, in words for the user, with the way out."""
+    """An error message for the user: what went wrong, and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # bpftrace: the program and its output
 # ---------------------------------------------------------------------------------------------------------------------
-# Maps: @parent[task] its parent; @in[task] nearest process that was reported, itself included; @fd[process, descriptor] stream;
-# @code[process] how it is going to end; @sent[stream] bytes; the others last from one probe to the next. Loop counters are the only
-# variables that the kernel's verifier has to follow: whatever else a loop changes is in a map, else it runs out of patience.
-
+# The words in capitals are replaced by values, see bpftrace_program. The maps of the program:
+#   @parent[task]           its parent process
+#   @in[task]               the nearest process above it, itself included, that was reported as "exec"
+#   @fd[process, number]    the stream that this descriptor stands for
+#   @code[process]          how it is going to end, as in "exit"
+#   @sent[stream]           bytes that went through it
+# All others hold a value from one probe to the next. A loop changes maps where it could change variables: the verifier, with which the
+# kernel checks a program before it runs, follows every value of a variable through all rounds, and gives up if there are too many.
 PROCESSES = """
 tracepoint:sched:sched_process_fork {
   @parent[args->child_pid] = pid;
   if (@in[pid]) {
     @in[args->child_pid] = @in[pid]; $i = 0;
-    while ($i < %(descriptors)d) { $s = @fd[pid, $i]; if ($s) { @fd[args->child_pid, $i] = $s; } $i++; }
+    while ($i < DESCRIPTORS) { $s = @fd[pid, $i]; if ($s) { @fd[args->child_pid, $i] = $s; } $i++; }
   }
 }
 tracepoint:sched:sched_process_exec /@try[args->old_pid]/ {
   delete(@try[args->old_pid]); delete(@code[pid]); $i = 0;
-  while ($i < %(descriptors)d) {
-    if ($i > 2) { delete(@fd[pid, $i]); }
-    else { if (!@fd[pid, $i]) { @fd[pid, $i] = pid * 8 + $i + 1 + (@in[pid] == pid ? 4 : 0); } }
+  while ($i < DESCRIPTORS) {
+    if ($i > 2) { delete(@fd[pid, $i]); } else { if (!@fd[pid, $i]) { @fd[pid, $i] = pid * 8 + $i + 1 + (@in[pid] == pid ? 4 : 0); } }
     $i++;
   }
   @in[pid] = pid;
-  printf("exec|%%llu|%%d|0|%%d|%%d|%%d", nsecs, pid, @fd[pid, 0], @fd[pid, 1], @fd[pid, 2]);
+  printf("exec|%llu|%d|0|%d|%d|%d", nsecs, pid, @fd[pid, 0], @fd[pid, 1], @fd[pid, 2]);
 }
 tracepoint:signal:signal_deliver /@in[pid] && args->sa_handler == 0 && !@code[pid]/ {
-  $s = args->sig;  // not those that by default do nothing, stop or continue
+  $s = args->sig;  // not the signals that by default are ignored, stop the process or continue it
   if ($s < 17 || ($s > 23 && $s < 28) || $s > 28) { @code[pid] = $s; }
 }
 tracepoint:syscalls:sys_enter_exit_group /@in[pid]/ { if (!@code[pid]) { @code[pid] = 256 + (args->error_code & 255); } }
 tracepoint:syscalls:sys_enter_close /@in[pid]/ { delete(@fd[pid, args->fd]); }
-"""
-# The first loop looks for CNI_COMMAND and notes every CNI_* variable. They come in parts, for a string holds CHUNK - 1 characters; what
-# a part shows behind the end of the value is thrown away by the reader.
+tracepoint:sched:sched_process_exit { delete(@parent[tid]); }
+tracepoint:sched:sched_process_exit /@in[tid]/ {
+  $i = 0;
+  if (@in[tid] == tid && pid == tid) {
+    printf("exit|%llu|%d|%d", nsecs, pid, @code[pid]);
+    while ($i < 8) { delete(@sent[pid * 8 + $i]); $i++; }
+  }
+  delete(@in[tid]); delete(@code[tid]); $i = 0;
+  while ($i < DESCRIPTORS) { delete(@fd[tid, $i]); $i++; }
+}"""
+# The first loop looks for CNI_COMMAND and notes the address of every CNI_* variable. The last loop prints them in parts, because a string
+# holds CHUNK - 1 characters. It may print parts beyond the end of a value; read_words drops these.
 EXECUTE = """
-tracepoint:syscalls:sys_enter_%(call)s {
+tracepoint:syscalls:sys_enter_CALL {
   $p = (uint64)args->envp; $i = 0;
   while ($i < 512) {
     $v = *(uint64*)uptr($p + 8 * $i); $i++;
     if ($v == 0) { break; }
-    if (*(uint32*)uptr($v) == %(CNI_)d) {
-      if (*(uint64*)uptr($v) == %(CNI_COMM)d) { @cni[tid] = 1; }
+    if (*(uint32*)uptr($v) == FIRST_4) {
+      if (*(uint64*)uptr($v) == FIRST_8) { @cni[tid] = 1; }
       @env[tid, @envs[tid]] = $v; @envs[tid]++;
     }
   }
   $cni = @cni[tid];
   if ($cni || @in[pid]) {
     @try[tid] = 1;
-    printf("begin|%%llu|%%d|%%d|%%d|%%s", nsecs, pid, @in[pid], @parent[pid], comm);
-    printf("word|%%llu|%%d|0|%%s", nsecs, pid, str(uptr(args->filename)));
+    printf("begin|%llu|%d|%d|%d|%s", nsecs, pid, @in[pid], @parent[pid], comm);
+    printf("word|%llu|%d|0|%s", nsecs, pid, str(uptr(args->filename)));
     $p = (uint64)args->argv; $i = 0;
     while ($i < 32) {
       $v = *(uint64*)uptr($p + 8 * $i); $i++;
       if ($v == 0) { break; }
-      printf("word|%%llu|%%d|%%d|%%s", nsecs, pid, $i, str(uptr($v)));
+      printf("word|%llu|%d|%d|%s", nsecs, pid, $i, str(uptr($v)));
     }
   }
   delete(@cni[tid]); delete(@envs[tid]); $k = 0;
@@ -125,171 +150,137 @@ tracepoint:syscalls:sys_enter_%(call)s {
     $v = @env[tid, $k]; $i = 0;
     if ($v == 0) { break; }
     delete(@env[tid, $k]);
-    while ($cni && $i < 5) {
-      printf("word|%%llu|%%d|%%d|%%s", nsecs, pid, %(env)d + $k * 8 + $i, str(uptr($v + $i * %(step)d))); $i++;
-    }
+    while ($cni && $i < 5) { printf("word|%llu|%d|%d|%s", nsecs, pid, ENV + $k * 8 + $i, str(uptr($v + $i * STEP))); $i++; }
     $k++;
   }
 }
-tracepoint:syscalls:sys_exit_%(call)s /@try[tid]/ { delete(@try[tid]); printf("exec|%%llu|%%d|%%d|0|0|0", nsecs, pid, args->ret); }
-"""
-# Contents are read when the call returns: then they are there, and their length is known. Whole chunks first, for a loop whose
-# length varies is much work for the verifier.
+tracepoint:syscalls:sys_exit_CALL /@try[tid]/ { delete(@try[tid]); printf("exec|%llu|%d|%d|0|0|0", nsecs, pid, args->ret); }"""
+# The contents of a buffer are read when the call returns: only then are they there, and their length known. Whole chunks come first,
+# the rest after the loop, because a length that varies within a loop is much work for the verifier.
 TRANSFER = """
-tracepoint:syscalls:sys_enter_%(call)s /@in[pid] && @fd[pid, args->fd]/ {
-  @stream[tid] = @fd[pid, args->fd]; @buffer[tid] = (uint64)args->%(buffer)s;
+tracepoint:syscalls:sys_enter_CALL /@in[pid] && @fd[pid, args->fd]/ {
+  @stream[tid] = @fd[pid, args->fd]; @buffer[tid] = (uint64)args->BUFFER;
 }
-tracepoint:syscalls:sys_exit_%(call)s /@stream[tid]/ {
+tracepoint:syscalls:sys_exit_CALL /@stream[tid]/ {
   $s = @stream[tid]; $p = @buffer[tid]; $n = args->ret; $in = @in[pid]; $o = 0; $i = 0;
-  if ($n > 0 && ($s & 3) %(direction)s) {
-    printf("data|%%llu|%%d|%%d|%%d|", nsecs, $in, $s, $n);
-    $room = @sent[$s] < %(limit)d ? %(limit)d - @sent[$s] : 0; @sent[$s] = @sent[$s] + $n; $n = $n > $room ? $room : $n;
-    %(piece)s
+  if ($n > 0 && ($s & 3) DIRECTION) {
+    printf("data|%llu|%d|%d|%d|", nsecs, $in, $s, $n);
+    $room = @sent[$s] < LIMIT ? LIMIT - @sent[$s] : 0; @sent[$s] = @sent[$s] + $n; $n = $n > $room ? $room : $n;
+    LATER
+    while ($i < ROUNDS) {
+      if ($o + CHUNK > $n) { break; }
+      printf("data|%llu|%d|%d|0|%rx", nsecs, $in, $s, buf(uptr($p + $o), CHUNK));
+      $o = $o + CHUNK; $i++;
+    }
+    if ($n > $o) { printf("data|%llu|%d|%d|0|%rx", nsecs, $in, $s, buf(uptr($p + $o), $n - $o)); }
   }
   if (!@left[tid]) { delete(@stream[tid]); delete(@buffer[tid]); }
-}
-"""
-PIECE = """while ($i < %(chunks)d) {
-      if ($o + %(chunk)d > $n) { break; }
-      printf("data|%%llu|%%d|%%d|0|%%rx", nsecs, $in, $s, buf(uptr($p + $o), %(chunk)d));
-      $o = $o + %(chunk)d; $i++;
-    }
-    if ($n > $o) { printf("data|%%llu|%%d|%%d|0|%%rx", nsecs, $in, $s, buf(uptr($p + $o), $n - $o)); }"""
-# readv and writev: the same over several buffers, {address, size} each, in a probe of its own, for the stack of one is too small.
-PIECES = """
-tracepoint:syscalls:sys_exit_%(call)s /@left[tid]/ {
+}"""
+# readv and writev have several buffers, an {address, size} each. They are read in a second probe, because the stack of one is too small:
+# the first only notes how many bytes are left to read (LATER).
+CONTENTS = """
+tracepoint:syscalls:sys_exit_CALL /@left[tid]/ {
   $in = @in[pid]; $i = 0;
-  while ($i < %(chunks)d) {
+  while ($i < ROUNDS) {
     $p = @buffer[tid]; $s = *(uint64*)uptr($p + 8) - @offset[tid]; $i++;
     if ($s > @left[tid]) { $s = @left[tid]; }
-    if ($s > 0) { printf("data|%%llu|%%d|%%d|0|%%rx", nsecs, $in, @stream[tid], buf(uptr(*(uint64*)uptr($p) + @offset[tid]), $s)); }
-    if ($s > %(chunk)d) { $s = %(chunk)d; }
+    if ($s > 0) { printf("data|%llu|%d|%d|0|%rx", nsecs, $in, @stream[tid], buf(uptr(*(uint64*)uptr($p) + @offset[tid]), $s)); }
+    if ($s > CHUNK) { $s = CHUNK; }
     @left[tid] = @left[tid] - $s; @offset[tid] = @offset[tid] + $s;
     if (@left[tid] == 0) { break; }
     if (@offset[tid] >= *(uint64*)uptr($p + 8)) { @buffer[tid] = $p + 16; delete(@offset[tid]); }
   }
   delete(@left[tid]); delete(@stream[tid]); delete(@buffer[tid]); delete(@offset[tid]);
-}
-"""
-DUPLICATE_TO = """
-tracepoint:syscalls:sys_enter_%(call)s /@in[pid]/ {
-  $s = @fd[pid, args->oldfd];
-  if ($s) { @fd[pid, args->newfd] = $s; } else { delete(@fd[pid, args->newfd]); }
-}
-"""
-DUPLICATE = """
-tracepoint:syscalls:sys_enter_%(call)s /@in[pid]%(condition)s/ { $s = @fd[pid, args->%(field)s]; if ($s) { @copied[tid] = $s; } }
-"""
+}"""
+# The next three: the calls that give a stream another descriptor. 0 and 1030 are F_DUPFD and F_DUPFD_CLOEXEC.
+DUPLICATE = "\ntracepoint:syscalls:sys_enter_CALL /@in[pid]CONDITION/ { @copied[tid] = @fd[pid, args->FIELD] + 1; }"
 OPEN = """
-tracepoint:syscalls:sys_enter_%(call)s /@in[pid]/ {
+tracepoint:syscalls:sys_enter_CALL /@in[pid]/ {
   $f = str(args->filename, 16); $s = (uint64)0;
   if ($f == "/dev/stdin" || $f == "/dev/fd/0" || $f == "/proc/self/fd/0") { $s = @fd[pid, 0]; }
   if ($f == "/dev/stdout" || $f == "/dev/fd/1" || $f == "/proc/self/fd/1") { $s = @fd[pid, 1]; }
   if ($f == "/dev/stderr" || $f == "/dev/fd/2" || $f == "/proc/self/fd/2") { $s = @fd[pid, 2]; }
-  if ($s) { @copied[tid] = $s; }
-}
-"""
+  if ($s) { @copied[tid] = $s + 1; }
+}"""
 COPIED = """
-tracepoint:syscalls:sys_exit_%(call)s /@copied[tid]/ {
-  if (args->ret >= 0 && args->ret < %(descriptors)d) { @fd[pid, args->ret] = @copied[tid]; }
-  delete(@copied[tid]);
-}
-"""
-END_OF_PROCESS = """
-tracepoint:sched:sched_process_exit {
-  delete(@parent[tid]);
-  if (@in[tid]) {
-    $i = 0;
-    if (@in[tid] == tid && pid == tid) {
-      printf("exit|%%llu|%%d|%%d", nsecs, pid, @code[pid]);
-      while ($i < 8) { delete(@sent[pid * 8 + $i]); $i++; }
-    }
-    delete(@in[tid]); delete(@code[tid]); $i = 0;
-    while ($i < %(descriptors)d) { delete(@fd[tid, $i]); $i++; }
-  }
-}
-END {  // else it prints them all
-  clear(@parent); clear(@in); clear(@fd); clear(@code); clear(@sent); clear(@try); clear(@stream); clear(@left); clear(@offset);
-  clear(@buffer); clear(@copied); clear(@env); clear(@envs); clear(@cni);
-}
-"""
+tracepoint:syscalls:sys_exit_CALL /@copied[tid]/ {
+  $s = @copied[tid] - 1; delete(@copied[tid]);
+  if (args->ret >= 0 && args->ret < DESCRIPTORS) { if ($s) { @fd[pid, args->ret] = $s; } else { delete(@fd[pid, args->ret]); } }
+}"""
+
+
+PROBES = {"read write": TRANSFER, "readv writev": TRANSFER + CONTENTS, "dup dup2 dup3 fcntl": DUPLICATE + COPIED,
+          "open openat": OPEN + COPIED, "execve execveat": EXECUTE}
 
 
 def bpftrace_program(syscalls):
-    """The text of the bpftrace program. syscalls: names that this kernel has tracepoints for; `open` and `dup2` are not everywhere."""
-    values = {"descriptors": DESCRIPTORS, "env": ENV, "step": CHUNK - 1, "chunk": CHUNK, "limit": LIMIT, "chunks": LIMIT // CHUNK + 1}
-    for name in ("CNI_", "CNI_COMM"):
-        values[name] = int.from_bytes(name.encode(), sys.byteorder)
-    parts = []
-    for call, direction in (("read", "== 1"), ("write", "> 1")):
-        parts += [(TRANSFER, {"call": call, "direction": direction, "buffer": "buf", "piece": PIECE % values}),
-                  (TRANSFER + PIECES, {"call": f"{call}v", "direction": direction, "buffer": "vec", "piece": "@left[tid] = $n;"})]
-    parts += [(DUPLICATE_TO, {"call": call}) for call in ("dup2", "dup3")]
-    parts += [(DUPLICATE + COPIED, {"call": "dup", "field": "fildes", "condition": ""}),
-              (DUPLICATE + COPIED, {"call": "fcntl", "field": "fd", "condition": " && (args->cmd == 0 || args->cmd == 1030)"})]
-    parts += [(OPEN + COPIED, {"call": call}) for call in ("openat", "open")]
-    parts += [(EXECUTE, {"call": call}) for call in ("execveat", "execve")]
-    texts = [text % {**values, **more} for text, more in parts if more["call"] in syscalls]
-    return "".join([PROCESSES % values, *texts, END_OF_PROCESS % values])
+    """The text of the bpftrace program. syscalls: those that this kernel has tracepoints for; some kernels lack `open` and `dup2`."""
+    parts = [(PROCESSES, "")] + [(text, call) for calls, text in PROBES.items() for call in calls.split() if call in syscalls]
+    program = ""
+    for text, call in parts:
+        values = {
+            "CALL": call, "DIRECTION": "== 1" if call.startswith("read") else "> 1", "BUFFER": "vec" if call.endswith("v") else "buf",
+            "LATER": "@left[tid] = $n; $n = 0;" if call.endswith("v") else "", "FIELD": {"dup": "fildes", "fcntl": "fd"}.get(call, "oldfd"),
+            "CONDITION": " && (args->cmd == 0 || args->cmd == 1030)" if call == "fcntl" else "",
+            "DESCRIPTORS": DESCRIPTORS, "LIMIT": LIMIT, "ROUNDS": LIMIT // CHUNK + 1, "CHUNK": CHUNK, "STEP": CHUNK - 1, "ENV": ENV,
+            "FIRST_4": int.from_bytes(b"CNI_", sys.byteorder), "FIRST_8": int.from_bytes(b"CNI_COMM", sys.byteorder)}
+        for word, value in values.items():
+            text = text.replace(word, str(value))
+        program += text
+    return program
 
 
-EVENT_NUMBERS = {"begin": 4, "word": 3, "data": 4, "exec": 6, "exit": 3}  # how many an event has; the first three end with text
+EVENT_NUMBERS = {"begin": 4, "word": 3, "data": 4, "exec": 6, "exit": 3}  # numbers in an event; in the first three a text follows
 
 
 def parse_bpftrace(line):
-    """An event of one line (bytes) of `bpftrace -f json`, or None. Text is str with one character for each byte (Latin-1)."""
-    # bpftrace 0.17 writes a byte above 127 as \uffffffXX, which is no JSON; newer ones write it as it is.
+    """The event in one line (bytes) of `bpftrace -f json`, or None. Text is a str with one character for each byte (Latin-1)."""
+    # bpftrace 0.17 writes a byte above 127 as \uffffffXX, which is not JSON; later versions write the byte itself.
     message = parse_object(re.sub(r"\\uffffff([89a-f][0-9a-f])", r"\\u00\1", line.decode("latin-1")))
     if message.get("type") == "lost_events":
         return ("lost", 0, 0, message["data"]["events"])
-    kind, _, rest = str(message.get("data")).partition("|")
-    count = EVENT_NUMBERS.get(kind, 0)
+    if message.get("type") != "printf":
+        return None
+    kind, rest = message["data"].split("|", 1)
+    count = EVENT_NUMBERS[kind]
     fields = rest.split("|", count)
-    if not count or message.get("type") != "printf" or len(fields) != count + (kind in ("begin", "word", "data")):
-        return None
-    try:
-        numbers = tuple(map(int, fields[:count]))
-        last = [bytes.fromhex(text.replace("\\x", "")) if kind == "data" else text for text in fields[count:]]
-    except ValueError:
-        return None
-    return (kind, *numbers, *last)
+    last = [bytes.fromhex(text.replace("\\x", "")) if kind == "data" else text for text in fields[count:]]
+    return (kind, *map(int, fields[:count]), *last)
 
 
 def parse_object(text):
-    """The JSON object that text is, else {}."""
-    try:
+    """The JSON object in a text; {} if the text is anything else."""
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return value if isinstance(value, dict) else {}
+    return {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # strace: its output
 # ---------------------------------------------------------------------------------------------------------------------
-# Exit codes come without a system call. -xx writes every string in hexadecimal, so no quote or bracket in it can be taken for one of
-# strace's own.
+# With -xx strace writes every string in hexadecimal, so that no quote or bracket in a string looks like one of strace's own.
 STRACE_LINE = re.compile(r"(\d+) +(\d+)\.(\d{6}) (.*)", re.DOTALL)
 STRACE_EXEC = re.compile(r'[^"]*("[^"]*"), \[(.*?)\], \[(.*?)\]', re.DOTALL)
 HEX_STRING = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
-OWN_STREAMS = {f"{path}{number}": fd for fd, name in enumerate(("stdin", "stdout", "stderr"))
-               for path, number in (("/dev/", name), ("/dev/fd/", fd), ("/proc/self/fd/", fd))}
+OWN_STREAMS = {path: fd for fd, name in zip("012", STREAMS) for path in (f"/dev/{name}", f"/dev/fd/{fd}", f"/proc/self/fd/{fd}")}
 
 
 def hex_strings(text):
-    """The strings in what strace -xx writes, as bytes."""
+    """The strings in a text that strace -xx wrote, as bytes."""
     return [bytes.fromhex(found.replace("\\x", "")) for found in HEX_STRING.findall(text)]
 
 
 class Strace:
-    """Makes events of lines. feed(line) -> events; a process's lines wait until its parent's clone() has returned.
+    """Makes events of lines: feed(line) returns the events that are now known.
 
-    process_of: {thread ID: process ID} of what strace attached to.
+    process_of: {thread ID: process ID} of the threads that strace attached to. A new process may appear in the output before the clone()
+    that made it; its lines wait until that clone() has returned.
     """
 
     def __init__(self, process_of):
         self.process_of, self.parent, self.waiting, self.begun = dict(process_of), {}, {}, {}
-        self.inside, self.streams, self.sent = {}, {}, Counter()  # as @in, @fd and @sent in the bpftrace program
+        self.inside, self.streams = {}, {}  # as @in and @fd in the bpftrace program; descriptors are text here
 
     def feed(self, line):
         match = STRACE_LINE.match(line)
@@ -324,7 +315,7 @@ class Strace:
         return events
 
     def clone(self, ts, pid, name, arguments, value):
-        child = int(re.search(r"(\d+)(?: in strace's PID NS.*)?$", value)[1])  # its number in our namespace of process IDs
+        child = int(re.search(r"(\d+)(?: in strace's PID NS.*)?$", value)[1])  # its process ID as we see it
         self.process_of[child] = pid if "CLONE_THREAD" in arguments else child
         if "CLONE_THREAD" not in arguments:
             self.parent[child] = pid
@@ -345,44 +336,33 @@ class Strace:
         if value.startswith("-1"):
             return [*events, ("exec", ts, pid, -getattr(errno, value.split()[1], 0), 0, 0, 0)]
         above, again = self.streams.get(pid, {}), 4 * (self.inside.get(pid) == pid)
-        self.inside[pid], self.streams[pid] = pid, {fd: above.get(fd, pid * 8 + fd + 1 + again) for fd in range(3)}
+        self.inside[pid], self.streams[pid] = pid, {fd: above.get(fd) or pid * 8 + int(fd) + 1 + again for fd in "012"}
         return [*events, ("exec", ts, pid, 0, *self.streams[pid].values())]
 
     def transfer(self, ts, pid, name, arguments, value):
-        stream, size = self.streams.get(pid, {}).get(descriptor_number(arguments), 0), int(value.split()[0])
+        stream, size = self.streams.get(pid, {}).get(arguments.partition(",")[0], 0), int(value.split()[0])
         if not stream or size <= 0 or (stream & 3 == 1) != name.startswith("read"):
             return []
-        data = b"".join(hex_strings(arguments))[:max(0, LIMIT - self.sent[stream])]
-        self.sent[stream] += size
-        return [("data", ts, self.inside[pid], stream, size, data)]
+        return [("data", ts, self.inside[pid], stream, size, b"".join(hex_strings(arguments)))]
 
     def descriptor(self, ts, pid, name, arguments, value):
-        """close, dup*, fcntl, open*: which descriptor stands for which stream."""
-        streams, source = self.streams.get(pid, {}), descriptor_number(arguments)
-        if name.startswith("open"):
-            source = OWN_STREAMS.get(b"".join(hex_strings(arguments)[:1]).decode("latin-1"), -1)
+        """close, dup*, fcntl, open*: note which descriptor stands for which stream."""
+        streams, source, target = self.streams.get(pid, {}), arguments.partition(",")[0], value.split()[0]
         if name == "close":
             streams.pop(source, None)
         elif name != "fcntl" or ", F_DUPFD" in arguments:
-            stream, target = streams.get(source), int(value.split()[0])
-            streams.pop(target, None)
-            if stream:
-                streams[target] = stream
+            if name.startswith("open"):
+                source = OWN_STREAMS.get(b"".join(hex_strings(arguments)[:1]).decode("latin-1"))
+            streams[target] = streams.get(source, 0)  # 0: none of the three
         return []
 
-    HANDLERS = {**dict.fromkeys(("clone", "clone3", "fork", "vfork"), clone), **dict.fromkeys(("execve", "execveat"), execve),
-                **dict.fromkeys(("read", "readv", "write", "writev"), transfer),
-                **dict.fromkeys(("close", "dup", "dup2", "dup3", "fcntl", "open", "openat"), descriptor)}
+    HANDLERS = {name: handler for names, handler in (
+        ("clone clone3 fork vfork", clone), ("execve execveat", execve), ("read readv write writev", transfer),
+        ("close dup dup2 dup3 fcntl open openat", descriptor)) for name in names.split()}
 
 
-# "?": not every machine has it.
+# A "?" lets strace ignore a system call that this machine does not have.
 STRACE = ("-f", "-q", "-ttt", "--pidns-translation", "-v", "-xx", "-s", str(LIMIT), "-e", f"trace=?{',?'.join(Strace.HANDLERS)}")
-
-
-def descriptor_number(arguments):
-    """The first argument of a system call if it is a descriptor, else -1."""
-    number = arguments.partition(",")[0]
-    return int(number) if number.isdigit() else -1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,52 +371,51 @@ def descriptor_number(arguments):
 
 
 def take(events, before=float("inf")):
-    """Take those older than a time in ns out of a list, in the order of time: each processor's come in order, but those of several one
-    batch after another."""
-    events.sort(key=lambda event: event[1])  # stable: what has the same time stays in order
-    count = sum(event[1] < before for event in events)
-    taken = events[:count]
-    del events[:count]
+    """Remove the events before a time in ns from a list, and return them in order of time.
+
+    bpftrace reads a batch of events of one processor, then one of the next. Only within a batch are they in order.
+    """
+    events.sort(key=lambda event: event[1])  # stable: events of the same time stay in order
+    taken = [event for event in events if event[1] < before]
+    del events[:len(taken)]
     return taken
 
 
 def text_of(latin):
-    """A string of events (a character per byte) as text; what is not UTF-8 as \\xNN."""
+    """A string of an event (a character for each byte) as text; what is not UTF-8 as \\xNN."""
     return latin.encode("latin-1", "replace").decode("utf-8", "backslashreplace")
 
 
 def read_words(words):
-    """(path, arguments, environment) of {number: text} of "word" events. A part that does not fill its event is a variable's last."""
+    """(path, arguments, CNI_* variables) of the "word" events {number: text} of one program."""
     arguments = [text_of(words[number]) + "..." * (len(words[number]) == CHUNK - 1) for number in sorted(words) if 0 < number < ENV]
     variables = []
     for first in range(ENV, max(words, default=0) + 1, 8):
         parts = [words.get(number, "") for number in range(first, first + 8)]
-        last = next((number for number, part in enumerate(parts) if len(part) < CHUNK - 1), 8)
+        last = next((number for number, part in enumerate(parts) if len(part) < CHUNK - 1), 8)  # only the last part is shorter
         variables.append(text_of("".join(parts[:last + 1])).partition("=")[::2])
     return text_of(words.get(0, "")), arguments, {name: value for name, value in variables if name}
 
 
 class Process:
-    """One that was reported. above: the nearest reported one above it. is_call: it is a CNI call, as far as is known."""
+    """A process that was reported as "exec". above: the nearest such process above it. is_call: it is a CNI call, as far as is known."""
 
-    def __init__(self, pid, attempt, above, streams):
+    def __init__(self, pid, above):
         self.pid, self.above, self.is_call, self.delegates, self.commands = pid, above, False, [], []
-        self.begin(attempt, streams)
 
     def begin(self, attempt, streams):
-        """It executes this: what another program in the same process read is not this one's."""
+        """Note that it executes a program. What another program in the same process read before does not count."""
         self.attempt, self.start, self.path, self.env = attempt, attempt["ts"], attempt["path"], attempt["env"]
         self.streams, self.contents, self.sizes = streams, {1: bytearray(), 2: bytearray(), 3: bytearray()}, Counter()
 
     def caller(self):
-        """The process of the CNI call that this one belongs to, or None."""
+        """The process of the CNI call that this process belongs to, or None."""
         above = self.above
-        while above and not above.is_call:
-            above = above.above
-        return above
+        return above if not above or above.is_call else above.caller()
 
-    def speaks(self):
-        """Whether it is a plugin: one outside CNI_PATH speaks JSON. A shell that has CNI_COMMAND starts other things, too."""
+    def is_plugin(self):
+        """Whether it is a plugin. A program outside CNI_PATH is one if it reads or writes JSON: a shell in which somebody has set
+        CNI_COMMAND starts other programs, too."""
         return bool(self.delegates or self.caller() or is_in_cni_path(self.path, self.env)
                     or any(self.contents[kind].lstrip()[:1] == b"{" for kind in (1, 2)))
 
@@ -446,18 +425,24 @@ def is_in_cni_path(path, env):
 
 
 class Calls:
-    """Makes calls of events. feed(event) -> a call that has ended and that no other contains, or None.
+    """Makes calls of events: feed(event) returns the call that has ended with it, if it is not a delegate; else None.
 
-    A call is a dict: time (seconds since 1970), command, plugin, path, argv, env (CNI_*), container_id, netns, ifname, network, pid,
-    parent {pid, comm, ...}, stdin, stdout, stderr (text; `NAME_base64` where it is no UTF-8) and stdin_size ..., exit (None: not known),
-    signal (a name, or ""), error (why it could not be executed, or ""), duration_ms, chain (its place in the runtime's chain of
-    plugins, from 1), incomplete (events were lost), running, delegates (calls), commands ([{argv, exit, signal, duration_ms, stdin,
-    stderr}]). look_parent: process ID -> {comm, ...} of a process, {} if it is gone. epoch: ns to add to times.
+    A call is a dict:
+      command, plugin, path, argv, env           what was called; env holds the CNI_* variables only
+      container_id, netns, ifname, network       for which container and interface, from env, and the name of its network from stdin
+      pid, parent                                parent: {pid, comm, elsewhere}, see look_parent
+      time, duration_ms                          time: of the begin, in seconds since 1970
+      stdin, stdout, stderr                      texts; beside each NAME_size, and NAME_base64 where it is not UTF-8
+      exit, signal, error                        exit: None if unknown; signal: a name, or ""; error: why it was not executed, or ""
+      running, incomplete                        it has not ended; events of it may be lost
+      delegates                                  a list of calls
+      commands                                   a list of {time, argv, exit, signal, duration_ms, stdin, stderr}
+    look_parent: a function, process ID -> what is known of this process, {} if it is gone. epoch: ns to add to the time of events.
     """
 
     def __init__(self, look_parent=lambda pid: {}, epoch=0):
         self.look_parent, self.epoch, self.lost = look_parent, epoch, 0
-        self.attempts, self.processes, self.chains = {}, {}, {}
+        self.attempts, self.processes = {}, {}
         self.on = {"begin": self.begin, "word": self.word, "exec": self.execute, "data": self.data, "exit": self.end, "lost": self.lose}
 
     def feed(self, event):
@@ -476,14 +461,14 @@ class Calls:
     def execute(self, ts, pid, error, *streams):
         attempt, process = self.attempts.pop(pid, None), self.processes.get(pid)
         if not attempt:
-            return None  # its beginning was lost
+            return None  # its "begin" was lost
         attempt["path"], attempt["argv"], attempt["env"] = read_words(attempt["words"])
         if error:
             return self.refuse(ts, pid, error, attempt, process)
-        if not process or not attempt["owner"]:  # a known process without an owner: another one's number, whose end was lost
-            process = self.processes[pid] = Process(pid, attempt, self.processes.get(attempt["owner"]), streams)
+        if not process or not attempt["owner"]:  # a known process without an owner: the number is used again, the first "exit" was lost
+            process = self.processes[pid] = Process(pid, self.processes.get(attempt["owner"]))
         if process.is_call:
-            return None  # an interpreter in the plugin's place
+            return None  # the interpreter of a script executes in the same process
         process.begin(attempt, streams)
         caller, directory = process.caller(), os.path.dirname(attempt["path"])
         is_place = not caller or is_in_cni_path(attempt["path"], attempt["env"]) or directory == os.path.dirname(caller.path)
@@ -493,13 +478,15 @@ class Calls:
         return None
 
     def refuse(self, ts, pid, error, attempt, known):
+        """The kernel could not execute the program. That is a call if it is in CNI_PATH; a shell that tries PATH fails often."""
         if (known and known.is_call) or not is_in_cni_path(attempt["path"], attempt["env"]):
-            return None  # a shell that looks for a command along PATH fails often
-        process = Process(pid, attempt, known.above if known else self.processes.get(attempt["owner"]), ())
+            return None
+        process = Process(pid, known.above if known else self.processes.get(attempt["owner"]))
+        process.begin(attempt, ())
         return self.hand_over(process, {**self.call(process, ts, 0), "error": os.strerror(-error)})
 
     def data(self, ts, pid, stream, count, data):
-        """To the process that read or wrote, and to those above it up to the one whose stream it is, as far as it is theirs."""
+        """Add the bytes to the process that read or wrote them, and to those above it that have the same stream, up to its owner."""
         process = self.processes.get(pid)
         while process:
             if stream in process.streams:
@@ -511,68 +498,53 @@ class Calls:
     def end(self, ts, pid, code):
         process = self.processes.pop(pid, None)
         self.attempts.pop(pid, None)
-        if process and process.is_call and process.speaks():
+        if process and process.is_call and process.is_plugin():
             return self.hand_over(process, self.call(process, ts, code))
         if process and process.caller():
             own_stdin = process.contents[1] if process.pid == process.streams[0] >> 3 else b""
             process.caller().commands.append({
-                "time": self.wall(process.start), "argv": process.attempt["argv"], **self.outcome(process, ts, code),
+                **self.outcome(process, ts, code), "argv": process.attempt["argv"],
                 "stdin": own_stdin.decode("utf-8", "backslashreplace"), "stderr": process.contents[3].decode("utf-8", "backslashreplace")})
         return None
 
-    def wall(self, ts):
-        return (ts + self.epoch) / 1e9
-
     def outcome(self, process, ts, code):
+        """What a call and a command have in common."""
         name = signal.Signals(code).name if code in set(signal.Signals) else f"signal {code}" * (0 < code < 256)
-        return {"exit": code - 256 if code >= 256 else None, "signal": name, "duration_ms": round((ts - process.start) / 1e6, 3)}
+        return {"time": (process.start + self.epoch) / 1e9, "exit": code - 256 if code >= 256 else None, "signal": name,
+                "duration_ms": round((ts - process.start) / 1e6, 3)}
 
     def call(self, process, ts, code):
-        """What is known of a call, as the class describes it."""
+        """The call of a process that ended at a time, as the class describes it."""
         env, attempt = process.env, process.attempt
-        call = {"time": self.wall(process.start), "command": env.get("CNI_COMMAND", ""), "plugin": os.path.basename(process.path),
+        call = {**self.outcome(process, ts, code), "command": env.get("CNI_COMMAND", ""), "plugin": os.path.basename(process.path),
                 "path": process.path, "argv": attempt["argv"], "env": env, "container_id": env.get("CNI_CONTAINERID", ""),
                 "netns": env.get("CNI_NETNS", ""), "ifname": env.get("CNI_IFNAME", ""), "pid": process.pid,
-                "parent": attempt["parent"], **self.outcome(process, ts, code), "error": "", "running": False,
-                "incomplete": self.lost > attempt["lost"]}
-        for kind, name in enumerate(("stdin", "stdout", "stderr"), 1):
+                "parent": attempt["parent"], "error": "", "running": False, "incomplete": self.lost > attempt["lost"]}
+        for kind, name in enumerate(STREAMS, 1):
             content, size = bytes(process.contents[kind]), process.sizes[kind]
             call[name] = content.decode("utf-8", "backslashreplace" if size <= len(content) else "replace")
             call[f"{name}_size"] = size
             if size <= len(content) and call[name].encode() != content:
                 call[f"{name}_base64"] = base64.b64encode(content).decode()
-        conf = parse_object(call["stdin"])
-        call["network"] = str(conf.get("name", ""))
-        call["chain"] = 0 if process.caller() else self.place(call, conf)
+        call["network"] = str(parse_object(call["stdin"]).get("name", ""))
         for name in ("delegates", "commands"):
             call[name] = sorted(getattr(process, name), key=lambda entry: entry["time"])
         return call
 
-    def place(self, call, conf):
-        """Which plugin of the runtime's chain this is: an ADD without prevResult, or a plugin for the second time, begins a new one."""
-        key = (call["parent"]["pid"], call["command"], call["network"], call["container_id"], call["ifname"])
-        chain = self.chains.setdefault(key, [])
-        if (call["command"] == "ADD" and "prevResult" not in conf) or call["path"] in chain:
-            chain.clear()
-        chain.append(call["path"])
-        while len(self.chains) > 1000:
-            del self.chains[next(iter(self.chains))]
-        return len(chain)
-
     def hand_over(self, process, call):
+        """Give a delegate to its caller, and return any other call."""
         caller = process.caller()
-        if not caller:
-            return call
-        caller.delegates.append(call)
-        return None
+        if caller:
+            caller.delegates.append(call)
+        return None if caller else call
 
     def unfinished(self, ts):
-        """Calls that have not ended at a time, each with what it has done so far."""
+        """The calls that have not ended at a time, each with what it has done so far."""
         found = []
         for process in sorted(self.processes.values(), key=lambda process: -process.start):  # delegates before their callers
-            if process.is_call and process.speaks():
-                call = self.call(process, ts, 0)  # where events were lost, its end may be one of them
-                call["running"] = not self.lost or bool(self.look_parent(process.pid))
+            if process.is_call and process.is_plugin():
+                call = self.call(process, ts, 0)
+                call["running"] = not self.lost or bool(self.look_parent(process.pid))  # else its "exit" may be lost
                 call["incomplete"] = call["incomplete"] or not call["running"]
                 found.append(self.hand_over(process, call))
         return [call for call in found[::-1] if call]
@@ -582,60 +554,52 @@ class Calls:
 # Printing
 # ---------------------------------------------------------------------------------------------------------------------
 SECRET = r"passw|secret|token|credential|private.?key|preshared|psk|api.?key|access.?key|client.?key|authorization"
-SECRET_NAME = re.compile(SECRET, re.IGNORECASE)
-# Bounded: a plugin's output may be 64 KB of anything, and no pattern may take longer than reading it.
+# All repetitions have a bound: a plugin's output may be 64 KB of anything, and the search must take no longer than reading it.
 SECRET_VALUE = re.compile(rf"""((?:{SECRET})[\w.-]{{0,40}}["']?\s{{0,9}}[=:]\s{{0,9}})("(?:[^"\\]|\\.)*"?|[^\s;,"]+)""", re.IGNORECASE)
-HIDDEN = "***"
-PLAIN, COLOURED = "{text}", "\033[{code}m{text}\033[0m"
 BOLD, DIM, RED, GREEN, YELLOW = 1, 2, 31, 32, 33
-WIDTH = 110  # of a line of JSON
+WIDTH = 110  # of a line of JSON, in characters
 
 
 def mask(value, is_secret=False):
-    """A JSON value without what secrets' names stand for."""
+    """A JSON value in which secrets are ***: what stands below a key that names a secret, and what mask_text finds in a string."""
     if isinstance(value, dict):
-        return {key: mask(entry, is_secret or bool(SECRET_NAME.search(key))) for key, entry in value.items()}
+        return {key: mask(entry, is_secret or bool(re.search(SECRET, key, re.IGNORECASE))) for key, entry in value.items()}
     if isinstance(value, list):
         return [mask(entry, is_secret) for entry in value]
-    return HIDDEN if is_secret and isinstance(value, (str, int, float)) and not isinstance(value, bool) else value
+    if is_secret:
+        return "***" if isinstance(value, (str, int, float)) and not isinstance(value, bool) else value
+    return mask_text(value) if isinstance(value, str) else value
 
 
 def mask_text(text):
-    """The same for text that may be JSON, or lines and words NAME=VALUE. What holds no secret stays as it is, to the byte."""
+    """The same for a text: JSON, or lines and words NAME=VALUE. A text without a secret is returned unchanged."""
     try:
         value = json.loads(text)
         masked = mask(value)
     except (ValueError, RecursionError):
-        return SECRET_VALUE.sub(rf"\g<1>{HIDDEN}", text)
+        return SECRET_VALUE.sub(r"\g<1>***", text)
     return text if masked == value else json.dumps(masked, ensure_ascii=False)
 
 
 def mask_call(call):
-    """A call without secrets. `masked` says whether there were any."""
-    masked = {**call, "env": {name: mask_text(value) if name == "CNI_ARGS" else value for name, value in call["env"].items()},
-              "delegates": [mask_call(entry) for entry in call["delegates"]],
-              "argv": [mask_text(word) for word in call["argv"]],
-              "commands": [{**entry, "argv": [mask_text(word) for word in entry["argv"]], "stdin": mask_text(entry["stdin"]),
-                            "stderr": mask_text(entry["stderr"])} for entry in call["commands"]]}
-    for name in ("stdin", "stdout", "stderr"):
-        masked[name] = mask_text(call[name])
+    """A call in which every secret is ***."""
+    masked = {**mask(call), "delegates": [mask_call(entry) for entry in call["delegates"]]}
+    for name in STREAMS:
         if masked[name] != call[name]:
             masked.pop(f"{name}_base64", None)
-    masked["masked"] = call.get("masked", False) or masked != call
     return masked
 
 
 def quote(word):
-    """A word for a shell that a terminal can be shown, too: control characters as $'\\033'."""
+    """A word quoted for bash, and safe to show on a terminal: with control characters as $'\\x1b'."""
     if all(char.isprintable() or char in "\n\t" for char in word):
         return shlex.quote(word)
-    plain = word.replace("\\", "\\\\").replace("'", "\\'")
-    octal = (char if char.isprintable() else "".join(f"\\{byte:03o}" for byte in char.encode("utf-8", "replace")) for char in plain)
-    return f"$'{''.join(octal)}'"
+    escaped = word.encode("utf-8", "replace").decode("latin-1").encode("unicode_escape").decode()  # every byte above 127 is \xNN
+    return "$'" + escaped.replace("'", "\\'") + "'"
 
 
 def replay_line(call):
-    """A shell line that repeats the call: the same variables, arguments and bytes; behind # what is in the way of that."""
+    """A shell line that repeats the call with the same variables, arguments and bytes. A comment says where that is not possible."""
     words = ["env", *(f"{name}={value}" for name, value in call["env"].items()), call["path"], *call["argv"][1:]]
     if call["parent"].get("elsewhere"):
         words[:0] = ["nsenter", f"--target={call['parent']['pid']}", "--mount", "--net"]
@@ -645,8 +609,8 @@ def replay_line(call):
     else:
         line = f"printf %s {quote(call['stdin'])} | {line}" if call["stdin"] else f"{line} </dev/null"
     if call["stdin_size"] > LIMIT:
-        line = f"# not whole, {call['stdin_size']} bytes of stdin, of which {LIMIT} are known: {line}".replace("\n", "\n# ")
-    return line + "  # secrets are hidden: trace --show-secrets" * bool(call.get("masked"))
+        line = f"# incomplete, stdin had {call['stdin_size']} bytes, only the first {LIMIT} are kept: {line}".replace("\n", "\n# ")
+    return line + "  # *** is a masked secret; to see it, trace with --show-secrets" * ("***" in line)
 
 
 def is_failed(call, with_delegates=True):
@@ -654,34 +618,30 @@ def is_failed(call, with_delegates=True):
 
 
 def printable(text):
-    """Text that a terminal can be given: a plugin's output may hold anything."""
+    """A text without control characters, which could make a terminal do anything: they are shown as \\x1b."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def pretty(value, room):
-    """Lines of JSON: what fits stays on one line."""
+    """JSON in lines of at most `room` characters, where possible. What fits into one line stays in one line."""
     line = json.dumps(value, ensure_ascii=False)
-    if len(line) <= room or not isinstance(value, (dict, list)):
-        return [line]
+    if len(line) <= max(room, 20) or not isinstance(value, (dict, list)):
+        return line
     is_object = isinstance(value, dict)
-    lines = []
-    for key, entry in value.items() if is_object else enumerate(value):
-        key = json.dumps(key, ensure_ascii=False) + ": " if is_object else ""
-        first, *more = pretty(entry, max(room - 2 - len(key), 20))
-        lines += [f"  {key}{first}", *(f"  {line}" for line in more)]
-        lines[-1] += ","
-    lines[-1] = lines[-1][:-1]
-    return ["{" if is_object else "[", *lines, "}" if is_object else "]"]
+    names = [json.dumps(key, ensure_ascii=False) + ": " for key in value] if is_object else [""] * len(value)
+    entries = [name + pretty(entry, room - 2 - len(name)) for name, entry in zip(names, value.values() if is_object else value)]
+    inside = ",\n".join(entries).replace("\n", "\n  ")
+    return f"{line[0]}\n  {inside}\n{line[-1]}"
 
 
 def content_lines(text, size, is_full):
-    """Lines that show what went through a stream; unless is_full, long lines and texts are cut, and it is said how much is left out."""
+    """The lines that show what went through a stream. Unless is_full, long lines and texts are shortened, and say by how much."""
     try:
         conf = json.loads(text)
         if not is_full and isinstance(conf, dict) and isinstance(conf.get("prevResult"), dict):
-            ips = [str(ip.get("address")) for ip in conf["prevResult"].get("ips") or [] if isinstance(ip, dict)]
+            ips = [str(ip.get("address")) for ip in objects_in(conf["prevResult"].get("ips"))]
             conf = {**conf, "prevResult": f"... {', '.join(ips)}"}
-        lines = pretty(conf, WIDTH)
+        lines = pretty(conf, WIDTH).split("\n")
     except (ValueError, RecursionError):
         lines = text.splitlines()
     if not is_full:
@@ -699,7 +659,7 @@ def verdict(call):
     if call["signal"]:
         return f"killed by {call['signal']}"
     if call["exit"] is None:
-        return "ended, exit status not known"
+        return "ended, exit status unknown"
     reply = parse_object(call.get("stdout", ""))
     reason = f": error {reply['code']}, {reply.get('msg', '')}" if call["exit"] and "code" in reply else ""
     return f"exit {call['exit']}{reason}" if call["exit"] else "ok"
@@ -711,26 +671,27 @@ def pod_of(call):
     return f"{args.get('K8S_POD_NAMESPACE', '')}/{args['K8S_POD_NAME']}" if args.get("K8S_POD_NAME") else ""
 
 
-def format_call(call, is_full=False, replay="error", colour=PLAIN, caller=None):
-    """The lines of a call for people, those of its delegates indented below it. colour: PLAIN or COLOURED."""
+def format_call(call, is_full=False, replay="error", is_coloured=False, caller=None):
+    """The lines that show a call to people. Its delegates follow, indented."""
     def style(text, code):
-        return colour.format(code=code, text=text)
+        return f"\033[{code}m{text}\033[0m" if is_coloured else text
 
     kind = parse_object(call["stdin"]).get("plugin")
-    what = f"{call['command']} {call['plugin']}" + (f" ({'+'.join(kind) if isinstance(kind, list) else kind})" if kind else "")
-    who = " ".join(filter(None, (pod_of(call), call["container_id"][:13], call["ifname"]))) if not caller else ""
-    chain = f"network {call['network']}" + f", plugin {call['chain']}" * (call["chain"] > 1) if call["network"] and not caller else ""
-    parent = f"by {call['parent']['comm'] or '?'}[{call['parent']['pid']}]" if not caller else ""
-    times = datetime.fromtimestamp(call["time"]).strftime("%H:%M:%S.%f")[:-3]
+    what = f"{call['command']} {call['plugin']}" + (f" ({'+'.join(map(str, kind)) if isinstance(kind, list) else kind})" if kind else "")
+    start = datetime.fromtimestamp(0, timezone.utc) + timedelta(seconds=call["time"])  # a time out of range is an OverflowError
+    head = [style(start.astimezone().strftime("%H:%M:%S.%f")[:-3], DIM), style(printable(what), BOLD)]
+    if not caller:
+        who = " ".join(filter(None, (pod_of(call), call["container_id"][:13], call["ifname"])))
+        network = f"network {call['network']}" if call["network"] else ""
+        parent = f"by {call['parent']['comm'] or '?'}[{call['parent']['pid']}]"
+        head += map(printable, filter(None, (who, network, parent)))
     end_colour = RED if is_failed(call, False) else YELLOW if call["running"] else GREEN
-    head = [style(times, DIM), style(printable(what), BOLD), *map(printable, filter(None, (who, chain, parent)))]
-    duration = f"{call['duration_ms']:.0f} ms" if call["duration_ms"] >= 10 else f"{call['duration_ms']:.1f} ms"
-    lines = ["  ".join([*head, duration, style(printable(verdict(call)), end_colour)])]
-    body = [("incomplete", ["events were lost: the backend could not keep up"])] * call["incomplete"]
+    lines = ["  ".join([*head, f"{call['duration_ms']:.1f} ms", style(printable(verdict(call)), end_colour)])]
+    body = [("incomplete", ["events were lost: the backend could not keep up"])] if call["incomplete"] else []
     body += [("netns", [printable(call["netns"])])] if call["netns"] and not caller else []
-    for name in ("stdin", "stdout", "stderr"):
+    for name in STREAMS:
         same = caller and name == "stdin" and call["stdin"] == caller["stdin"] and call["stdin"]
-        body.append((name, ["as its caller's"] if same and not is_full else content_lines(call[name], call[f"{name}_size"], is_full)))
+        body.append((name, ["same as its caller's"] if same and not is_full else content_lines(call[name], call[f"{name}_size"], is_full)))
     for entry in call["commands"]:
         if is_full or (is_failed(call) and (entry["exit"] or entry["signal"])):
             shown = [printable(f"{shlex.join(entry['argv'])}  {entry['duration_ms']:.1f} ms  {verdict(entry)}")]
@@ -739,7 +700,7 @@ def format_call(call, is_full=False, replay="error", colour=PLAIN, caller=None):
     for name, shown in body:
         lines += [f"  {style(f'{name if number == 0 else str():<8}', DIM)} {line}" for number, line in enumerate(shown)]
     for entry in call["delegates"]:
-        lines += [f"    {line}" for line in format_call(entry, is_full, replay, colour, call)]
+        lines += [f"    {line}" for line in format_call(entry, is_full, replay, is_coloured, call)]
     if replay == "always" or (replay == "error" and is_failed(call, False)):
         lines.append(f"  {style('replay  ', DIM)} {replay_line(call)}")
     return lines
@@ -750,77 +711,73 @@ def format_call(call, is_full=False, replay="error", colour=PLAIN, caller=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run(argv, stdin="", environ=None, timeout_s=10):
+def run(argv, stdin="", environ=(), timeout_s=10):
     """(exit status, stdout, stderr) of a command; 127 if there is no such command, 124 if it takes too long. Never raises."""
-    environ = {**os.environ, "PATH": search_path(), **(environ or {})}
+    environ = {**os.environ, **dict(environ)}
     try:
         done = subprocess.run(argv, input=stdin, env=environ, capture_output=True, text=True, errors="replace", timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        return 124, "", f"no end after {timeout_s} s"
+        return 124, "", f"it did not end within {timeout_s} s"
     except OSError as error:
         return 127, "", os.strerror(error.errno)
     return done.returncode, done.stdout, done.stderr
 
 
-def search_path():
-    """PATH, and sbin, which is not on everybody's."""
-    return os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"
-
-
-def find_tool(name):
-    return shutil.which(name, path=search_path())
+def start(argv, **options):
+    """A process that runs beside cnisnoop; its stdout is a pipe. The kernel ends it when cnisnoop ends, however that happens. It has a
+    session of its own, so that Ctrl-C does not reach it: we end it when it has reported everything."""
+    argv = ["setpriv", "--pdeathsig", "INT", *argv]
+    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True, **options)
 
 
 def need_tools(what, *names):
-    missing = [name for name in names if not find_tool(name)]
+    missing = [name for name in names if not shutil.which(name)]
     if missing:
         packages = " ".join(sorted({PACKAGES.get(name, name) for name in missing}))
         raise SnoopError(f"{what} needs {', '.join(missing)}: apt-get install {packages}")
 
 
-def need_root(what):
-    if os.geteuid():
-        raise SnoopError(f"{what} needs root: sudo {shlex.join(sys.argv)}")
-
-
 def read_text(path):
-    """The contents of a small file, "" if it cannot be read."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
+    """The contents of a small file; "" if it cannot be read."""
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
+    return ""
 
 
 def list_dir(directory):
-    """Paths of what is in a directory, in alphabetic order; none if there is no such directory."""
+    """The paths of the files in a directory, in alphabetical order; [] if there is no such directory."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return [os.path.join(directory, name) for name in sorted(os.listdir(directory))]
     return []
 
 
+def objects_in(value):
+    """The JSON objects in a value that should be a list of them."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
 def look_parent(pid):
-    """{comm, elsewhere} of a process: elsewhere if it sees other files or another network than we do. {} when it is gone."""
-    try:
+    """{comm, elsewhere} of a process. elsewhere: it sees other files or another network than we do. {} if the process is gone."""
+    with contextlib.suppress(OSError):
         spaces = [os.readlink(f"/proc/{where}/ns/{kind}") for where in (pid, "self") for kind in ("mnt", "net")]
-    except OSError:
-        return {}
-    return {"comm": read_text(f"/proc/{pid}/comm").strip(), "elsewhere": spaces[:2] != spaces[2:]}
+        return {"comm": read_text(f"/proc/{pid}/comm").strip(), "elsewhere": spaces[:2] != spaces[2:]}
+    return {}
 
 
 def is_gone(pid):
-    """Whether a process that a backend tells of has ended. In a PID namespace (include/linux/proc_ns.h has the first one's number) nobody
-    can tell: /proc has other numbers than bpftrace."""
+    """Whether a process that a backend reported has ended. False in a PID namespace other than the first, whose number is in the kernel's
+    include/linux/proc_ns.h: /proc there has other process IDs than bpftrace reports."""
     return os.stat("/proc/self/ns/pid").st_ino == 0xEFFFFFFC and not os.path.exists(f"/proc/{pid}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Changes
 # ---------------------------------------------------------------------------------------------------------------------
-# Of the host the monitors tell. They know no process, and none tells of other namespaces without mixing up names, so what a call did
-# is what came while it ran; of the pod's namespace what is there before and after is compared.
+# Changes on the host come from monitors (`ip monitor` and the like). A monitor does not know which process made a change, so all changes
+# while a call runs count as changes of that call. Monitors mix up the names in other network namespaces, so for the pod the states before
+# and after the call are compared.
 POD_SCRIPT = "ip -json address; ip -json route; ip -json -6 route; tc -json qdisc"
-MONITORS = {  # tool: its arguments, and what lines of interest look like
+MONITORS = {  # tool: its arguments, then for each kind of change the pattern of its lines
     "ip": ("-ts -d -o monitor link address route",
            ("link", r"\d+: (?P<name>[^:@\s]+).* qdisc .*"), ("address", r"\d+: \S+ +inet6? (?!fe80:|::1/)(?P<name>\S+) .*"),
            ("route", r"(?:unicast )?(?!.* table local |ff00:|fe80:)(?P<name>default|[\da-f.:]+(?:/\d+)?) (?:via|dev|nhid|proto|table) .*")),
@@ -830,7 +787,7 @@ MONITORS = {  # tool: its arguments, and what lines of interest look like
 
 
 def parse_monitor(tool, line):
-    """(sign, kind, name) of what a monitor says has come (1) or gone (-1), None of anything else."""
+    """(sign, kind, name) of the object in a monitor's line: sign 1 if it was added, -1 if it was deleted. None for other lines."""
     match = re.fullmatch(r"(Deleted |deleted |delete )?(?:add )?(.*?) *", line)
     for kind, pattern in MONITORS[tool][1:]:
         found = re.fullmatch(pattern, match[2])
@@ -841,12 +798,10 @@ def parse_monitor(tool, line):
 
 
 def parse_pod(text):
-    """{(kind, name, interface)} of what POD_SCRIPT prints: JSON documents one after another. Without what every namespace has."""
-    items, decoder, text = set(), json.JSONDecoder(), text.strip()
-    while text:
-        rows, end = decoder.raw_decode(text)
-        text = text[end:].lstrip()
-        for row in rows:
+    """{(kind, name, interface)} from the output of POD_SCRIPT, a JSON list in each line. Leaves out what every namespace has."""
+    items = set()
+    for line in text.splitlines():
+        for row in json.loads(line):
             name = row.get("ifname") or row.get("dev", "")
             if "kind" in row:
                 items.add(("qdisc", row["kind"], name))
@@ -859,7 +814,7 @@ def parse_pod(text):
 
 
 def describe_changes(balance):
-    """"veth mn12, 2 routes; gone: ..." of {(kind, name, ...): how often it came, less how often it went}."""
+    """"veth mn12, 2 routes; gone: ..." from {(kind, name, ...): how often it was added, minus how often it was deleted}."""
     sides = []
     for sign in (1, -1):
         words = Counter()
@@ -872,16 +827,20 @@ def describe_changes(balance):
 
 
 class Changes:
-    """What calls change. early(event) is told of every event at once, of(call) is asked when a call has ended. epoch: as in Calls."""
+    """What calls change. early(event) has to be called with every event as soon as it arrives, of(call) when a call has ended.
+
+    epoch: as in Calls.
+    """
 
     def __init__(self, epoch):
         need_tools("--changes", "ip", "tc", "nft", "nsenter")
-        self.epoch, self.links, self.begun, self.pods, self.last = epoch, set(os.listdir("/sys/class/net")), {}, {}, {}
+        self.epoch, self.links = epoch, set(os.listdir("/sys/class/net"))
+        # By process ID: the words of a program that begins; the pod's namespace and its state before the call; its states before and after.
+        # last: by the inode of a pod's namespace, its state after the last call.
+        self.begun, self.opened, self.pods, self.last = {}, {}, {}, {}
         self.lines, self.starts, self.monitors = deque(maxlen=100_000), deque(maxlen=1000), []
         for tool, (arguments, *_) in MONITORS.items():
-            self.monitors.append(subprocess.Popen(
-                [*WITH_PARENT, tool, *arguments.split()], start_new_session=True, env={**os.environ, "PATH": search_path()}, text=True,
-                errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
+            self.monitors.append(start([tool, *arguments.split()], stderr=subprocess.DEVNULL, text=True, errors="replace"))
             threading.Thread(target=self.read, args=(tool, self.monitors[-1].stdout), daemon=True).start()
 
     def read(self, tool, lines):
@@ -893,8 +852,8 @@ class Changes:
             sign, kind, name = item
             if kind not in ("address", "route", "qdisc", "nft"):
                 if (sign > 0) == (name in self.links):
-                    continue  # a link is told of whenever something about it changes
-                (self.links.add if sign > 0 else self.links.discard)(name)
+                    continue  # not added or deleted: a link is reported whenever something about it changes
+                self.links ^= {name}
             self.lines.append((datetime.fromisoformat(stamp[1:]).timestamp() if stamp else time.time(), item))
 
     def close(self):
@@ -904,7 +863,7 @@ class Changes:
 
     def early(self, event):
         kind, ts, pid = event[:3]
-        if kind == "begin" and not event[3] and pid not in self.pods:  # what a plugin starts is not looked at
+        if kind == "begin" and not event[3]:  # programs that a plugin starts do not count
             self.begun[pid] = (event[4], {})
         elif kind == "word" and pid in self.begun:
             self.begun[pid][1][event[3]] = event[4]
@@ -914,52 +873,49 @@ class Changes:
             netns = read_words(words)[2].get("CNI_NETNS", "")
             paths = [path for path in (f"/proc/{parent}/root{netns}", netns) if netns.startswith("/") and os.path.exists(path)]
             with contextlib.suppress(OSError, IndexError):
-                handle = os.open(paths[0], os.O_RDONLY)  # keeps the namespace until the call has ended, also if it is deleted
-                self.pods[pid] = [handle, self.look_pod(handle)]
-        elif kind == "exit" and len(self.pods.get(pid, ())) == 2:
-            handle = self.pods[pid][0]
-            self.pods[pid] += [self.look_pod(handle), os.fstat(handle).st_ino]
+                handle = os.open(paths[0], os.O_RDONLY)  # keeps the namespace until the call has ended, even if its file is deleted
+                self.opened[pid] = (handle, self.look_pod(handle))
+        elif kind == "exit" and pid in self.opened:
+            handle, before = self.opened.pop(pid)
+            after, inode = self.look_pod(handle), os.fstat(handle).st_ino
             os.close(handle)
+            self.pods[pid] = (self.last.get(inode, before), after)
+            self.last[inode] = after
 
     def look_pod(self, handle):
         _, stdout, _ = run(["nsenter", f"--net=/proc/{os.getpid()}/fd/{handle}", "sh", "-c", POD_SCRIPT])
-        try:
+        with contextlib.suppress(ValueError, KeyError):
             return parse_pod(stdout)
-        except (ValueError, KeyError):
-            return set()
+        return set()
 
     def of(self, call):
         """What a call changed, in words; "" for nothing."""
         end = call["time"] + call["duration_ms"] / 1000
-        # What a monitor tells of comes a little late; what comes after another call's begin is that one's.
+        # A monitor reports a little late. Once another call has started, a late line may be about that call.
         end = min([end + 0.05, *(start for start in self.starts if start > end)])
         host = Counter()
         for when, (sign, kind, name) in list(self.lines):
             if call["time"] <= when <= end and (kind == "nft" or host[(kind, name)] != sign):
                 host[(kind, name)] += sign
-        words = {"host": describe_changes(host), "pod": ""}
+        words = {"host": describe_changes(host)}
         if call["parent"].get("elsewhere") and not words["host"]:
-            words["host"] = f"not watched, for its caller has another: nsenter --net=/proc/{call['parent']['pid']}/ns/net {sys.argv[0]} ..."
-        _, before, after, number = [*self.pods.pop(call["pid"], ()), None, None, None, None][:4]
-        if after is not None:
-            before = self.last.get(number, before)
-            if call["command"] == "ADD" and "prevResult" not in parse_object(call["stdin"]):
-                before = {item for item in before if item[2] != call["ifname"]}  # we may have looked late; an ADD finds nothing there
-            self.last[number] = after
-            words["pod"] = describe_changes({**dict.fromkeys(sorted(after - before), 1), **dict.fromkeys(sorted(before - after), -1)})
+            words["host"] = f"unknown, its caller has another: nsenter --net=/proc/{call['parent']['pid']}/ns/net {sys.argv[0]} ..."
+        before, after = self.pods.pop(call["pid"], (set(), set()))
+        if call["command"] == "ADD" and "prevResult" not in parse_object(call["stdin"]):
+            before = {item for item in before if item[2] != call["ifname"]}  # the first plugin finds no interface; we looked too late
+        words["pod"] = describe_changes({**dict.fromkeys(sorted(after - before), 1), **dict.fromkeys(sorted(before - after), -1)})
         return "; ".join(f"{where}: {text}" for where, text in words.items() if text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # trace
 # ---------------------------------------------------------------------------------------------------------------------
-WITH_PARENT = ("setpriv", "--pdeathsig", "INT")  # a backend ends with us, whatever ends us
 CLOCKS = {"bpftrace": time.CLOCK_BOOTTIME, "strace": time.CLOCK_REALTIME}  # of the times in their events
 TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 
 
 def plan_tracefs(argv):
-    """The command with a tracefs of its own, where the machine has none mounted."""
+    """The command, with a tracefs (the file system that lists the tracepoints) mounted for it alone if the machine has none mounted."""
     if any(os.path.isdir(f"{path}/events") for path in TRACEFS):
         return argv
     script = f'mount -t tracefs tracefs {TRACEFS[0]} && exec "$@"'
@@ -967,40 +923,40 @@ def plan_tracefs(argv):
 
 
 def bpftrace_backend(_options):
-    """(argv, environment, parse(line) -> events) of bpftrace. SnoopError if it cannot be used here, with the reason."""
+    """(argv, environment, parse(line) -> events) of bpftrace. SnoopError with the reason if it cannot be used here."""
     need_tools("tracing", "bpftrace")
     version = re.search(r"(\d+)\.(\d+)", run(["bpftrace", "--version"], timeout_s=60)[1])
     if not version or (int(version[1]), int(version[2])) < (0, 17):
         raise SnoopError(f"bpftrace {version[0] if version else '?'} is too old, 0.17 is needed")
-    code, listed, stderr = run(plan_tracefs([find_tool("bpftrace"), "-l", "tracepoint:syscalls:sys_enter_*"]), timeout_s=60)
+    code, listed, stderr = run(plan_tracefs([shutil.which("bpftrace"), "-l", "tracepoint:syscalls:sys_enter_*"]), timeout_s=60)
     syscalls = re.findall(r"sys_enter_(\w+)", listed)
     if code or "execve" not in syscalls:
         reason = (stderr.strip().splitlines() or ["no tracepoint syscalls:sys_enter_execve"])[-1]
-        raise SnoopError(f"this kernel has no tracepoints for system calls that bpftrace could use ({reason})")
+        raise SnoopError(f"this kernel has no tracepoints for system calls that bpftrace can use ({reason})")
     environ = {"BPFTRACE_MAP_KEYS_MAX": "65536", "BPFTRACE_MAX_MAP_KEYS": "65536", "BPFTRACE_PERF_RB_PAGES": "1024",
-               "BPFTRACE_STRLEN": str(CHUNK), "BPFTRACE_MAX_STRLEN": str(CHUNK)}  # names before and since 0.20
-    argv = plan_tracefs([find_tool("bpftrace"), "--no-warnings", "-f", "json", "-e", bpftrace_program(syscalls)])
+               "BPFTRACE_STRLEN": str(CHUNK), "BPFTRACE_MAX_STRLEN": str(CHUNK)}  # the names before 0.20, and since
+    argv = plan_tracefs([shutil.which("bpftrace"), "--no-warnings", "-f", "json", "-e", bpftrace_program(syscalls)])
     return argv, environ, lambda line: filter(None, [parse_bpftrace(line)])
 
 
 def strace_backend(options):
-    """The same of strace."""
+    """The same for strace."""
     need_tools("tracing without bpftrace", "strace")
     pids = options.pid or [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and read_text(f"/proc/{pid}/comm").strip() in RUNTIMES]
     if not pids:
-        raise SnoopError(f"strace: no container runtime runs here (looked for {', '.join(RUNTIMES)}); name its process: --pid PID")
+        raise SnoopError(f"strace: no container runtime is running (looked for {', '.join(RUNTIMES)}); name its process with --pid PID")
     process_of = {int(os.path.basename(task)): pid for pid in pids for task in list_dir(f"/proc/{pid}/task")}
-    for pid in pids:
-        if pid not in process_of:
-            raise SnoopError(f"--pid {pid}: there is no such process")
+    if not set(pids) <= set(process_of):
+        raise SnoopError(f"--pid: there is no such process: {', '.join(str(pid) for pid in pids if pid not in process_of)}")
     parser = Strace(process_of)
-    argv = [find_tool("strace"), *STRACE, "-o", "/proc/self/fd/1", *(word for pid in pids for word in ("-p", str(pid)))]
+    argv = [shutil.which("strace"), *STRACE, "-o", "/proc/self/fd/1", *(word for pid in pids for word in ("-p", str(pid)))]
     return argv, {}, lambda line: parser.feed(line.decode("latin-1"))
 
 
 def choose_backend(options):
-    """(name, argv, environment, parse) of the backend: the one asked for, else the first that can be used."""
-    need_root("trace")
+    """(name, argv, environment, parse) of the backend that the user named, else of the first that can be used."""
+    if os.geteuid():
+        raise SnoopError(f"trace needs root: sudo {shlex.join(sys.argv)}")
     reasons = []
     for name, backend in (("bpftrace", bpftrace_backend), ("strace", strace_backend)):
         if options.backend in (None, name):
@@ -1012,40 +968,41 @@ def choose_backend(options):
 
 
 class Tracer:
-    """A running backend. events() yields each event in order of time, and None whenever there is time to look at other things.
+    """A running backend. events() yields its events in order of time, and None whenever there is time for other things.
 
-    early: is told of every event when it comes, not yet in order.
+    early: a function that is called with each event as it arrives, not yet in order; or None.
+
+    To know that the probes work, and up to which time all events have arrived, the tracer starts test processes ("canaries", see CANARY)
+    and waits until the backend reports their end. They do not appear among the events.
     """
 
     def __init__(self, name, argv, environ, parse, early):
         self.name, self.parse, self.early = name, parse, early
         self.is_ready, self.is_asked, self.stopped_at, self.deadline = False, False, 0, time.monotonic() + 300
-        self.canaries, self.awaited, self.woken_at, self.count = {}, set(), 0, 0  # {process ID: name}; names; time in ns; started so far
+        # Of the test processes: {process ID: name} of those reported, the names of those not yet reported to end, the time of their start.
+        self.canaries, self.awaited, self.woken_at = {}, set(), 0
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the backend
-        # In a session of its own: Ctrl-C is for us, and we end it.
-        self.process = subprocess.Popen([*WITH_PARENT, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.stderr,
-                                        start_new_session=True, env={**os.environ, **environ})
+        self.process = start(argv, stderr=self.stderr, env={**os.environ, **environ})
 
     def now(self):
         return time.clock_gettime_ns(CLOCKS[self.name])
 
     def stop(self):
-        """It ends when it has told what it knows."""
+        """Let events() end as soon as the backend has reported what happened until now."""
         self.stopped_at = self.stopped_at or self.now()
 
     def ask(self):
-        """Ask it to end, once: bpftrace throws away what it has not yet read."""
+        """Ask the backend to end. Only once: at the second signal, bpftrace throws away what it has not yet read."""
         if not self.is_asked:
             self.is_asked = True
             self.process.send_signal(signal.SIGINT)
 
     def close(self):
         self.ask()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.process.kill()  # does nothing if it has ended
+        self.process.wait()
 
     def events(self):
         waiting, rest, data, out = [], b"", None, self.process.stdout.fileno()
@@ -1064,7 +1021,7 @@ class Tracer:
         yield from take(waiting)
 
     def collect(self, event, waiting):
-        """Put an event to those that wait, but for those of our own processes."""
+        """Append an event to those that wait, unless it is of a test process."""
         kind, _, pid = event[:3]
         if kind == "word" and event[4].startswith(f"CNI_COMMAND={CANARY}"):
             self.canaries[pid] = event[4].partition("=")[2]
@@ -1074,12 +1031,13 @@ class Tracer:
             waiting[:] = [other for other in waiting if other[2] != pid]
             return
         waiting.append(event)
-        if kind not in ("lost", "data"):
+        if self.early:
             self.early(event)
 
     def settle(self, waiting, is_idle):
-        """The time in ns up to which every processor's events are here: when the last processes of our own were started and have been
-        seen to end, one on each processor. 0: not known. bpftrace reads one processor after the other, and may be kept from it."""
+        """The time in ns up to which all events have arrived; 0 if unknown. bpftrace reads the processors one after the other, and may be
+        delayed. But the events of one processor come in order: when a test process on each of them is reported to have ended, all that
+        happened before the start of these processes has been reported."""
         if self.awaited and self.now() - self.woken_at < 5 * 10**9:
             return 0
         settled = self.woken_at
@@ -1088,40 +1046,39 @@ class Tracer:
         return settled
 
     def wake(self):
-        """A process of our own on every processor. Besides: the kernel tells of events that it lost only with the next one there."""
-        self.woken_at, places = self.now(), {}
-        for processor in os.sched_getaffinity(0):
-            self.count += 1
-            places[f"{CANARY}{self.count}"] = processor
+        """Start a test process on each processor. This also brings reports of lost events, which the kernel sends only with the next
+        event of that processor."""
+        self.woken_at = self.now()
+        places = {f"{CANARY}-{self.woken_at}-{processor}": processor for processor in os.sched_getaffinity(0)}
         self.awaited = set(places)
-        threading.Thread(target=start_on, args=(places,), daemon=True).start()  # meanwhile the backend must find a reader
+        threading.Thread(target=start_on, args=(places,), daemon=True).start()  # in a thread, because we have to go on reading
 
     def get_ready(self):
-        """Show that the backend works, before anybody waits for calls."""
+        """Find out whether the backend works already. The user is not told that it watches before it does."""
         if self.name == "strace":
             traced = [pid for word, pid in zip(self.process.args, self.process.args[1:]) if word == "-p"]
             self.is_ready = not any("TracerPid:\t0\n" in read_text(f"/proc/{pid}/status") for pid in traced)
         elif self.now() - self.woken_at > 10**9 // 2:
             self.wake()
         if time.monotonic() > self.deadline:
-            raise SnoopError(f"{self.name} shows nothing, not even a process of our own: {self.said() or 'and does not say why'}")
+            raise SnoopError(f"{self.name} reports nothing, not even a test process: {self.said()}")
 
     def said(self):
-        """The last lines of what it wrote to stderr, without what is of no interest."""
+        """The last lines that it wrote to stderr, without a warning that bpftrace always prints."""
         self.stderr.seek(0)
         lines = [line for line in self.stderr.read().decode(errors="replace").splitlines() if line.strip() and "RLIMIT_MEMLOCK" not in line]
-        return " | ".join(lines[-4:])[-600:]
+        return " | ".join(lines[-4:])[-600:] or "it printed no reason"
 
 
 def start_on(places):
-    """Run a process on each processor of {name: processor}: it has the affinity of the thread that starts it."""
+    """Run a test process on each processor of {name: processor}. A process inherits the affinity of the thread that starts it."""
     for name, processor in places.items():
         os.sched_setaffinity(0, {processor})
         run(["true"], environ={"CNI_COMMAND": name})
 
 
 def is_wanted(call, options):
-    """Whether a call passes the filters; one that a wanted delegate belongs to does, too."""
+    """Whether a call passes the filters. A call passes, too, if one of its delegates does."""
     conf = parse_object(call["stdin"])
     own = ((not options.plugin or options.plugin in (call["plugin"], conf.get("plugin"), conf.get("type")))
            and (not options.command or options.command.upper() == call["command"])
@@ -1140,8 +1097,8 @@ def show(call, options, counts, file=None):
     if file:
         print(line, file=file, flush=True)
     if not options.json:
-        colour = COLOURED if sys.stdout.isatty() and "NO_COLOR" not in os.environ else PLAIN
-        line = "\n".join([*format_call(call, options.full, options.replay, colour), ""])
+        is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        line = "\n".join([*format_call(call, options.full, options.replay, is_coloured), ""])
     print(line.encode("utf-8", "replace").decode(), flush=True)
 
 
@@ -1158,30 +1115,27 @@ def trace(options):
         if options.out:
             file = opened.enter_context(open(options.out, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)))
         changes = opened.enter_context(contextlib.closing(Changes(epoch))) if options.changes else None
-        early = changes.early if changes else lambda event: None
-        tracer = opened.enter_context(contextlib.closing(Tracer(name, argv, environ, parse, early)))
+        tracer = opened.enter_context(contextlib.closing(Tracer(name, argv, environ, parse, changes and changes.early)))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: tracer.stop())
         for call in watch(tracer, calls):
             show({**call, "changes": changes.of(call)} if changes else call, options, counts, file)
-    if not tracer.is_ready and tracer.process.returncode:
-        raise SnoopError(f"{name} ended: {tracer.said() or 'and does not say why'}")
+    if tracer.process.returncode and not tracer.stopped_at:
+        raise SnoopError(f"{name} ended: {tracer.said()}")
     tell(f"{counts['calls']} calls, {counts['failed']} failed" + f", {calls.lost} events lost" * bool(calls.lost))
     return 0
 
 
 def watch(tracer, calls):
-    """Yields calls until the backend ends, and says on the way what is not as it should be."""
-    told, lost = set(), 0
+    """Yield calls until the backend ends. Tells the user, once each, what to know meanwhile."""
+    told = set()
     for event in tracer.events():
         call = calls.feed(event) if event else None
         if call:
             yield call
-        if calls.lost > lost:
-            lost = calls.lost
-            tell(f"{lost} events lost: {tracer.name} cannot keep up, some calls are not complete")
         if event is None and tracer.is_ready:
-            for text in [f"watching with {tracer.name}; Ctrl-C ends it", *slow_calls(calls, tracer.now())]:
+            lost = f"{calls.lost} events lost: {tracer.name} cannot keep up, some calls are not complete"
+            for text in [f"watching with {tracer.name}; Ctrl-C ends it", *[lost] * bool(calls.lost), *slow_calls(calls, tracer.now())]:
                 if text not in told:
                     told.add(text)
                     tell(text)
@@ -1189,113 +1143,82 @@ def watch(tracer, calls):
 
 
 def slow_calls(calls, now):
-    """A line for each call that runs for more than five seconds: one that hangs never ends, and so is never shown."""
+    """A line for each call that has run for more than five seconds. A call that hangs never ends, so nothing else would show it."""
     for pid, process in calls.processes.items():
-        if process.is_call and not process.caller() and now - process.start > 5 * 10**9 and not is_gone(pid):  # else its end was lost
+        if process.is_call and not process.caller() and now - process.start > 5 * 10**9 and not is_gone(pid):  # gone: its "exit" was lost
             words = (process.env.get("CNI_COMMAND", ""), process.path, process.env.get("CNI_CONTAINERID", "")[:13], f"process {pid}")
             yield f"running for 5 s: {printable(' '.join(words))}"
 
 
-# What a recording has to hold, see Calls; a list or object of one form: [form], {str: form}.
-COMMAND_FORM = {"argv": [str], "exit": (int, type(None)), "signal": str, "duration_ms": (int, float), "stdin": str, "stderr": str}
-CALL_TEXTS = ("command", "plugin", "path", "container_id", "netns", "ifname", "network", "error", "stdout")
-CALL_FORM = {**COMMAND_FORM, **dict.fromkeys(CALL_TEXTS, str),
-             **dict.fromkeys(("stdin_size", "stdout_size", "stderr_size", "chain"), int), "time": (int, float), "env": {str: str},
-             "parent": {"pid": int, "comm": str}, "incomplete": bool, "running": bool, "commands": [COMMAND_FORM]}
-CALL_FORM["delegates"] = [CALL_FORM]
-OPTIONAL = {"stdin_base64": "", "changes": "", "masked": False}
-
-
-def has_form(value, form):
-    """Whether a JSON value is of a form: a type, types, a list of one form, or an object of these keys at least."""
-    if isinstance(form, list):
-        return isinstance(value, list) and all(has_form(entry, form[0]) for entry in value)
-    if isinstance(form, dict) and str in form:
-        return isinstance(value, dict) and has_form([*value.values()], [form[str]])
-    if isinstance(form, dict):
-        optional = {key: type(OPTIONAL[key]) for key in OPTIONAL if key in value} if isinstance(value, dict) else {}
-        return isinstance(value, dict) and all(key in value and has_form(value[key], kind) for key, kind in {**form, **optional}.items())
-    bounded = not isinstance(value, (int, float)) or abs(value) < 1e11
-    return isinstance(value, form) and isinstance(value, bool) == (form is bool) and bounded
-
-
 def view(options):
-    """Show a recording."""
+    """Show a recording again."""
     with open(options.file, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
-            call = parse_object(line)
-            if not has_form(call, CALL_FORM):
-                raise SnoopError(f"{options.file}, line {number}: no call as `trace --out` writes it")
-            show(call, options, Counter())
+            try:
+                show(parse_object(line), options, Counter())
+            except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+                raise SnoopError(f"{options.file}, line {number}: not a call as `trace --out` writes it: {error!r}") from error
     return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # cache
 # ---------------------------------------------------------------------------------------------------------------------
-STATES = {True: "in use", False: "stale: its namespace is gone", None: "not known"}
+# libcni, the library with which runtimes call plugins, stores the result of each ADD in a file, for the CHECK and DEL of that attachment.
+# An attachment is one interface of one container in one network.
 
 
-def look_netns(path):
-    """Whether there is a network namespace at path, None without one. A file that is left where it was mounted is no namespace."""
-    try:
-        return os.stat(path).st_dev == os.stat("/proc/self/ns/net").st_dev if path else None
-    except (OSError, ValueError):  # ValueError: a NUL byte
-        return False
-
-
-def objects_in(value):
-    """The objects in what should be a list of such."""
-    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
-
-
-def parse_cached(text):
-    """{network, container_id, ifname, netns, addresses, problem} of one of libcni's files."""
-    value = parse_object(text)
-    result = value.get("result") if isinstance(value.get("result"), dict) else {}
-    interfaces, ips = (objects_in(result.get(key)) for key in ("interfaces", "ips"))
-    sandbox = next((entry["sandbox"] for entry in interfaces if entry.get("sandbox")), "")
-    return {"network": str(value.get("networkName", "")), "container_id": str(value.get("containerId", "")),
-            "ifname": str(value.get("ifName", "")), "netns": str(value.get("netns") or sandbox),
-            "addresses": [str(ip.get("address")) for ip in ips],
-            "problem": "" if value.get("kind") == "cniCacheV1" else "not readable as a result that libcni keeps"}
+def look_state(netns):
+    """Whether an attachment is in use, by the path of its network namespace. A namespace that was unmounted leaves an ordinary file."""
+    if not netns:
+        return "not known"
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL byte
+        if os.stat(netns).st_dev == os.stat("/proc/self/ns/net").st_dev:
+            return "in use"
+    return "stale: its namespace is gone"
 
 
 def look_cache(directory):
-    """The rows of `cache`: what parse_cached returns, with path, age_s and state."""
+    """The rows of `cache`: [{path, network, container_id, ifname, netns, addresses, age_s, state}], one for each of libcni's files."""
     rows = []
     for path in list_dir(directory):
-        row = {"path": path, **parse_cached(read_text(path)), "age_s": int(time.time() - os.stat(path).st_mtime)}
-        rows.append({**row, "state": row["problem"] or STATES[look_netns(row["netns"])]})
+        value = parse_object(read_text(path))
+        result = value.get("result") if isinstance(value.get("result"), dict) else {}
+        sandboxes = [entry["sandbox"] for entry in objects_in(result.get("interfaces")) if entry.get("sandbox")]
+        netns = str(value.get("netns") or next(iter(sandboxes), ""))
+        addresses = [str(ip.get("address")) for ip in objects_in(result.get("ips"))]
+        rows.append({
+            "path": path, "network": str(value.get("networkName", "")), "container_id": str(value.get("containerId", "")), "netns": netns,
+            "ifname": str(value.get("ifName", "")), "addresses": addresses, "age_s": int(time.time() - os.stat(path).st_mtime),
+            "state": look_state(netns) if value.get("kind") == "cniCacheV1" else "not readable as a result that libcni stores"})
     return rows
 
 
 def cache(options):
-    """Print what libcni keeps."""
+    """Print what libcni has stored."""
     rows = look_cache(options.cache_dir)
     if options.json:
         print(json.dumps(rows, indent=2))
     elif not rows:
-        print(f"nothing in {options.cache_dir}: no attachment, or a runtime that keeps its results elsewhere")
+        print(f"nothing in {options.cache_dir}: no pod is attached, or the runtime stores its results elsewhere")
     else:
         table = [("NETWORK", "CONTAINER", "INTERFACE", "ADDRESSES", "AGE", "STATE", "NAMESPACE")]
         for row in rows:
-            hours, minutes, seconds = row["age_s"] // 3600, row["age_s"] // 60, row["age_s"] % 60
-            words = (row["network"] or os.path.basename(row["path"]), row["container_id"][:13], row["ifname"], " ".join(row["addresses"]),
-                     f"{hours}h" if hours else f"{minutes}m{seconds}s", row["state"], row["netns"])
-            table.append(tuple(map(printable, words)))
+            table.append((row["network"] or os.path.basename(row["path"]), row["container_id"][:13], row["ifname"],
+                          " ".join(row["addresses"]), str(timedelta(seconds=row["age_s"])), row["state"], row["netns"]))
         widths = [max(map(len, column)) for column in zip(*table)]
         for words in table:
-            print("  ".join(map(str.ljust, words, widths)).rstrip())
+            print(printable("  ".join(map(str.ljust, words, widths)).rstrip()))
     return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # doctor
 # ---------------------------------------------------------------------------------------------------------------------
-# A finding is (what is wrong, what to do).
-
-NEEDS = {  # of the kernel: what to try in a namespace that is gone afterwards, and the plugins that need it; "ready": of MNCNI's agent
+# A finding is a pair: what is wrong, and what to do.
+DATA_DIRS = ("/var/lib/cni/mncni", "/var/lib/cni/networks")  # leases of MNCNI and of host-local, a directory for each network
+LOOPBACK = ("loopback", {"cniVersion": "0.3.1"})  # the plugin that containerd calls for each pod, with a configuration of its own
+NEEDS = {  # kernel feature: a command that tries it in a temporary namespace, and the plugins that need it; "ready" is MNCNI's agent
     "bridge": ("ip link add probe type bridge", {"naivewg", "bridge"}),
     "veth": ("ip link add probe type veth", {"naivewg", "bridge", "ptp"}),
     "nft": ("nft add table inet probe", {"portmap", "ready"}),
@@ -1307,45 +1230,41 @@ NEEDS = {  # of the kernel: what to try in a namespace that is gone afterwards, 
 
 
 def parse_network(path, text):
-    """(network configuration list, problem) of a file as libcni reads it; {} if there is a problem."""
+    """(network configuration list, problem) of a file, as libcni reads it; the list is {} if there is a problem."""
     try:
         conf = json.loads(text)
-    except json.JSONDecodeError as error:
-        return {}, f"{path}:{error.lineno}:{error.colno}: {error.msg}" + " (the file is empty)" * (not text.strip())
     except (ValueError, RecursionError) as error:
-        return {}, f"{path}: {error}"
-    if isinstance(conf, dict) and not path.endswith(".conflist"):
+        return {}, f"{path}: {error}" + " (the file is empty)" * (not text.strip())
+    if not isinstance(conf, dict):
+        return {}, f"{path}: not a JSON object"
+    if not path.endswith(".conflist"):
         if "plugins" in conf:
             return {}, f'{path}: has "plugins", so its name has to end in .conflist'
         conf = {"name": conf.get("name"), "cniVersion": conf.get("cniVersion"), "plugins": [conf]}
-    problem = ""
-    if not isinstance(conf, dict):
-        problem = "not a JSON object"
-    elif not isinstance(conf.get("name"), str) or not conf["name"]:
-        problem = 'has no "name"'
-    elif not isinstance(conf.get("plugins"), list) or not conf["plugins"]:
-        problem = 'has no "plugins"'
-    elif not all(isinstance(plugin, dict) and isinstance(plugin.get("type"), str) for plugin in conf["plugins"]):
-        problem = 'a plugin without a "type"'
-    return ({}, f"{path}: {problem}") if problem else (conf, "")
+    for key, kind in (("name", str), ("plugins", list)):
+        if not isinstance(conf.get(key), kind) or not conf[key]:
+            return {}, f'{path}: has no "{key}"'
+    if not all(isinstance(plugin, dict) and isinstance(plugin.get("type"), str) for plugin in conf["plugins"]):
+        return {}, f'{path}: has a plugin without a "type"'
+    return conf, ""
 
 
 def judge_networks(texts):
-    """(rows, findings, network) of {path: text of a file in the configuration directory}, as containerd reads them.
+    """(rows, findings, network) of {path: text of a file in the configuration directory}. rows: [(path, verdict)].
 
-    rows: [(path, verdict)]. It takes the first file in alphabetic order, and if that one is broken none at all.
+    containerd uses the first file in alphabetical order. If that file is broken, it uses none.
     """
     rows, findings, network, first = [], [], None, ""
     for path in sorted(texts):
         if not path.endswith((".conflist", ".conf", ".json")):
-            rows.append((path, "ignored: its name ends in neither .conflist nor .conf nor .json"))
+            rows.append((path, "ignored: its name does not end in .conflist, .conf or .json"))
             continue
         conf, problem = parse_network(path, texts[path])
         if problem:
-            way_out = f"mend it before it is used in place of {first}" if first else "containerd uses no network at all until it is mended"
+            way_out = f"fix it before it is used in place of {first}" if first else "fix it: until then containerd uses no network at all"
             findings.append((problem, way_out))
         verdict = f'network "{conf["name"]}"' if conf else "broken"
-        rows.append((path, f"ignored, for {first} comes first in the alphabet: {verdict}" if first else f"in use: {verdict}"))
+        rows.append((path, f"ignored, because {first} comes first in the alphabet: {verdict}" if first else f"in use: {verdict}"))
         if not first:
             first, network = os.path.basename(path), conf
     if not first:
@@ -1354,7 +1273,8 @@ def judge_networks(texts):
 
 
 def plan_plugins(network):
-    """[(type, network configuration)] of the plugins of a list and of their IPAM plugins, as a runtime hands them out."""
+    """[(type, network configuration)] of the plugins of a list, and of the IPAM plugins, their delegates that give out addresses: what a
+    runtime would give to each."""
     found = []
     listed = network.get("cniVersions") if isinstance(network.get("cniVersions"), list) else []
     versions = [str(version) for version in (network.get("cniVersion") or "0.1.0", *listed)]
@@ -1366,58 +1286,59 @@ def plan_plugins(network):
 
 
 def look_plugin(kind, conf, bin_dirs):
-    """Findings about one plugin: is it there, does it speak the version, what does it say to STATUS."""
+    """Findings about a plugin: whether it is there, whether it supports the version, and what it answers to STATUS, the
+    question whether it can serve an ADD now."""
     if "/" in str(kind):
-        return [(f'"{kind}" is no name of a plugin', "give the name of a program in a plugin directory, no path: runtimes refuse it")]
-    path = next((path for path in (os.path.join(directory, str(kind)) for directory in bin_dirs) if os.path.isfile(path)), None)
+        return [(f'"{kind}" is not the name of a plugin', "use the name of a program in a plugin directory; runtimes refuse a path")]
+    path = shutil.which(str(kind), os.F_OK, ":".join(bin_dirs))
     if not path:
-        return [(f'plugin "{kind}" is missing: not in {" ".join(bin_dirs)}', "every pod fails until it is installed")]
+        unless = ", unless containerd is configured to set up lo itself" * (kind == "loopback")
+        return [(f'plugin "{kind}" is missing: not in {" ".join(bin_dirs)}', f"install it: until then no pod gets a network{unless}")]
     if not os.access(path, os.X_OK):
         return [(f"{path} is not executable", f"chmod +x {path}")]
-    environ = dict.fromkeys(("CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS"), "")
-    environ.update(CNI_COMMAND="VERSION", CNI_PATH=":".join(bin_dirs))
+    environ = {"CNI_PATH": ":".join(bin_dirs), "CNI_CONTAINERID": "", "CNI_NETNS": "", "CNI_IFNAME": "", "CNI_ARGS": ""}
     version = conf["cniVersion"]
-    code, stdout, stderr = run([path], json.dumps({"cniVersion": version}), environ)
+    code, stdout, stderr = run([path], json.dumps({"cniVersion": version}), {**environ, "CNI_COMMAND": "VERSION"})
     supported = parse_object(stdout).get("supportedVersions")
     if code or not isinstance(supported, list):
         said = (stderr or stdout).strip().splitlines() or ["nothing"]
-        return [(f"{path} does not answer VERSION: exit status {code}, it says: {said[-1]}", "try it by hand, or replace it")]
+        return [(f"{path} does not answer VERSION: exit status {code}, it says: {said[-1]}", "run it by hand, or install it again")]
     if version not in supported:
-        return [(f"{path} does not speak version {version} of its configuration, but {', '.join(map(str, supported))}",
+        return [(f"{path} does not support version {version} of its configuration, but {', '.join(map(str, supported))}",
                  'change "cniVersion", or update the plugin')]
-    if version == "1.1.0":  # STATUS came with it
+    if version == "1.1.0":  # the first version with STATUS
         code, stdout, stderr = run([path], json.dumps(conf), {**environ, "CNI_COMMAND": "STATUS"})
-        error = parse_object(stdout)
-        said = f"error {error['code']}, {error.get('msg', '')}" if "code" in error else (stderr or stdout).strip() or f"exit status {code}"
-        return [(f"{path} says that it cannot serve an ADD now: {said}", "see to what it waits for")] if code else []
+        said = f"{verdict({'signal': '', 'exit': code, 'stdout': stdout})} {stderr}".strip()
+        return [(f"{path} answers to STATUS that it cannot serve an ADD now: {said}", "do what the answer asks for")] if code else []
     return []
 
 
 def look_needs(plugins):
-    """Findings about what [(type, configuration)] need: commands, and as root what the kernel has to have."""
+    """Findings about what [(type, configuration)] need: commands, and, if we are root, features of the kernel."""
     kinds = {kind for kind, _ in plugins} | {"ready" for _, conf in plugins if conf.get("ready")}
     for own in (conf.get("plugin") for _, conf in plugins):
         kinds.update(map(str, own if isinstance(own, list) else [own]))
     findings = []
     for name, (command, needed_by) in NEEDS.items():
-        tool, wireguard_go = command.split()[0], name == "WireGuard" and find_tool("wireguard-go")
-        if not kinds & needed_by or wireguard_go:
+        tool = command.split()[0]
+        if not kinds & needed_by or (name == "WireGuard" and shutil.which("wireguard-go")):
             continue
-        code, _, stderr = run(["unshare", "--net", *command.split()]) if find_tool(tool) and not os.geteuid() else (0, "", "")
-        if not find_tool(tool):
+        code, _, stderr = run(["unshare", "--net", *command.split()]) if shutil.which(tool) and not os.geteuid() else (0, "", "")
+        if not shutil.which(tool):
             findings.append((f"{tool} is missing", f"apt-get install {PACKAGES.get(tool, tool)}"))
         elif code:
             findings.append((f"the kernel has no {name}: {stderr.strip()}", "load or install its module: modprobe, linux-modules-extra"))
     return list(dict.fromkeys(findings))
 
 
-def look_leases(directories, rows):
-    """Findings about leases whose attachment libcni does not know, or whose namespace is gone. directories: one per network."""
+def look_leases(paths, rows):
+    """Findings about leases (files that an IPAM plugin keeps, one for each address in use) of an attachment that libcni does not know or
+    whose namespace is gone. rows: of look_cache."""
     known = {(row["container_id"], row["ifname"]): row["state"] for row in rows}
     boot_id, findings = read_text("/proc/sys/kernel/random/boot_id").strip(), []
-    for path in (path for directory in directories for path in list_dir(directory)):
+    for path in paths:
         words = read_text(path).split() if re.fullmatch(r"[\da-f.:]{3,}", os.path.basename(path)) else []
-        if len(words) == 2 or words[2:3] == [boot_id]:  # container ID, interface; a lease of an earlier boot counts as free
+        if len(words) == 2 or words[2:3] == [boot_id]:  # container ID, interface, boot ID if MNCNI wrote it: one of an earlier boot is free
             state = known.get((words[0], words[1]), "stale: libcni knows no such attachment")
             if state.startswith("stale"):
                 findings.append((f"lease {path} of {words[0][:13]} {words[1]} is {state}", f"if no such container runs: rm {path}"))
@@ -1425,7 +1346,7 @@ def look_leases(directories, rows):
 
 
 def look_host():
-    """Findings about forwarding."""
+    """Findings about forwarding: whether this host passes on packets from and to pods."""
     findings = []
     if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "0":
         findings.append(("the node does not forward: net.ipv4.ip_forward is 0", "sysctl -w net.ipv4.ip_forward=1"))
@@ -1433,15 +1354,15 @@ def look_host():
     for chain in objects_in([entry.get("chain") for entry in entries]):
         if (chain.get("hook"), chain.get("policy")) == ("forward", "drop"):
             what = " ".join(str(chain.get(key)) for key in ("family", "table", "name"))
-            findings.append((f"chain {what} drops what is forwarded, unless one of its rules accepts it",
-                             f"is it Docker's or a firewall's? Accept pods there: nft insert rule {what} ip saddr POD-CIDR accept"))
+            findings.append((f"chain {what} drops forwarded packets, unless one of its rules accepts them",
+                             f"if it is Docker's or a firewall's, accept pods there: nft insert rule {what} ip saddr POD-CIDR accept"))
     if "-P FORWARD DROP" in run(["iptables-legacy", "-S", "FORWARD"])[1]:
-        findings.append(("iptables-legacy drops what is forwarded: -P FORWARD DROP", "accept pods there: iptables-legacy -I FORWARD ..."))
+        findings.append(("iptables-legacy drops forwarded packets: -P FORWARD DROP", "accept pods there: iptables-legacy -I FORWARD ..."))
     return findings
 
 
 def look_containerd():
-    """(conf_dir, [bin_dir]) that containerd's configuration names, else the defaults."""
+    """(conf_dir, [bin_dir]) from containerd's configuration, else the defaults."""
     text = read_text("/etc/containerd/config.toml")
     conf_dir = re.search(r"""^\s*conf_dir\s*=\s*["']([^"']+)""", text, re.MULTILINE)
     bin_dirs = re.search(r"""^\s*bin_dirs?\s*=(.+)""", text, re.MULTILINE)
@@ -1449,44 +1370,39 @@ def look_containerd():
 
 
 def doctor(options):
-    """Print what is in use and what is wrong. Exit status 1 if there are findings."""
+    """Print which configuration is in use and what is wrong. Exit status 1 if there are findings."""
     conf_dir, bin_dirs = look_containerd()
     conf_dir, bin_dirs = options.conf_dir or conf_dir, options.bin_dir or bin_dirs
     rows, findings, network = judge_networks({path: read_text(path) for path in list_dir(conf_dir) if os.path.isfile(path)})
     plugins = plan_plugins(network) if network else []
-    for kind, conf in plugins:
+    for kind, conf in [*plugins, LOOPBACK]:
         findings += look_plugin(kind, conf, bin_dirs)
     findings += look_needs(plugins)
-    if not any(os.path.isfile(os.path.join(directory, "loopback")) for directory in bin_dirs):
-        findings.append((f'plugin "loopback" is missing: not in {" ".join(bin_dirs)}',
-                         "containerd starts no pod without it, unless told to use its own"))
     cached = look_cache(options.cache_dir)
     findings += [(f"cached result {row['path']}: {row['state']}", f"if no such container runs: rm {row['path']}")
-                 for row in cached if row["state"] not in (STATES[True], STATES[None])]
-    leases = [path for data_dir in options.data_dir or DATA_DIRS for path in list_dir(data_dir) if os.path.isdir(path)]
-    findings += look_leases(leases, cached)
-    findings += look_host()
+                 for row in cached if row["state"] not in ("in use", "not known")]
+    leases = [path for data_dir in options.data_dir or DATA_DIRS for network_dir in list_dir(data_dir) for path in list_dir(network_dir)]
+    findings += look_leases(leases, cached) + look_host()
     if options.json:
         print(json.dumps({"configurations": [{"path": path, "verdict": verdict} for path, verdict in rows],
                           "plugins": [kind for kind, _ in plugins],
                           "findings": [{"what": what, "do": way_out} for what, way_out in findings]}, indent=2))
-        return 1 if findings else 0
-    print(f"{conf_dir}:" + " no files" * (not rows))
-    for path, verdict in rows:
-        print(f"  {printable(os.path.basename(path))}: {printable(verdict)}")
-    print(f"plugins: {printable(', '.join(kind for kind, _ in plugins))}\n" if plugins else "")
-    for what, way_out in findings:
-        print(f"FINDING: {printable(what)}\n     do: {printable(way_out)}")
-    print(f"{len(findings)} findings" if findings else "nothing wrong was found")
+    else:
+        print(f"{conf_dir}:" + " no files" * (not rows))
+        for path, verdict in rows:
+            print(f"  {printable(os.path.basename(path))}: {printable(verdict)}")
+        print(f"plugins: {printable(', '.join(kind for kind, _ in plugins))}\n" if plugins else "")
+        for what, way_out in findings:
+            print(f"FINDING: {printable(what)}\n     do: {printable(way_out)}")
+        print(f"{len(findings)} findings" if findings else "nothing wrong was found")
     if os.geteuid():
-        tell("without root the firewall, the kernel's features and namespaces that others made are not looked at")
+        tell("only root can look at the firewall, at kernel features and at namespaces that others made; run it with sudo to check these")
     return 1 if findings else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
-DATA_DIRS = ("/var/lib/cni/mncni", "/var/lib/cni/networks")  # leases, of MNCNI and of host-local: a directory per network
 
 
 def parse_options(argv):
@@ -1494,43 +1410,46 @@ def parse_options(argv):
                                      epilog="Exit status: 0 fine, 1 failed or findings, 2 usage.")
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
     shown = argparse.ArgumentParser(add_help=False)
-    shown.add_argument("--json", action="store_true", help="one JSON object per call and line")
-    shown.add_argument("--full", action="store_true", help="whole JSON, every command that a plugin ran")
-    shown.add_argument("--replay", choices=("error", "always", "never"), default="error", help="a shell line that repeats the call (error)")
-    shown.add_argument("--show-secrets", action="store_true", help="do not hide the values of keys such as password, token, psk")
+    shown.add_argument("--json", action="store_true", help="print each call as one line of JSON")
+    shown.add_argument("--full", action="store_true", help="print JSON whole, and every command that a plugin ran")
+    shown.add_argument("--replay", choices=("error", "always", "never"), default="error",
+                       help="when to print a shell line that repeats the call (default: after an error)")
+    shown.add_argument("--show-secrets", action="store_true", help="do not mask the values of keys such as password, token, psk")
     shown.add_argument("--plugin", metavar="NAME", help="only calls of this plugin")
-    shown.add_argument("--container", metavar="ID", help="only calls for this container ID, or its beginning, or pod name")
-    shown.add_argument("--command", metavar="WORD", help="only ADD, DEL, CHECK, GC, STATUS or VERSION")
+    shown.add_argument("--container", metavar="ID", help="only calls for this container: the beginning of its ID, or the name of the pod")
+    shown.add_argument("--command", metavar="WORD", help="only calls of one command: ADD, DEL, CHECK, GC, STATUS or VERSION")
     shown.add_argument("--failed", action="store_true", help="only calls that failed")
     traced = commands.add_parser("trace", parents=[shown], help="show each CNI call as it happens (root)")
-    traced.add_argument("--backend", choices=("bpftrace", "strace"), help="default: bpftrace if it can be used, else strace")
-    traced.add_argument("--pid", type=int, action="append", help="strace: a process whose children are followed (the container runtimes)")
-    traced.add_argument("--changes", action="store_true", help="also what each call changed on the host and in the pod")
+    traced.add_argument("--backend", choices=("bpftrace", "strace"), help="default: bpftrace if it can be used here, else strace")
+    traced.add_argument("--pid", type=int, action="append", help="strace: follow its children (default: the container runtimes)")
+    traced.add_argument("--changes", action="store_true", help="show also what each call changed on the host and in the pod")
     traced.add_argument("--out", metavar="FILE", help="also append each call to FILE, for `view`")
     viewed = commands.add_parser("view", parents=[shown], help="show a recording again")
     viewed.add_argument("file", metavar="FILE")
     kept = argparse.ArgumentParser(add_help=False)
-    kept.add_argument("--json", action="store_true")
-    kept.add_argument("--cache-dir", metavar="DIR", default="/var/lib/cni/results", help="libcni's results (/var/lib/cni/results)")
-    commands.add_parser("cache", parents=[kept], help="what libcni keeps of each attachment, stale ones marked")
-    checked = commands.add_parser("doctor", parents=[kept], help="which configuration is in use, and what is wrong")
-    checked.add_argument("--conf-dir", metavar="DIR", help="containerd's, else /etc/cni/net.d")
-    checked.add_argument("--bin-dir", metavar="DIR", action="append", help="containerd's, else /opt/cni/bin")
-    checked.add_argument("--data-dir", metavar="DIR", action="append", help=f"leases ({' and '.join(DATA_DIRS)})")
+    kept.add_argument("--json", action="store_true", help="print JSON")
+    kept.add_argument("--cache-dir", metavar="DIR", default="/var/lib/cni/results", help="libcni's results (default: %(default)s)")
+    commands.add_parser("cache", parents=[kept], help="list the results that libcni has stored, and mark stale ones")
+    checked = commands.add_parser("doctor", parents=[kept], help="say which configuration is in use, and what is wrong")
+    checked.add_argument("--conf-dir", metavar="DIR", help="default: containerd's, else /etc/cni/net.d")
+    checked.add_argument("--bin-dir", metavar="DIR", action="append", help="default: containerd's, else /opt/cni/bin")
+    checked.add_argument("--data-dir", metavar="DIR", action="append", help=f"where leases are; default: {' and '.join(DATA_DIRS)}")
     return parser.parse_args(argv)
 
 
 def main(argv):
-    options = parse_options(argv)
+    # An ordinary user's PATH may lack the sbin directories.
+    os.environ["PATH"] = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"
     try:
+        options = parse_options(argv)
         return {"trace": trace, "view": view, "cache": cache, "doctor": doctor}[options.name](options)
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except (SnoopError, OSError) as error:
         tell(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error)
         return 1
-    except KeyboardInterrupt:  # before there is anything to end
+    except KeyboardInterrupt:  # before trace has anything to clean up
         return 130
 
 

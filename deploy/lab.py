@@ -1,7 +1,9 @@
 #!/usr/bin/python3
 """The local lab: a cluster network of several nodes on one machine, without Kubernetes, containers or virtual machines.
 
-              netns NAME-underlay (the machine's own network is never touched)
+The underlay is the network between the nodes; the pods have a network of their own, which MNCNI carries over the underlay encrypted.
+
+              network namespace NAME-underlay (the lab never touches the machine's own network)
       +--------------------------- bridge underlay0 ---------------------------+
       |  port node1                    sniffer                    port node2   |
       +------|-----------------------------------------------------------|-----+
@@ -13,18 +15,20 @@
       |   pod1 10.244.1.2  pod2 ...      |        |   pod1 10.244.2.2  pod2 ...      |
       +----------------------------------+        +----------------------------------+
 
-A node is one "init" process with PID, mount, network, UTS and IPC namespaces of its own, a root file system of its own (the
-host's /usr read-only; private /run and /tmp; /etc, /opt and /var that survive a reboot) and a boot ID of its own. Whatever runs
-in the node dies with its init, so a reboot and a tear-down leave nothing behind. Each node runs the real agent.py on a node
-store that is a shared directory, and the real mncni.py, called through the conflist that the agent wrote.
+A node is one "init" process with its own PID, mount, network, UTS and IPC namespaces, its own root file system (the host's /usr,
+read-only; /run and /tmp, empty at each boot; /etc, /opt and /var, which survive a reboot) and its own boot ID. When the init
+process ends, the kernel ends every process of the node, so neither a reboot nor `down` leaves anything behind. Each node runs the real
+agent.py, which finds the other nodes in a shared directory, and the real mncni.py. A small container runtime calls mncni.py with the
+configuration that the agent wrote, as containerd would.
 
     lab.py up          start the nodes, attach the pods          lab.py exec node1/pod1 -- ip address
     lab.py ping        every pod to every other pod, as a table  lab.py reboot node1
     lab.py status      nodes and pods, as tables                 lab.py down
-    lab.py demo        all of it, with proof from a packet capture that the underlay carries only WireGuard
+    lab.py demo        up, ping and down; a packet capture proves that the underlay carries only WireGuard
 
-Reading order: data, processes, the lab's state; underlay, nodes, agents, pods: what `up` builds, from the bottom to the top;
-ping and path; the sniffer; the container runtime (what containerd and libcni do on a node, stands alone); the command line.
+Reading order: constants, processes, the lab's state; then what `up` builds, from the bottom to the top: underlay, nodes, agents, pods;
+then ping and path, the sniffer, the container runtime (what containerd and its library libcni do on a node; it uses nothing from above
+but the functions that start processes), and the command line.
 """
 import argparse
 import base64
@@ -47,46 +51,46 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Data
+# Constants
 # ---------------------------------------------------------------------------------------------------------------------------
-PYTHON = "/usr/bin/python3"     # not sys.executable: it must exist in the nodes, which see nothing of the host but /usr
+PYTHON = "/usr/bin/python3"     # not sys.executable: it has to exist in the nodes, which see only /usr of the host
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 LAB_FILE = Path(__file__).resolve()
-PARTS = ("mncni.py", "agent.py")                     # copied to /opt/mncni of each node, beside this file
+PARTS = ("mncni.py", "kube.py", "agent.py")          # copied to /opt/mncni of each node, beside this file
 SNOOP = "cnisnoop.py"                                # as well, if --source has it: no node needs it to run
 BRIDGE = "underlay0"
-STORE = "/var/lib/mncni-lab/nodes"                   # the directory node store: one directory, seen by all nodes
+STORE = "/var/lib/mncni-lab/nodes"                   # where the agents publish their nodes: one directory, mounted into all nodes
 AGENT_LOG, AGENT_PID = "/var/log/mncni-agent.log", "/run/mncni-agent.pid"
-PODS_DIR = "/var/lib/mncni-lab/pods"                 # the runtime's record of its pods, one file each
-# Far more than anything takes: a machine may be busy, or emulated.
+PODS_DIR = "/var/lib/mncni-lab/pods"                 # the container runtime's records, a file for each pod
+# Much longer than each takes: the machine may be busy, or emulated.
 BOOT_TIMEOUT_S, AGENT_TIMEOUT_S, POD_TIMEOUT_S, FIRST_PONG_TIMEOUT_S = 60, 60, 60, 20
 MAX_NODES, MAX_PODS = 200, 200
 
-# What a lab may be made of, {n} is the number of the node: pods have addresses of one family or of both, the underlay of one.
+# The addresses, where {n} is the number of the node. Pods have addresses of one or both families, the underlay has one family.
 POD_FAMILIES = {
     "ipv4": {"cluster_cidr": "10.244.0.0/16", "pod_cidr": "10.244.{n}.0/24"},
     "ipv6": {"cluster_cidr": "fd00:10:244::/48", "pod_cidr": "fd00:10:244:{n}::/64"},
 }
-KIND = {"families": ["ipv4"], "underlay": "ipv4"}     # what a lab is made of unless somebody asks for something else
+KIND = {"families": ["ipv4"], "underlay": "ipv4"}     # the default
 UNDERLAYS = {"ipv4": {"endpoint": "192.0.2.{n}", "prefix": 24}, "ipv6": {"endpoint": "2001:db8::{n}", "prefix": 64}}
 TOOLS = {                                            # tool -> Debian package
     "ip": "iproute2", "tc": "iproute2", "nft": "nftables", "wg": "wireguard-tools", "nsenter": "util-linux",
     "unshare": "util-linux", "mount": "mount", "umount": "mount", "pivot_root": "util-linux", "ping": "iputils-ping",
 }
-# What programs in a node need of the host's /etc; copied, so that a node may change its own.
+# The parts of the host's /etc that programs in a node need. They are copied, so that a node can change them.
 ETC_COPIED = ("passwd", "group", "nsswitch.conf", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "iproute2", "alternatives",
               "localtime", "protocols", "services", "modprobe.d")
 
 
 class LabError(Exception):
-    """What went wrong, in words for the user."""
+    """An error message for the user."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Processes and waiting
 # ---------------------------------------------------------------------------------------------------------------------------
 def start(argv, **popen):
-    """Start a process, the only place that does. Returns the Popen. LabError names the package of a missing tool."""
+    """Start a process; nothing else in this file does. Returns the Popen. LabError names the package of a missing tool."""
     popen.setdefault("env", dict(os.environ, PATH=PATH, LC_ALL="C.UTF-8"))
     try:
         return subprocess.Popen(argv, text=True, errors="replace", **popen)
@@ -96,21 +100,21 @@ def start(argv, **popen):
 
 
 def run(argv, stdin="", env=None, timeout_s=60):
-    """Run to the end. Returns (exit code, stdout, stderr); never raises on an exit code, LabError after timeout_s."""
+    """Run a command to its end. Returns (exit status, stdout, stderr), whatever the exit status. LabError after timeout_s."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     child = start(argv, **pipes, **({"env": env} if env else {}))
     try:
         stdout, stderr = child.communicate(stdin, timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        raise LabError(f"no end after {timeout_s} s: {' '.join(argv)}") from None
+        raise LabError(f"did not end within {timeout_s} s: {' '.join(argv)}") from None
     finally:
-        child.kill()                                 # nothing when it has ended
+        child.kill()                                 # does nothing if it has ended
         child.wait()
     return child.returncode, stdout, stderr
 
 
 def must(argv, stdin="", timeout_s=60):
-    """Run a command that has to succeed. Returns its stdout; LabError with what it said."""
+    """Run a command that has to succeed. Returns its stdout. LabError with its output if it fails."""
     code, stdout, stderr = run(argv, stdin, timeout_s=timeout_s)
     if code:
         raise LabError(f"exit status {code}: {' '.join(map(str, argv))}\n{(stderr or stdout).strip()}")
@@ -118,12 +122,12 @@ def must(argv, stdin="", timeout_s=60):
 
 
 def look(argv):
-    """The JSON that a read-only command prints, [] when it prints nothing."""
+    """The JSON that a read-only command prints; [] if it prints nothing."""
     return json.loads(must(argv) or "[]")
 
 
 def wait_until(probe, timeout_s, what):
-    """Call probe() until it returns something true, and return that. LabError `no <what> after ...` at the deadline."""
+    """Call probe() until it returns something true, and return that. LabError `no <what> after ...` if that takes too long."""
     deadline = time.monotonic() + timeout_s
     while True:
         found = probe()
@@ -135,7 +139,7 @@ def wait_until(probe, timeout_s, what):
 
 
 def parallel(function, items, workers=8):
-    """[function(item) for item in items], several at a time, order kept. The first exception is raised, the rest not started."""
+    """[function(item) for item in items], several at a time, in order. After an exception no more are started, and it is raised."""
     pool = ThreadPoolExecutor(workers)
     try:
         return list(pool.map(function, items))
@@ -145,7 +149,7 @@ def parallel(function, items, workers=8):
 
 @contextlib.contextmanager
 def signals_ignored():
-    """Clean-up is not interrupted. Processes started meanwhile inherit it, so Ctrl-C does not reach them either."""
+    """Ignore signals during the with block, so that nothing interrupts a clean-up. Processes started in it ignore them, too."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
@@ -159,11 +163,11 @@ def signals_ignored():
 # The lab's state: /run/NAME/lab.json and one directory per node
 # ---------------------------------------------------------------------------------------------------------------------------
 class Lab:
-    """Names, paths and state of one lab. The state is in lab.json alone, so that several processes may work on one lab:
+    """Names, paths and state of one lab. The state is kept in lab.json only, so that several processes can work on one lab:
 
     {"name", "families": ["ipv4"], "underlay": "ipv4", "source": path, "nodes": {"node1": {"number": 1, "pods": ["pod1"], "boot_id": uuid,
-     "pid": host PID of init, "start": its start time in clock ticks}}}; pid is 0 while the node is down. With "kubeconfig": "path/{node}"
-    as well, agents follow that API server instead of the directory; whoever runs the lab has one on the underlay.
+     "pid": PID of its init on the host, "start": start time of that process in clock ticks}}}. pid is 0 while the node is down.
+    Tests may add "kubeconfig": "path/{node}", for agents that follow an API server on the underlay instead of the directory.
     """
 
     def __init__(self, name="mncni-lab", verbose=True):
@@ -174,15 +178,15 @@ class Lab:
         self.file = self.dir / "lab.json"
         self.store = self.dir / "nodes"
         self.underlay = f"{name}-underlay"
-        self.children = {}                           # node -> Popen of its `unshare`, where this process started it
+        self.children = {}                           # node -> Popen of its `unshare`, if this process started it
 
     def say(self, text):
-        """One line of progress on stderr, with the time since this command began."""
+        """Print a line of progress to stderr, with the time since this command began."""
         if self.verbose:
             print(f"[{time.monotonic() - self.started:5.1f}s] {text}", file=sys.stderr, flush=True)
 
     def state(self):
-        """What lab.json holds now. LabError when the lab is not up."""
+        """The content of lab.json now. LabError if the lab is not up."""
         try:
             return json.loads(self.file.read_text())
         except FileNotFoundError:
@@ -193,15 +197,15 @@ class Lab:
         return self.state()["nodes"]
 
     def node(self, node):
-        """The state of one node. LabError when it is not there."""
+        """The state of one node. LabError if there is no such node."""
         nodes = self.nodes()
         if node not in nodes:
-            raise LabError(f"no node {node!r}; there are: {' '.join(nodes)}")
+            raise LabError(f"no node {node!r}; the nodes are: {' '.join(nodes)}")
         return nodes[node]
 
     @contextlib.contextmanager
     def changing(self, node):
-        """The state of one node, to be changed in the with block; written at its end. Others wait meanwhile."""
+        """The state of one node, which the with block may change; it is written at the end. Other processes wait meanwhile."""
         lock = os.open(self.dir, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -212,7 +216,7 @@ class Lab:
             os.close(lock)
 
     def inside(self, node, path):
-        """A path of a running node as the host reaches it, /proc and /run included."""
+        """The path on the host of a path in a running node, also below /proc and /run."""
         return Path(f"/proc/{self.node(node)['pid']}/root") / path.lstrip("/")
 
     def pods(self):
@@ -221,7 +225,7 @@ class Lab:
 
 
 def write_atomically(path, text):
-    """Write temp + fsync + rename: a reader sees the old file or the new one."""
+    """Write a temporary file and rename it: a reader sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w") as file:
         file.write(text)
@@ -231,7 +235,7 @@ def write_atomically(path, text):
 
 
 def process_start(pid):
-    """Start time of a process in clock ticks since boot, None when there is none or it is a zombie. (PID, start) is never reused."""
+    """Start time of a process in clock ticks since boot; None if it has ended. A PID is reused, a pair (PID, start time) is not."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -240,7 +244,7 @@ def process_start(pid):
 
 
 def is_running(row):
-    """Whether the init of this node lives."""
+    """Whether the init process of this node is alive."""
     return bool(row["pid"]) and process_start(row["pid"]) == row["start"]
 
 
@@ -255,7 +259,7 @@ def create_lab(lab, nodes, pods, source, kind):
 
 
 def pod_cidrs(lab, node):
-    """[{"cluster_cidr", "pod_cidr"}] of one node, a row per family."""
+    """[{"cluster_cidr", "pod_cidr"}] of one node, an entry for each family."""
     number = lab.node(node)["number"]
     rows = [POD_FAMILIES[family] for family in lab.state()["families"]]
     return [{key: value.format(n=number) for key, value in row.items()} for row in rows]
@@ -271,7 +275,7 @@ def endpoint(lab, node):
 # The underlay
 # ---------------------------------------------------------------------------------------------------------------------------
 def make_underlay(lab):
-    """The network namespace with the bridge that the nodes are cabled to."""
+    """Make the network namespace with the bridge that the nodes are connected to."""
     must(["ip", "netns", "add", lab.underlay])
     must(["ip", "-n", lab.underlay, "-batch", "-"], f"link set lo up\nlink add {BRIDGE} type bridge mcast_snooping 0\n"
                                                     f"link set {BRIDGE} up\n")
@@ -279,18 +283,18 @@ def make_underlay(lab):
 
 
 def require_wireguard(lab):
-    """LabError unless the kernel or wireguard-go can do WireGuard. Asking for a device is what loads a kernel module."""
+    """LabError if neither the kernel nor wireguard-go can do WireGuard. To try, add a device: that also loads the kernel module."""
     code, _, _ = run(["ip", "-n", lab.underlay, "link", "add", "probe", "type", "wireguard"])
     if code == 0:
         must(["ip", "-n", lab.underlay, "link", "del", "probe"])
     elif not shutil.which("wireguard-go", path=PATH):
-        raise LabError("this kernel has no WireGuard, and wireguard-go is not installed; it is in the package wireguard-go")
-    lab.say("WireGuard: " + ("wireguard-go, for this kernel has none" if code else "the kernel's"))
+        raise LabError("this kernel has no WireGuard, and wireguard-go is not installed; install the package wireguard-go")
+    lab.say("WireGuard: " + ("wireguard-go, because this kernel has none" if code else "the kernel's"))
 
 
 def connect_node(lab, node):
     """Give the node its eth0: a veth pair between the underlay bridge and the node."""
-    run(["ip", "-n", lab.underlay, "link", "del", node])          # the port of an earlier boot, if the kernel still has it
+    run(["ip", "-n", lab.underlay, "link", "del", node])          # of an earlier boot, if the kernel has not yet removed it
     must(["ip", "-n", lab.underlay, "-batch", "-"],
          f"link add {node} type veth peer name eth0 netns {lab.node(node)['pid']}\n"
          f"link set {node} master {BRIDGE} up\n")
@@ -302,7 +306,7 @@ def connect_node(lab, node):
 # Nodes, seen from the host
 # ---------------------------------------------------------------------------------------------------------------------------
 def node_argv(lab, node):
-    """The beginning of a command line that runs the rest of it in the node. LabError when the node is down."""
+    """The words to put before a command so that it runs in the node. LabError if the node is down."""
     row = lab.node(node)
     if not is_running(row):
         raise LabError(f"{node} is down; start it with: lab.py --name {lab.name} reboot {node}")
@@ -310,14 +314,14 @@ def node_argv(lab, node):
 
 
 def pod_argv(lab, node, pod):
-    """The same for a pod: also its network namespace."""
-    if pod not in lab.node(node)["pods"]:
-        raise LabError(f"no pod {pod!r} on {node}; there are: {' '.join(lab.node(node)['pods'])}")
-    return node_argv(lab, node) + ["ip", "netns", "exec", pod]
+    """The same for a pod: it also runs in the pod's network namespace. With pod "", the node itself."""
+    if pod and pod not in lab.node(node)["pods"]:
+        raise LabError(f"no pod {pod!r} on {node}; the pods are: {' '.join(lab.node(node)['pods'])}")
+    return node_argv(lab, node) + (["ip", "netns", "exec", pod] if pod else [])
 
 
 def make_node_dir(lab, node):
-    """The directories of a node that survive its reboots, and the programs in them."""
+    """Make the directories of a node that survive its reboots, and copy the programs into them."""
     top = lab.dir / node
     for name in ("root", "etc", "opt/mncni", "opt/cni/bin", "var/lib/mncni-lab/nodes", "var/log", "var/cache", "var/tmp"):
         (top / name).mkdir(parents=True)
@@ -328,7 +332,7 @@ def make_node_dir(lab, node):
         if path.is_dir():
             shutil.copytree(path, top / "etc" / name, symlinks=True)
         elif path.exists():
-            shutil.copy(path, top / "etc" / name)    # the content: /etc/localtime may be a link
+            shutil.copy(path, top / "etc" / name)    # of a link, such as /etc/localtime, the content
     (top / "etc/hostname").write_text(f"{node}\n")
     (top / "etc/hosts").write_text(f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {node}\n")
     for path in [*(Path(lab.state()["source"]) / part for part in (*PARTS, SNOOP)), LAB_FILE]:
@@ -339,7 +343,8 @@ def make_node_dir(lab, node):
 
 
 def start_node(lab, node):
-    """Boot: start init, record it, let it go on. Only then does it do anything, so no init can be lost by an interrupt."""
+    """Boot a node: start its init process, write its PID to lab.json, then let it go on. If an interrupt comes between, `down` still
+    finds the process, or the process has not done anything."""
     boot_id = str(uuid.uuid4())
     with open(lab.dir / node / "var/log/lab-init.log", "a") as log:
         child = start(["unshare", "--fork", "--pid", "--mount", "--net", "--uts", "--ipc", "--propagation", "private", "--",
@@ -363,7 +368,7 @@ def start_node(lab, node):
 
 
 def read_line(child, timeout_s):
-    """The next line that a child prints, "" at its end. LabError after timeout_s."""
+    """The next line that a child prints; "" if it has ended. LabError after timeout_s."""
     if not select.select([child.stdout], [], [], timeout_s)[0]:
         raise LabError(f"no answer after {timeout_s} s")
     return child.stdout.readline().strip()
@@ -376,7 +381,7 @@ def tail(path, lines=15):
 
 
 def kill_node(lab, node):
-    """End init and with it every process of the node; returns when all are gone. Nothing happens to a recycled PID."""
+    """End the init process, and with it every process of the node. Returns when all have ended. A PID that was reused is left alone."""
     row = lab.node(node)
     if is_running(row):
         with contextlib.suppress(ProcessLookupError):
@@ -389,7 +394,8 @@ def kill_node(lab, node):
 
 
 def reboot(lab, node):
-    """Pull the plug of a node and boot it again: the disk stays, /run is new, kubelet brings the pods back under new IDs."""
+    """Switch a node off without warning and boot it again. Its disk stays, /run is empty; the pods come back with new container IDs,
+    as kubelet would start them."""
     kill_node(lab, node)
     lab.say(f"{node}: down")
     start_node(lab, node)
@@ -404,7 +410,7 @@ def reboot(lab, node):
 # Nodes, seen from inside: the init process
 # ---------------------------------------------------------------------------------------------------------------------------
 def plan_node_root(node_dir, store, root):
-    """The mount commands that build a node's root file system below `root`, in order. Reads only how the host's /bin etc. are."""
+    """The commands that build a node's root file system below `root`. On the host it only looks whether /bin etc. are links."""
     def mount(target, *words):
         return ["mount", *words, f"{root}{target}"]
 
@@ -414,7 +420,7 @@ def plan_node_root(node_dir, store, root):
         mount("/usr", "-o", f"rbind,ro,{mkdir}", "/usr"),
         mount("/dev", "-o", f"rbind,{mkdir}", "/dev"),
         mount("/proc", "-t", "proc", "-o", mkdir, "proc"),
-        mount("/sys", "-t", "sysfs", "-o", mkdir, "sysfs"),       # of this network namespace: /sys/class/net
+        mount("/sys", "-t", "sysfs", "-o", mkdir, "sysfs"),       # shows the devices of this network namespace
         mount("/run", "-t", "tmpfs", "-o", f"mode=0755,{mkdir}", "tmpfs"),
         mount("/tmp", "-t", "tmpfs", "-o", f"mode=1777,{mkdir}", "tmpfs"),
     ]
@@ -433,14 +439,14 @@ def plan_node_root(node_dir, store, root):
 
 
 def plan_node_pivot(root):
-    """The commands that make `root` the root file system. The old one goes, so a node holds nothing of the host or other labs."""
+    """The commands that make `root` the root file system and unmount the old one, so that the node sees nothing else of the host."""
     boot_id = "/proc/sys/kernel/random/boot_id"
     return [
         ["pivot_root", root, f"{root}/old"],
         ["umount", "--lazy", "/old"],
         ["rmdir", "/old"],
         ["mount", "--bind", "/run/boot_id", boot_id],
-        # What `ip netns add` would do at its first call, two first calls at once would race.
+        # `ip netns add` does this at its first call, but two first calls at once would disturb each other.
         ["mkdir", "/run/netns", "/run/lock"],
         ["mount", "--bind", "/run/netns", "/run/netns"],
         ["mount", "--make-shared", "/run/netns"],
@@ -449,9 +455,10 @@ def plan_node_pivot(root):
 
 
 def node_init(arguments):
-    """PID 1 of a node: node-init LAB_DIR NODE BOOT_ID. Speaks with start_node over stdin and stdout, then reaps until killed."""
+    """The init process of a node: node-init LAB_DIR NODE BOOT_ID. It talks to start_node over stdin and stdout, builds the node,
+    and then collects the exit statuses of orphaned processes until it is killed."""
     lab_dir, node, boot_id = arguments
-    # This /proc is still the host's, so it shows the PID that the host knows us by.
+    # This /proc is still the host's, so it shows our PID on the host.
     print(os.readlink("/proc/self"), flush=True)
     if sys.stdin.readline() != "go\n":
         return 1
@@ -490,12 +497,12 @@ def plan_agent(lab, node):
 
 
 def start_agent(lab, node):
-    """Start the agent as a child of the node's init, not of this process."""
+    """Start the agent, as a child of the node's init process and not of this one."""
     must(node_argv(lab, node) + [PYTHON, "/opt/mncni/lab.py", "node-agent", "start", *plan_agent(lab, node)])
 
 
 def stop_agent(lab, node, timeout_s=20):
-    """SIGTERM the agent and wait for its end. LabError when it is still there after timeout_s."""
+    """Send SIGTERM to the agent and wait until it has ended. LabError after timeout_s."""
     pid = agent_pid(lab.inside(node, "/"))
     if pid:
         run(node_argv(lab, node) + ["sh", "-c", f"kill {pid}"])
@@ -503,27 +510,27 @@ def stop_agent(lab, node, timeout_s=20):
 
 
 def node_agent(arguments):
-    """In the node: node-agent start ARGV... As an init system would: with none of the caller's environment."""
+    """In the node: node-agent start ARGV... Start the agent as an init system does, without the caller's environment."""
     with open(AGENT_LOG, "a") as log:
         env = {"PATH": PATH, "HOME": "/root", "LC_ALL": "C.UTF-8"}
         child = start(arguments[1:], env=env, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     write_atomically(Path(AGENT_PID), str(child.pid))
-    os._exit(0)                                      # leave it behind; init adopts it
+    os._exit(0)                                      # the agent stays; the node's init becomes its parent
 
 
 def agent_pid(root):
-    """The agent's PID as the node counts, 0 when it does not run. `root` is / in the node, lab.inside(node, "/") on the host."""
+    """The agent's PID in the node, 0 if it does not run. `root` is / in the node, and lab.inside(node, "/") on the host."""
     with contextlib.suppress(OSError, ValueError):
         pid = int((root / AGENT_PID[1:]).read_text())
         command = (root / f"proc/{pid}/cmdline").read_bytes()
         state = (root / f"proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
-        if b"agent.py" in command or (not command and state not in "ZX"):     # just started, a process has no command line yet
+        if b"agent.py" in command or (not command and state not in "ZX"):     # a process that just started has no command line yet
             return pid
     return 0
 
 
 def wait_agent(lab, node, timeout_s=AGENT_TIMEOUT_S):
-    """Wait until the agent wrote its ready file (new at each boot) and, last, the conflist. LabError with the end of its log."""
+    """Wait until the agent has written its ready file (which a reboot removes) and then the conflist. LabError with the end of its log."""
     def ready():
         conf = list((lab.dir / node / "etc/cni/net.d").glob("*.conflist"))
         if not agent_pid(lab.inside(node, "/")):
@@ -538,10 +545,10 @@ def wait_agent(lab, node, timeout_s=AGENT_TIMEOUT_S):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Pods, up and down
+# Pods; up and down
 # ---------------------------------------------------------------------------------------------------------------------------
 def runtime(lab, node, *words):
-    """Call the container runtime of the node (see there). Returns its stdout; LabError with the plugin's error."""
+    """Call the container runtime of the node, see runtime_main. Returns its stdout. LabError with the plugin's error."""
     try:
         return must(node_argv(lab, node) + [PYTHON, "/opt/mncni/lab.py", "runtime", *words], timeout_s=POD_TIMEOUT_S + 30)
     except LabError as error:
@@ -549,7 +556,8 @@ def runtime(lab, node, *words):
 
 
 def add_pod(lab, node, pod, capabilities=None):
-    """Create a pod and attach it to the networks. Returns the CNI result. `capabilities` is libcni's CapabilityArgs."""
+    """Create a pod and attach it to its networks. Returns the CNI result. capabilities: what the runtime may ask of plugins for this pod,
+    such as {"portMappings": [...]}; a plugin gets what its configuration declares."""
     result = json.loads(runtime(lab, node, "add", pod, json.dumps(capabilities or {})))
     with lab.changing(node) as row:
         row["pods"] += [pod] if pod not in row["pods"] else []
@@ -565,13 +573,13 @@ def del_pod(lab, node, pod):
 
 
 def pod_record(lab, node, pod):
-    """What the runtime recorded of a pod, {} when there is no such pod: see `sandbox_add`."""
+    """The runtime's record of a pod, see sandbox_add; {} if there is no such pod."""
     path = lab.dir / node / PODS_DIR[1:] / f"{pod}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def check_host(source):
-    """LabError unless the tools and the programs that the lab runs are there."""
+    """LabError if a tool or program that the lab runs is missing."""
     missing = [f"{tool} (package {package})" for tool, package in TOOLS.items() if not shutil.which(tool, path=PATH)]
     if missing:
         raise LabError(f"not installed: {', '.join(missing)}")
@@ -582,16 +590,16 @@ def check_host(source):
 
 @contextlib.contextmanager
 def built_or_undone(lab, nodes, pods, source, kind=KIND):
-    """The underlay, for the time of the with block and, if the block ends well, beyond it. Else everything is undone."""
+    """Make the lab's directory and its underlay, then run the with block. If that fails or is interrupted, everything is undone."""
     check_host(source)
     if not 1 <= nodes <= MAX_NODES or not 0 <= pods <= MAX_PODS:
-        raise LabError(f"--nodes 1 to {MAX_NODES}, --pods 0 to {MAX_PODS}")
+        raise LabError(f"use --nodes 1 to {MAX_NODES} and --pods 0 to {MAX_PODS}, not {nodes} and {pods}")
     try:
         lab.dir.mkdir(mode=0o700)
     except FileExistsError:
         if lab.file.exists():
             raise LabError(f"the lab {lab.name} is up; end it with: lab.py --name {lab.name} down") from None
-        raise LabError(f"{lab.dir} exists and is no lab; take another --name") from None
+        raise LabError(f"{lab.dir} exists and is not a lab; use another --name") from None
     try:
         create_lab(lab, nodes, pods, source, kind)
         make_underlay(lab)
@@ -600,12 +608,12 @@ def built_or_undone(lab, nodes, pods, source, kind=KIND):
     except BaseException:
         with signals_ignored():
             down(lab)
-            shutil.rmtree(lab.dir, ignore_errors=True)           # interrupted before there was a lab.json
+            shutil.rmtree(lab.dir, ignore_errors=True)           # if it was interrupted before lab.json was written
         raise
 
 
 def boot_all(lab):
-    """Nodes, then agents, then pods."""
+    """Start the nodes and their agents, then attach the pods."""
     for node in lab.nodes():
         make_node_dir(lab, node)
         start_node(lab, node)
@@ -613,14 +621,14 @@ def boot_all(lab):
         lab.say(f"{node}: booted, agent started")
     for node in lab.nodes():
         wait_agent(lab, node)
-    # The pods of a node in order, so that pod1 has the first address; the nodes side by side.
+    # Several nodes at a time, but the pods of a node in order, so that pod1 gets the first address.
     parallel(lambda node: [add_pod(lab, node, pod) for pod in lab.node(node)["pods"]], lab.nodes(), workers=4)
 
 
 def down(lab):
-    """End the lab and remove all of it. May be called at any time and again. What goes wrong on the way is reported."""
+    """End the lab and remove all of it. May be called at any time, also twice. It reports what goes wrong and goes on."""
     if not lab.file.exists():
-        return                                       # whatever else is there is not ours
+        return                                       # what else may be in that directory is not of a lab
     lab.say("taking the lab down")
     running = [node for node, row in lab.nodes().items() if is_running(row)]
     parallel(lambda pair: reported(lab, runtime, pair[0], "del", pair[1]),
@@ -635,7 +643,7 @@ def down(lab):
 
 
 def reported(lab, function, *arguments):
-    """A step of `down`: an error is told and does not stop the rest."""
+    """A step of `down`: print an error, and go on."""
     try:
         function(lab, *arguments)
     except LabError as error:
@@ -646,8 +654,8 @@ def reported(lab, function, *arguments):
 # Ping and path
 # ---------------------------------------------------------------------------------------------------------------------------
 def plan_pairs(lab):
-    """Who pings whom, for each address of the target: [{"node", "pod" or "", "to_node", "to_pod", "address"}]. A node that is down
-    cannot ping; its pods are targets all the same, so the pings to them are lost."""
+    """[{"node", "pod", "to_node", "to_pod", "address"}]: who pings whom, for each address of the target. Every pod and every node pings
+    every pod; "pod" is "" if the node pings. The pods of a node that is down are pinged too, so that the loss shows."""
     targets = [(node, pod, address) for node, pod in lab.pods() for address in pod_record(lab, node, pod).get("addresses", [])]
     up = [node for node, row in lab.nodes().items() if is_running(row)]
     sources = [(node, pod) for node, pod in lab.pods() if node in up] + [(node, "") for node in up]
@@ -655,13 +663,8 @@ def plan_pairs(lab):
             for node, pod in sources for to_node, to_pod, address in targets if (node, pod) != (to_node, to_pod)]
 
 
-def source_argv(lab, pair):
-    """The command line prefix of the end that pings."""
-    return pod_argv(lab, pair["node"], pair["pod"]) if pair["pod"] else node_argv(lab, pair["node"])
-
-
 def parse_ping(text):
-    """{"sent", "received", "rtt_ms": average or None} from what ping of iputils prints, which has no JSON."""
+    """{"sent", "received", "rtt_ms": average or None} from the output of iputils' ping, which has no JSON."""
     counts = re.search(r"(\d+) packets transmitted, (\d+) received", text)
     rtt = re.search(r"^rtt \S+ = [\d.]+/([\d.]+)/", text, re.MULTILINE)
     return {"sent": int(counts[1]) if counts else 0, "received": int(counts[2]) if counts else 0,
@@ -669,23 +672,23 @@ def parse_ping(text):
 
 
 def ping_pair(lab, pair):
-    """Three pings: the pair with the keys of parse_ping and "path" added."""
-    _, stdout, _ = run(source_argv(lab, pair) + ["ping", "-n", "-c3", "-i0.2", "-W2", pair["address"]])
+    """Ping three times. Returns the pair with the keys of parse_ping and "path" added."""
+    _, stdout, _ = run(pod_argv(lab, pair["node"], pair["pod"]) + ["ping", "-n", "-c3", "-i0.2", "-W2", pair["address"]])
     return {**pair, **parse_ping(stdout), "path": look_path(lab, pair)}
 
 
 def wait_first_pongs(lab, pairs):
-    """Wait until each pair answered once, so that the pings that count meet a network that is up. Returns (and says) when the
-    pairs answered, in seconds after the start of this command, sorted."""
+    """Wait until each pair has got an answer, so that the pings that count meet a network that is up. Returns and prints when that
+    was, in seconds after the start of this command, sorted."""
     answered = []
 
     def pong(pair):
-        code, _, _ = run(source_argv(lab, pair) + ["ping", "-n", "-c1", "-W1", pair["address"]])
+        code, _, _ = run(pod_argv(lab, pair["node"], pair["pod"]) + ["ping", "-n", "-c1", "-W1", pair["address"]])
         if code == 0:
             answered.append(time.monotonic() - lab.started)
         return code == 0
 
-    with contextlib.suppress(LabError):              # a pair that never answers is for the table to show
+    with contextlib.suppress(LabError):              # the table will show a pair that never answers
         parallel(lambda pair: wait_until(lambda: pong(pair), FIRST_PONG_TIMEOUT_S, "pong"), pairs, workers=16)
     answered.sort()
     when = f", the first after {answered[0]:.1f} s, the last after {answered[-1]:.1f} s" if answered else ""
@@ -694,18 +697,19 @@ def wait_first_pongs(lab, pairs):
 
 
 def ping_all(lab):
-    """Ping all pairs. Returns the rows of ping_pair; a lost ping is one where received < sent or sent is 0."""
+    """Ping all pairs. Returns the rows of ping_pair."""
     pairs = plan_pairs(lab)
     wait_first_pongs(lab, pairs)
     return parallel(lambda pair: ping_pair(lab, pair), pairs, workers=8)
 
 
 def is_lost(row):
+    """Whether a row of ping_all has a lost ping, or none was sent."""
     return not row["sent"] or row["received"] < row["sent"]
 
 
 def look_path(lab, pair):
-    """The devices that a packet of this pair passes, from the routes and links of both nodes, as one readable line."""
+    """The devices that a packet of this pair passes, as one line. It comes from the routes and links of both nodes."""
     own = [own for own in pod_record(lab, pair["node"], pair["pod"]).get("addresses", []) if (":" in own) == (":" in pair["address"])]
     try:
         first = look_hops(lab, pair["node"], own[0]) if own else []
@@ -720,14 +724,14 @@ def look_path(lab, pair):
 
 
 def look_hops(lab, node, address):
-    """[{"dev", "wireguard"}] on the way from the node to an address, followed through veth pairs into the node's named namespaces."""
+    """[{"dev", "wireguard"}]: the devices on the way from the node to an address. A veth pair leads on into another named namespace."""
     hops, namespace = [], []
     while len(hops) < 5:
         ip = node_argv(lab, node) + ["ip", *namespace, "-json"]
         device = look([*ip, "route", "get", address])[0]["dev"]
         link = look([*ip, "-details", "link", "show", "dev", device])[0]
         kind = link.get("linkinfo", {}).get("info_kind")
-        user_space = lab.inside(node, f"/run/wireguard/{device}.sock").exists()      # a wireguard-go device is of kind tun
+        user_space = lab.inside(node, f"/run/wireguard/{device}.sock").exists()      # of wireguard-go; its device is a tun
         hops.append({"dev": device, "wireguard": kind == "wireguard" or user_space})
         names = {row["nsid"]: row["name"] for row in look([*ip, "netns", "list-id"]) if "name" in row}
         if kind != "veth" or link.get("link_netnsid") not in names:
@@ -741,15 +745,17 @@ def look_hops(lab, node, address):
 # ---------------------------------------------------------------------------------------------------------------------------
 IP_VERSIONS = {b"\x08\x00": 4, b"\x86\xdd": 6}      # ethertype -> version
 WIREGUARD_PORTS = (28384, 28385)
-WIREGUARD_SIZES = {1: 148, 2: 92, 3: 64}             # handshake initiation, response, cookie; 4 = data, 32 bytes and 16 more each,
-SMALLEST_FULL = 608                                  # but for a packet of the MTU's size: it is padded no further. IPv4's least MTU is 576
+# Type: size in bytes, of a handshake initiation, a response and a cookie. Type 4 is data: 32 bytes and a multiple of 16, because WireGuard
+# pads it. It does not pad beyond the MTU, so a packet of nearly that size may have any length; IPv4's smallest MTU, 576, makes 608 bytes.
+WIREGUARD_SIZES = {1: 148, 2: 92, 3: 64}
+SMALLEST_FULL = 608
 ND_TYPES = (*range(130, 138), 143)                   # ICMPv6: multicast listener and neighbour discovery
-ICMP_ERRORS = {1: (3, 5, 11, 12), 58: (1, 2, 3, 4)}  # protocol -> types that quote the packet they complain about
+ICMP_ERRORS = {1: (3, 5, 11, 12), 58: (1, 2, 3, 4)}  # protocol -> types of errors, which quote the packet that caused them
 
 
 def parse_ip(packet):
-    """{"src", "dst", "protocol", "payload", "later": not the first fragment} of an IPv4 or IPv6 packet.
-    IndexError, ValueError: cut short."""
+    """{"src", "dst", "protocol", "payload", "later"} of an IPv4 or IPv6 packet; later: it is a fragment, but not the first one.
+    IndexError or ValueError if the packet is too short."""
     if packet[0] >> 4 == 4:
         return {"src": socket.inet_ntop(socket.AF_INET, packet[12:16]), "dst": socket.inet_ntop(socket.AF_INET, packet[16:20]),
                 "protocol": packet[9], "payload": packet[4 * (packet[0] & 15):], "later": bool((packet[6] & 31) << 8 | packet[7])}
@@ -764,14 +770,14 @@ def parse_ip(packet):
 
 
 def parse_frame(frame):
-    """parse_ip of what is in an Ethernet frame. IndexError, ValueError: it is not IP of the version that the frame says."""
+    """parse_ip of the packet in an Ethernet frame. IndexError or ValueError if it is not of the IP version that the frame says."""
     if frame[14] >> 4 != IP_VERSIONS.get(frame[12:14]):
         raise ValueError
     return parse_ip(frame[14:])
 
 
 def is_wireguard(udp):
-    """Whether a UDP datagram is a WireGuard message by ports, type, zero bytes and length."""
+    """Whether a UDP datagram looks like a WireGuard message: ports, type, zero bytes and length."""
     ports = {udp[0] << 8 | udp[1], udp[2] << 8 | udp[3]}
     size, kind = (udp[4] << 8 | udp[5]) - 8, int.from_bytes(udp[8:12], "little")
     plausible = size == WIREGUARD_SIZES.get(kind) or (kind == 4 and size >= 32 and (size % 16 == 0 or size >= SMALLEST_FULL))
@@ -779,22 +785,23 @@ def is_wireguard(udp):
 
 
 def classify_ip(ip):
-    """As classify, for what parse_ip returns."""
+    """As classify, for the result of parse_ip."""
     protocol, payload = ip["protocol"], ip["payload"]
     if ip["later"]:
-        return "fragment"                            # says nothing by itself; the first fragment is judged by what it holds
+        return "fragment"                            # has no header to judge; the first fragment has one
     if protocol == 17 and is_wireguard(payload):
         return "wireguard"
     if protocol == 58 and ":" in ip["src"] and payload[0] in ND_TYPES:
         return "nd"
-    # "No such port" about a WireGuard datagram: a node that boots is told so, and all that it quotes is encrypted.
+    # A node that is booting answers WireGuard with "port unreachable". What that error quotes is encrypted.
     if payload[0] in ICMP_ERRORS.get(protocol, ()) and classify_ip(parse_ip(payload[8:])) == "wireguard":
         return "icmp-error"
     return "clear"
 
 
 def classify(frame):
-    """The kind of an Ethernet frame: wireguard, arp, nd, icmp-error (about WireGuard), fragment, clear (any other IP), other."""
+    """The kind of an Ethernet frame: wireguard, arp, nd (IPv6 neighbour discovery), icmp-error (about WireGuard), fragment,
+    clear (any other IP packet) or other."""
     ethertype = frame[12:14]
     if ethertype == b"\x08\x06":
         return "arp"
@@ -803,7 +810,7 @@ def classify(frame):
     try:
         return classify_ip(parse_frame(frame))
     except (IndexError, ValueError):
-        return "clear"                               # IP that cannot be understood is not proven to be encrypted
+        return "clear"                               # nothing proves that it is encrypted
 
 
 def describe(frame):
@@ -817,7 +824,7 @@ def describe(frame):
 
 
 def open_sniffer():
-    """A packet socket that sees each frame once, where it enters the network namespace, so before the bridge can lose it."""
+    """A packet socket that sees each frame as it enters the network namespace, before the bridge can drop it."""
     capture = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))      # 3 = ETH_P_ALL, on every interface
     capture.setsockopt(263, 23, 1)                                                   # SOL_PACKET, PACKET_IGNORE_OUTGOING
     capture.setsockopt(socket.SOL_SOCKET, 33, 32 << 20)                              # SO_RCVBUFFORCE, bytes
@@ -826,18 +833,18 @@ def open_sniffer():
 
 
 def sniff(_arguments):
-    """In the underlay: print `ready`, count until the end of stdin, print the counts as one JSON object."""
+    """In the underlay: print `ready`, count frames until stdin ends, and print the counts as one JSON object."""
     capture, counts, samples, ended = open_sniffer(), Counter(), [], 0
     print("ready", flush=True)
     while True:
         ready = select.select([capture, sys.stdin], [], [])[0]
         if sys.stdin in ready:
             ended = ended or time.monotonic()
-            if capture not in ready or time.monotonic() > ended + 2:     # 2 s: for traffic that never pauses
-                break                                # all that had arrived is counted
+            if capture not in ready or time.monotonic() > ended + 2:     # 2 s: there may always be traffic
+                break                                # everything that had arrived is counted
         if capture in ready:
             frame, (interface, *_rest) = capture.recvfrom(256)
-            if interface in (BRIDGE, "lo"):          # the second look at a frame that the bridge hands to its own device
+            if interface in (BRIDGE, "lo"):          # the bridge shows a frame again on its own device
                 continue
             kind = classify(frame)
             counts[kind] += 1
@@ -849,14 +856,14 @@ def sniff(_arguments):
 
 @contextlib.contextmanager
 def sniffing(lab):
-    """Capture the underlay during the with block. Yields a dict that is empty inside and afterwards has one count per kind of
-    frame, all kinds present, "dropped" (frames the kernel could not hand over) and "samples" (of what was not expected)."""
+    """Capture the underlay during the with block. Yields a dict, which is filled at its end: a count for each kind of frame, "dropped"
+    (frames that the sniffer was too slow for) and "samples" (descriptions of frames that should not be there)."""
     counts = {}
     child = start(["nsenter", f"--net=/run/netns/{lab.underlay}", "--", PYTHON, str(LAB_FILE), "sniff"],
                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     try:
         if read_line(child, BOOT_TIMEOUT_S) != "ready":
-            raise LabError("the sniffer does not start")
+            raise LabError("the sniffer did not start")
         yield counts
     finally:
         stdout, _ = child.communicate(timeout=10)    # closes its stdin
@@ -867,28 +874,33 @@ def sniffing(lab):
 
 
 def judge_capture(counts, pings):
-    """What speaks against "only WireGuard on the underlay", as sentences; an empty list is the proof. `pings`: rows of ping_all."""
+    """The reasons to doubt that the underlay carried only WireGuard; [] if that is proven. pings: rows of ping_all."""
     crossing = sum(2 * row["received"] for row in pings if row["node"] != row["to_node"])
     reasons = [f"{counts[kind]} {kind} packets, such as: {'; '.join(counts['samples'][:3])}" for kind in ("clear", "other") if counts[kind]]
     if counts["dropped"]:
         reasons.append(f"the kernel dropped {counts['dropped']} packets before they were looked at")
-    if counts["wireguard"] < crossing:               # the test of the test: a deaf sniffer proves nothing
+    if counts["wireguard"] < crossing:               # then the sniffer missed some, and proves nothing
         reasons.append(f"only {counts['wireguard']} WireGuard packets for {crossing} pings and pongs between nodes")
     return reasons
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# The container runtime: what containerd and libcni do on a node. Runs in the node, uses nothing of the lab above.
+# The container runtime: what containerd and its library libcni do on a node. It runs in the node, and knows nothing of the lab.
+#
+# To connect a pod it makes a network namespace and then calls each plugin of the network with ADD, in order. Each plugin gets the result
+# of the one before it as "prevResult". The result of the last plugin is stored ("cached"), and given to CHECK and DEL. DEL goes through
+# the plugins in reverse. An attachment is one interface of one pod in one network. A capability is something that the runtime may ask for
+# one pod, such as host ports; a plugin that declares it gets it as "runtimeConfig".
 # ---------------------------------------------------------------------------------------------------------------------------
 CNI_VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
-TRY_AGAIN = (11, 50, 51)                             # error codes that may pass: try again later; STATUS: not ready
+TRY_AGAIN = (11, 50, 51)                             # error codes of what may pass: "try again later", and STATUS "not ready"
 DIRS = {"conf": "/etc/cni/net.d", "bin": "/opt/cni/bin", "cache": "/var/lib/cni/results", "pods": PODS_DIR, "netns": "/run/netns"}
-# containerd attaches every pod to this network too, as interface lo.
+# containerd attaches every pod to this network as well, with the interface lo.
 LOOPBACK = {"name": "cni-loopback", "cniVersion": "0.3.1", "plugins": [{"type": "loopback"}]}
 
 
 class CNIError(LabError):
-    """A plugin's error object: {"code", "msg", "details"}; code 999 where the plugin gave none."""
+    """An error object of a plugin: {"code", "msg", "details"}. The code is 999 if the plugin gave none."""
 
     def __init__(self, act, error):
         self.code = error.get("code", 999)
@@ -896,34 +908,34 @@ class CNIError(LabError):
 
 
 def parse_network(text, file_name):
-    """A conflist, or a single .conf, as {"name", "cniVersion": the one to speak, "plugins", "disableCheck", "text"}. LabError."""
+    """A configuration (.conflist or .conf) as {"name", "cniVersion": which to use, "plugins", "disableCheck", "text"}. LabError if bad."""
     try:
         conf = json.loads(text)
         plugins = conf.get("plugins", [conf])
         if not [plugin["type"] for plugin in plugins]:
-            raise ValueError("no plugin in it")
+            raise ValueError("it has no plugin")
         return {"name": conf["name"], "cniVersion": plan_version(conf), "plugins": plugins, "text": text,
                 "disableCheck": str(conf.get("disableCheck", False)).lower() == "true"}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LabError(f"{file_name}: no CNI configuration: {error!r}") from None
+        raise LabError(f"{file_name}: not a CNI configuration: {error!r}") from None
 
 
 def plan_version(conf):
-    """The highest of cniVersion and cniVersions that this runtime speaks. ValueError: none."""
+    """The highest version of cniVersion and cniVersions that this runtime supports. ValueError if there is none."""
     offered = {conf.get("cniVersion"), *conf.get("cniVersions", [])}
     spoken = [version for version in CNI_VERSIONS if version in offered]
     if not spoken:
-        raise ValueError(f"no version of {sorted(map(str, offered))} is one of {CNI_VERSIONS}")
+        raise ValueError(f"no version of {sorted(map(str, offered))} is supported, only {', '.join(CNI_VERSIONS)}")
     return spoken[-1]
 
 
 def at_least(network, version):
-    """Whether the network speaks this version of CNI or a later one."""
+    """Whether the network uses this version of CNI or a later one."""
     return CNI_VERSIONS.index(network["cniVersion"]) >= CNI_VERSIONS.index(version)
 
 
 def look_network(dirs):
-    """The network of this node: the lexically first configuration file, as containerd chooses. LabError when there is none."""
+    """The network of this node: as in containerd, the first configuration file in alphabetical order. LabError if there is none."""
     files = [path for path in sorted(Path(dirs["conf"]).glob("*")) if path.suffix in (".conflist", ".conf", ".json")]
     if not files:
         raise LabError(f"no network configuration in {dirs['conf']}")
@@ -931,8 +943,8 @@ def look_network(dirs):
 
 
 def plan_stdin(network, plugin, prev_result, capabilities):
-    """What a plugin gets on stdin: its own object, name and version of the list, the result before it, and of the runtime's
-    capability arguments those that it declares."""
+    """The object for a plugin's stdin: its own configuration, the name and version of the list, the previous result, and those of the
+    capabilities that it declares."""
     conf = {**plugin, "name": network["name"], "cniVersion": network["cniVersion"]}
     declared = {key: value for key, value in capabilities.items() if plugin.get("capabilities", {}).get(key) is True}
     if declared:
@@ -943,14 +955,14 @@ def plan_stdin(network, plugin, prev_result, capabilities):
 
 
 def plan_environment(command, attachment):
-    """The CNI_* variables of a call. STATUS is about no attachment: libcni passes empty strings."""
+    """The CNI_* variables of a call. For STATUS, which has no attachment, libcni passes empty strings."""
     args = ";".join(f"{key}={value}" for key, value in attachment.get("args", {}).items())
     return {"CNI_COMMAND": command, "CNI_CONTAINERID": attachment.get("container_id", ""), "CNI_NETNS": attachment.get("netns", ""),
             "CNI_IFNAME": attachment.get("ifname", ""), "CNI_ARGS": args}
 
 
 def plan_attachment(record, ifname):
-    """One attachment of a pod as {"container_id", "netns", "ifname", "args", "capabilities"}; args as Kubernetes gives them."""
+    """One attachment of a pod as {"container_id", "netns", "ifname", "args", "capabilities"}, with the args that Kubernetes gives."""
     args = {"IgnoreUnknown": "1", "K8S_POD_NAMESPACE": "default", "K8S_POD_NAME": record["pod"],
             "K8S_POD_INFRA_CONTAINER_ID": record["container_id"]}
     return {"container_id": record["container_id"], "netns": record["netns"], "ifname": ifname, "args": args,
@@ -958,44 +970,44 @@ def plan_attachment(record, ifname):
 
 
 def parse_answer(act, code, stdout, stderr):
-    """The result a plugin printed, None for none. CNIError when it failed; the error object is on stdout."""
+    """The result that a plugin printed, or None. CNIError if it failed; then stdout has an error object instead."""
     try:
         answer = json.loads(stdout) if stdout.strip() else {}
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
-        raise CNIError(act, {"msg": f"exit status {code}, and stdout is no JSON object", "details": stdout + stderr})
+        raise CNIError(act, {"msg": f"exit status {code}, and stdout is not a JSON object", "details": stdout + stderr})
     if code:
         raise CNIError(act, answer or {"msg": f"exit status {code} without an error object", "details": stderr})
     return answer or None
 
 
 def plan_call(command, network, plugin, attachment, prev_result):
-    """One call of one plugin as {"act": words for an error, "type": the binary's name, "env": CNI_* but CNI_PATH, "stdin"}."""
+    """One call of one plugin as {"act": its name in errors, "type": name of the program, "env": CNI_* without CNI_PATH, "stdin"}."""
     return {"act": f"{command} of {plugin['type']} in network {network['name']}", "type": plugin["type"],
             "env": plan_environment(command, attachment),
             "stdin": json.dumps(plan_stdin(network, plugin, prev_result, attachment.get("capabilities", {})))}
 
 
 def call_plugin(call, dirs, run):
-    """Execute a planned call. Returns the plugin's result. LabError when there is no such binary, CNIError when it fails."""
+    """Execute a planned call. Returns the plugin's result. LabError if there is no such program, CNIError if it fails."""
     binary = Path(dirs["bin"]) / call["type"]
     if not binary.is_file():
         raise LabError(f"{call['act']}: no {call['type']} in {dirs['bin']}")
-    env = {**os.environ, "PATH": PATH, "CNI_PATH": dirs["bin"], **call["env"]}       # the runtime's own and CNI_*: C7
+    env = {**os.environ, "PATH": PATH, "CNI_PATH": dirs["bin"], **call["env"]}       # as libcni: CNI_* beside the runtime's own
     code, stdout, stderr = run([str(binary)], call["stdin"], env=env)
     result = parse_answer(call["act"], code, stdout, stderr)
-    sys.stderr.write(stderr)                         # passed on after a success, such as what CNI_TRACE=1 prints
+    sys.stderr.write(stderr)                         # after a success, too: it may be what CNI_TRACE=1 prints
     return result
 
 
 def cache_path(network, attachment, dirs):
-    """libcni's file for the final result of an attachment."""
+    """The file in which libcni stores the final result of an attachment."""
     return Path(dirs["cache"]) / f"{network['name']}-{attachment['container_id']}-{attachment['ifname']}"
 
 
 def plan_cache(network, attachment, result):
-    """The content of that file, in libcni's cniCacheV1 format; bytes are base64, as Go writes them."""
+    """The content of that file, in libcni's format cniCacheV1. The configuration is base64, as Go writes bytes."""
     return {"kind": "cniCacheV1", "containerId": attachment["container_id"],
             "config": base64.b64encode(network.get("text", json.dumps(network)).encode()).decode(),
             "ifName": attachment["ifname"], "networkName": network["name"], "netns": attachment["netns"],
@@ -1004,7 +1016,7 @@ def plan_cache(network, attachment, result):
 
 
 def cached_result(network, attachment, dirs):
-    """The final result of the ADD, for CHECK and DEL; None before 0.4.0, without a cache file or with a bad one."""
+    """The final result of the ADD, for CHECK and DEL. None before version 0.4.0, and if the file is missing or unreadable."""
     try:
         result = json.loads(cache_path(network, attachment, dirs).read_text())["result"]
     except (OSError, ValueError, KeyError):
@@ -1013,7 +1025,7 @@ def cached_result(network, attachment, dirs):
 
 
 def cni_add(network, attachment, dirs, run):
-    """STATUS, then ADD of each plugin, then the cache. Returns the final result. After a failed ADD: DEL, and the ADD's error."""
+    """Call STATUS, then ADD of each plugin, and store the final result, which is returned. If an ADD fails: DEL, and that ADD's error."""
     if at_least(network, "1.1.0"):
         for plugin in network["plugins"]:
             call_plugin(plan_call("STATUS", network, plugin, {}, None), dirs, run)
@@ -1032,7 +1044,7 @@ def cni_add(network, attachment, dirs, run):
 
 
 def cni_check(network, attachment, dirs, run):
-    """CHECK of each plugin, with the final result of the ADD. Nothing to do before 0.4.0, or where the network disables it."""
+    """Call CHECK of each plugin, with the final result of the ADD. Not before version 0.4.0, nor if the network disables it."""
     if at_least(network, "0.4.0") and not network.get("disableCheck"):
         prev_result = cached_result(network, attachment, dirs)
         for plugin in network["plugins"]:
@@ -1040,7 +1052,7 @@ def cni_check(network, attachment, dirs, run):
 
 
 def cni_del(network, attachment, dirs, run):
-    """DEL of each plugin in reverse, then of the cache. Stops at the first error, as libcni: what remains can be deleted again."""
+    """Call DEL of each plugin in reverse, then remove the stored result. As libcni it stops at the first error; it can be called again."""
     prev_result = cached_result(network, attachment, dirs)
     for plugin in reversed(network["plugins"]):
         call_plugin(plan_call("DEL", network, plugin, attachment, prev_result), dirs, run)
@@ -1049,15 +1061,15 @@ def cni_del(network, attachment, dirs, run):
 
 
 def networks_of(record, dirs):
-    """The networks of a pod as [(network, attachment)], in the order containerd sets them up."""
+    """The networks of a pod as [(network, attachment)], in the order in which containerd sets them up."""
     return [(LOOPBACK, plan_attachment(record, "lo")), (look_network(dirs), plan_attachment(record, "eth0"))]
 
 
 def sandbox_add(pod, capabilities, dirs, run):
-    """Create a pod: network namespace and all its networks. Returns the CNI result for eth0. CNIError, LabError: nothing remains.
+    """Create a pod: its network namespace and all its networks. Returns the CNI result for eth0. After an error nothing remains.
 
-    Its record, <pods>/POD.json: {"pod", "container_id", "netns", "capabilities", "addresses": ["10.244.1.2"]}. It is there
-    before the first ADD. A pod of that name from before a reboot is deleted first, with no netns to give, as kubelet does.
+    The pod's record is <pods>/POD.json: {"pod", "container_id", "netns", "capabilities", "addresses": ["10.244.1.2"]}, written before
+    the first ADD. If there is already such a pod, from before a reboot, it is deleted first, as kubelet does.
     """
     path = Path(dirs["pods"]) / f"{pod}.json"
     if path.exists():
@@ -1080,13 +1092,13 @@ def sandbox_add(pod, capabilities, dirs, run):
 
 
 def sandbox_del(pod, dirs, run):
-    """Remove a pod: DEL in all networks, its namespace, its record. Nothing to do is fine. After an error the record stays."""
+    """Remove a pod: DEL in all networks, its namespace, its record. No error if there is no such pod. After an error the record stays."""
     path = Path(dirs["pods"]) / f"{pod}.json"
     if not path.exists():
         return
     record = json.loads(path.read_text())
     if not Path(record["netns"]).exists():
-        record["netns"] = ""                         # what containerd passes after a reboot
+        record["netns"] = ""                         # as containerd after a reboot
     errors = []
     for network, attachment in reversed(networks_of(record, dirs)):
         try:
@@ -1101,7 +1113,7 @@ def sandbox_del(pod, dirs, run):
 
 
 def sandbox_check(pod, dirs, run):
-    """CHECK in all networks of a pod."""
+    """Call CHECK in all networks of a pod."""
     path = Path(dirs["pods"]) / f"{pod}.json"
     if not path.exists():
         raise LabError(f"no pod {pod}")
@@ -1119,7 +1131,7 @@ def runtime_main(arguments):
 
 
 def add_with_patience(pod, capabilities, dirs, run, timeout_s=POD_TIMEOUT_S):
-    """sandbox_add until it works, as kubelet tries again with a new container; other errors than "later" are final."""
+    """Call sandbox_add until it succeeds or fails with an error other than "try again later". As kubelet: each time a new container."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -1134,7 +1146,7 @@ def add_with_patience(pod, capabilities, dirs, run, timeout_s=POD_TIMEOUT_S):
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------------
 def print_table(rows):
-    """Rows of cells, the first row being the header, in columns."""
+    """Print rows of cells in columns. The first row is the header."""
     rows = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
@@ -1154,14 +1166,14 @@ def print_pings(rows):
 
 
 def kind_of(options):
-    """What KIND is, as the options of up and demo say."""
+    """As KIND, from the options of up and demo."""
     return {"families": options.families.split(","), "underlay": options.underlay}
 
 
 def command_up(lab, options):
     with built_or_undone(lab, options.nodes, options.pods, options.source, kind_of(options)):
         boot_all(lab)
-    lab.say(f"up; now: lab.py --name {lab.name} ping")
+    lab.say(f"up; next: lab.py --name {lab.name} ping")
 
 
 def command_status(lab, _options):
@@ -1170,7 +1182,7 @@ def command_status(lab, _options):
 
 
 def node_status(lab, node):
-    """The row of a node: its name, init, boot ID and agent, and the first line that the agent says about itself."""
+    """The row of a node: name, PID of init, boot ID, whether the agent runs, and the first line of its own status."""
     row = lab.node(node)
     if not is_running(row):
         return [node, "down", row["boot_id"], "-", "-"]
@@ -1179,7 +1191,7 @@ def node_status(lab, node):
 
 
 def pod_status(lab, node, pod):
-    """The row of a pod: its name, addresses, container ID and what CHECK says."""
+    """The row of a pod: name, addresses, container ID and the outcome of CHECK."""
     record, check = pod_record(lab, node, pod), "ok"
     try:
         runtime(lab, node, "check", pod)
@@ -1195,12 +1207,12 @@ def command_ping(lab, _options):
 
 
 def command_exec(lab, options):
-    """Become the command, so that terminal, signals and exit status are its own."""
+    """Replace this process with the command, which so gets the terminal and the signals, and gives the exit status."""
     node, _, pod = options.target.partition("/")
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
     if not words:
-        raise LabError("exec: no command; lab.py exec node1/pod1 -- ip address")
-    argv = (pod_argv(lab, node, pod) if pod else node_argv(lab, node)) + words
+        raise LabError("exec: the command is missing; for example: lab.py exec node1/pod1 -- ip address")
+    argv = pod_argv(lab, node, pod) + words
     os.execvpe(argv[0], argv, dict(os.environ, PATH=PATH))
 
 
@@ -1214,10 +1226,10 @@ def command_down(lab, _options):
 
 
 def command_demo(lab, options):
-    """The whole story, with the sniffer on from before the first node boots."""
+    """Bring the lab up, ping and take it down, with a sniffer that runs from before the first node boots."""
     with built_or_undone(lab, options.nodes, options.pods, options.source, kind_of(options)):
         with sniffing(lab) as counts:
-            lab.say("sniffer on the underlay: every frame is looked at")
+            lab.say("sniffer on the underlay: it looks at every frame")
             boot_all(lab)
             rows = ping_all(lab)
         print_pings(rows)
@@ -1229,34 +1241,34 @@ def command_demo(lab, options):
     return int(bool(reasons) or any(map(is_lost, rows)))
 
 
-COMMANDS = {                                         # name -> (function that returns the exit status or None, what it does)
+COMMANDS = {                                         # name -> (function that returns an exit status or None, help text)
     "up": (command_up, "start the nodes and attach the pods"),
     "status": (command_status, "show nodes and pods"),
-    "ping": (command_ping, "ping every pod from every other pod and node; exit status 1 when a ping is lost"),
+    "ping": (command_ping, "ping every pod from every other pod and every node; exit status 1 if a ping is lost"),
     "exec": (command_exec, "run a command in a node or a pod"),
-    "reboot": (command_reboot, "pull the plug of a node, boot it and bring its pods back"),
+    "reboot": (command_reboot, "switch a node off without warning, boot it and bring its pods back"),
     "down": (command_down, "end the lab and remove all of it"),
-    "demo": (command_demo, "up, ping, proof that the underlay carries only WireGuard, down; exit status 1 if one fails"),
+    "demo": (command_demo, "up, ping, down, and proof that the underlay carries only WireGuard; exit status 1 if a part fails"),
 }
-INTERNAL = {"node-init": node_init, "node-agent": node_agent, "runtime": runtime_main, "sniff": sniff}    # run by the lab itself
+INTERNAL = {"node-init": node_init, "node-agent": node_agent, "runtime": runtime_main, "sniff": sniff}    # the lab calls these itself
 
 
 def parse_options(argv):
-    """The command line as a namespace. --name may stand before or after the command."""
+    """The command line as a namespace. --name is accepted before and after the command."""
     name = argparse.ArgumentParser(add_help=False)
-    name.add_argument("--name", default=argparse.SUPPRESS, help="name of the lab; several can be up at once (default mncni-lab)")
+    name.add_argument("--name", default=argparse.SUPPRESS, help="name of the lab, default mncni-lab; several can be up at once")
     parser = argparse.ArgumentParser(prog="lab.py", description=__doc__, parents=[name],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, (_, text) in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, parents=[name])
         if command in ("up", "demo"):
-            sub.add_argument("--nodes", type=int, default=2, help="default %(default)s")
-            sub.add_argument("--pods", type=int, default=2, help="per node, default %(default)s")
+            sub.add_argument("--nodes", type=int, default=2, help="number of nodes, default %(default)s")
+            sub.add_argument("--pods", type=int, default=2, help="pods on each node, default %(default)s")
             sub.add_argument("--families", choices=("ipv4", "ipv6", "ipv4,ipv6"), default="ipv4", help="of the pods, default %(default)s")
-            sub.add_argument("--underlay", choices=UNDERLAYS, default="ipv4", help="its family, default %(default)s")
+            sub.add_argument("--underlay", choices=UNDERLAYS, default="ipv4", help="family of the nodes' addresses, default %(default)s")
             sub.add_argument("--source", type=Path, default=LAB_FILE.parents[1],
-                             help="directory that mncni.py and agent.py are copied from (default: the repository)")
+                             help="directory that mncni.py, kube.py and agent.py are copied from (default: the repository)")
         elif command == "exec":
             sub.add_argument("target", metavar="NODE[/POD]")
             sub.add_argument("words", metavar="-- CMD", nargs=argparse.REMAINDER)
@@ -1266,7 +1278,7 @@ def parse_options(argv):
 
 
 def main(argv):
-    """Exit status: 0 fine, 1 failed (a lost ping and a clear packet too), 2 usage, 128 + signal when interrupted."""
+    """Returns the exit status: 0 fine, 1 failed (also: a lost ping, a packet in the clear), 2 usage, 128 + signal if interrupted."""
     try:
         if argv and argv[0] in INTERNAL:
             return INTERNAL[argv[0]](argv[1:]) or 0

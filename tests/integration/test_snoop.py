@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -51,7 +50,8 @@ class Snoop:
 
     def __exit__(self, *_):
         if self.process.poll() is None:
-            self.end()
+            self.process.kill()  # what it started ends with it
+            self.process.wait()
         self.out.close()
         self.err.close()
 
@@ -67,8 +67,13 @@ class Snoop:
         return self
 
     def end(self, number=signal.SIGINT):
-        self.process.send_signal(number)
-        self.process.wait(timeout=END_S)
+        """As whoever wants to end it does: the interpreter may lose a signal that comes while it starts, so try again."""
+        for _ in range(3):
+            self.process.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=END_S)
+                return
+        raise AssertionError(f"three signals did not end it: {self.said()}")
 
     def finish(self, directory="", may_lose=False):
         self.end()
@@ -105,9 +110,10 @@ def backend(request):
 def descendants(pid):
     """Process IDs below pid."""
     found = []
-    for task in list(Path(f"/proc/{pid}/task").glob("*/children")):
-        for child in task.read_text().split():
-            found += [int(child), *descendants(child)]
+    with contextlib.suppress(OSError):  # it ended while we looked
+        for task in list(Path(f"/proc/{pid}/task").glob("*/children")):
+            for child in task.read_text().split():
+                found += [int(child), *descendants(child)]
     return found
 
 
@@ -148,22 +154,32 @@ def is_whole(call, stdin):
 
 
 def test_what_is_lost_is_counted_and_said(tmp_path):
-    """A backend that gets no processor for a while."""
-    plugin = tmp_path / "loud"
+    """A backend that gets no processor for a while, and calls on one whose buffer, of 4 MB, is too small for what they write."""
+    plugin, processors = tmp_path / "loud", os.sched_getaffinity(0)
     plugin.write_text("#!/bin/bash\nhead -c 65536 /dev/zero | tr '\\0' x\n")
     plugin.chmod(0o755)
     with tracing("bpftrace") as running:
         (child,) = [pid for pid in descendants(running.process.pid) if Path(f"/proc/{pid}/comm").read_text() == "bpftrace\n"]
         os.kill(child, signal.SIGSTOP)
         try:
-            for _ in range(150):
+            os.sched_setaffinity(0, {min(processors)})
+            for _ in range(100):
                 subprocess.run([plugin], env=snoop.environment(tmp_path, "DEL"), capture_output=True, check=True, timeout=60)
         finally:
+            os.sched_setaffinity(0, processors)
             os.kill(child, signal.SIGCONT)
+        running.wait("events lost: bpftrace cannot keep up", 120)
         calls = running.finish(tmp_path, may_lose=True)
         said = running.said()
-    assert "events lost: bpftrace cannot keep up" in said and f"running for 5 s: DEL {tmp_path}" not in said
-    assert len(calls) < 150 and not any(call["running"] for call in calls)
+    assert f"running for 5 s: DEL {tmp_path}" not in said
+    assert len(calls) < 100 and not any(call["running"] for call in calls)
+
+
+def test_a_backend_that_ends_by_itself_is_an_error():
+    with tracing("bpftrace") as running:
+        (child,) = [pid for pid in descendants(running.process.pid) if Path(f"/proc/{pid}/comm").read_text() == "bpftrace\n"]
+        os.kill(child, signal.SIGKILL)
+        assert running.process.wait(timeout=END_S) == 1 and "bpftrace ended" in running.said()
 
 
 @pytest.fixture(scope="module")
@@ -232,9 +248,9 @@ def test_the_reference_plugins_chained_with_a_delegate_and_the_replay_line_repea
     assert json.loads(add["stdout"]) == json.loads(chained["stdout"]) == result and json.loads(add["stdin"]) == bridge
     assert [(entry["plugin"], entry["command"], entry["exit"]) for entry in add["delegates"]] == [("host-local", "ADD", 0)]
     assert json.loads(add["delegates"][0]["stdin"]) == bridge and json.loads(add["delegates"][0]["stdout"])["ips"]
-    assert [(call["plugin"], call["chain"], call["exit"]) for call in (add, chained)] == [("bridge", 1, 0), ("portmap", 2, 0)]
+    assert [(call["plugin"], call["exit"]) for call in (add, chained)] == [("bridge", 0), ("portmap", 0)]
     assert code == again["exit"] == 1 and json.loads(again["stdout"]) == error
-    assert [(call["plugin"], call["command"], call["chain"]) for call in (unmapped, gone)] == [("portmap", "DEL", 1), ("bridge", "DEL", 2)]
+    assert [(call["plugin"], call["command"]) for call in (unmapped, gone)] == [("portmap", "DEL"), ("bridge", "DEL")]
     assert [entry["command"] for entry in gone["delegates"]] == ["DEL"]
     call("ADD", bridge)
     again["parent"] = {}  # it was this test, which sees what the namespace's shell sees
@@ -301,14 +317,14 @@ ENDS += [(when, number) for when in (0.5, "watching with") for number in (signal
 @pytest.mark.parametrize("when, number", ENDS, ids=str)
 def test_whatever_ends_it_and_when_nothing_is_left(backend, when, number):
     programs, mounts = traced_programs(), tracing_mounts()
-    running = Snoop(backend, "--pid", str(os.getpid()), "--changes")
-    if when == "watching with":
-        running.wait(when)
-    else:
-        time.sleep(when)
-    below = descendants(running.process.pid)
-    running.end(number)
-    assert "in main" not in running.said()  # no traceback, unless the interpreter was still reading the program
+    with Snoop(backend, "--pid", str(os.getpid()), "--changes") as running:
+        if when == "watching with":
+            running.wait(when)
+        else:
+            time.sleep(when)
+        below = descendants(running.process.pid)
+        running.end(number)
+        assert "in main" not in running.said()  # no traceback, unless the interpreter was still reading the program
     wait_until(lambda: not [pid for pid in below if is_alive(pid)] and traced_programs() <= programs)
     assert "TracerPid:\t0" in Path("/proc/self/status").read_text() and tracing_mounts() == mounts
 
@@ -368,38 +384,3 @@ def test_without_root_it_says_so_in_a_line():
     argv = ["setpriv", "--reuid=65534", "--clear-groups", "/usr/bin/python3", "-", "trace"]
     done = subprocess.run(argv, stdin=open(PROGRAM), capture_output=True, text=True, timeout=60)  # noqa: SIM115
     assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("cnisnoop: trace needs root: sudo ")
-
-
-@needs_reference
-def test_what_a_call_costs_with_and_without(host, backend, figure):
-    """Of a Go program that does little, and of a Python program that starts others; without and with in turns."""
-    static = {"type": "static", "addresses": [{"address": "10.88.0.5/24"}]}
-    pod = host.pod("a")
-
-    def reference(container_id):
-        conf = {"cniVersion": "0.4.0", "name": "net", "type": "bridge", "ipam": static}
-        assert host.cni("DEL", conf, container_id, pod, program=f"{REFERENCE}/bridge", CNI_PATH=REFERENCE)[0] == 0
-
-    def naivewg(container_id):
-        host.add(host.conf(), container_id, pod)
-        assert host.cni("DEL", host.conf(), container_id, pod)[0] == 0
-
-    calls = {"DEL of bridge and static": reference, "ADD and DEL of naivewg": naivewg}
-    times = {(name, is_traced): [] for name in calls for is_traced in (False, True)}
-
-    def measure(is_traced):
-        for number in range(10):
-            for name, call in calls.items():
-                begin = time.monotonic()
-                call(f"c{number}")
-                times[name, is_traced].append((time.monotonic() - begin) * 1000)
-
-    for _ in range(3):
-        measure(False)
-        with tracing(backend, "--pid", str(os.getpid())) as running:
-            measure(True)
-            assert sum(call["netns"] == pod for call in running.finish()) == 30
-    for name in calls:
-        without, traced = statistics.median(times[name, False]), statistics.median(times[name, True])
-        figure(f"cnisnoop with {backend}: {name}: {without:.1f} ms without, {traced:.1f} ms with, ratio {traced / without:.2f}")
-        assert traced < without * 30 + 500  # a bound for a machine that does other things as well

@@ -252,7 +252,7 @@ def test_a_conflist_and_a_single_conf_become_the_same_kind_of_network():
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_configuration_is_refused_by_its_name(text):
-    with pytest.raises(lab.LabError, match=r"^10-x\.conflist: no "):
+    with pytest.raises(lab.LabError, match=r"^10-x\.conflist: not a "):
         lab.parse_network(text, "10-x.conflist")
 
 
@@ -317,10 +317,10 @@ def test_the_answer_of_a_plugin_that_succeeds_is_its_result(answer, result):
         ((1, '{"code": 11, "msg": "later"}', "noise"), 11, "ADD of a: code 11: later"),
         ((1, '{"msg": "no code"}', ""), 999, "ADD of a: code 999: no code"),
         ((2, "", "Traceback"), 999, "ADD of a: code 999: exit status 2 without an error object\nTraceback"),
-        ((1, "oops", " and more"), 999, "ADD of a: code 999: exit status 1, and stdout is no JSON object\noops and more"),
-        ((0, "oops", ""), 999, "ADD of a: code 999: exit status 0, and stdout is no JSON object\noops"),
-        ((1, '"oops"', ""), 999, 'ADD of a: code 999: exit status 1, and stdout is no JSON object\n"oops"'),
-        ((0, "[]", ""), 999, "ADD of a: code 999: exit status 0, and stdout is no JSON object\n[]"),
+        ((1, "oops", " and more"), 999, "ADD of a: code 999: exit status 1, and stdout is not a JSON object\noops and more"),
+        ((0, "oops", ""), 999, "ADD of a: code 999: exit status 0, and stdout is not a JSON object\noops"),
+        ((1, '"oops"', ""), 999, 'ADD of a: code 999: exit status 1, and stdout is not a JSON object\n"oops"'),
+        ((0, "[]", ""), 999, "ADD of a: code 999: exit status 0, and stdout is not a JSON object\n[]"),
     ],
 )
 def test_the_error_of_a_plugin_is_readable(answer, code, text):
@@ -531,7 +531,7 @@ def test_a_tool_that_is_missing_is_named_with_its_package():
 
 
 def test_a_command_that_does_not_end_is_ended():
-    with pytest.raises(lab.LabError, match=r"no end after 0\.1 s: sleep 60"):
+    with pytest.raises(lab.LabError, match=r"did not end within 0\.1 s: sleep 60"):
         lab.run(["sleep", "60"], timeout_s=0.1)
 
 

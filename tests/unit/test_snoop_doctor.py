@@ -9,7 +9,7 @@ import pytest
 import cnisnoop
 
 CONFLIST = {"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "main", "ipam": {"type": "ipam"}}, {"type": "chained"}]}
-HEALTHY = '{"cniVersion": "1.0.0", "supportedVersions": ["0.4.0", "1.0.0", "1.1.0"]}'
+HEALTHY = '{"cniVersion": "1.0.0", "supportedVersions": ["0.3.1", "0.4.0", "1.0.0", "1.1.0"]}'
 
 
 def plugin(path, version_reply=HEALTHY, status="exit 0", mode=0o755):
@@ -67,17 +67,17 @@ def test_of_several_configurations_the_first_in_the_alphabet_is_used(node):
     findings, verdicts = node.doctor()
     assert not findings
     assert verdicts == [
-        "ignored: its name ends in neither .conflist nor .conf nor .json",
+        "ignored: its name does not end in .conflist, .conf or .json",
         'in use: network "single"',
-        'ignored, for 05-other.conf comes first in the alphabet: network "net"',
-    ] + ['ignored, for 05-other.conf comes first in the alphabet: network "net"']
+        'ignored, because 05-other.conf comes first in the alphabet: network "net"',
+    ] + ['ignored, because 05-other.conf comes first in the alphabet: network "net"']
 
 
 @pytest.mark.parametrize(
     "text, problem",
     [
-        ('{"name": "net",\n  "plugins": [\n    {"type": "main",}\n]}', ":3:21: "),
-        ("", ":1:1: Expecting value (the file is empty)"),
+        ('{"name": "net",\n  "plugins": [\n    {"type": "main",}\n]}', ": line 3 column 21 "),
+        ("", ": Expecting value: line 1 column 1 (char 0) (the file is empty)"),
         ("[]", "not a JSON object"),
         ("{}", 'has no "name"'),
         ('{"name": "x"}', 'has no "plugins"'),
@@ -86,7 +86,7 @@ def test_of_several_configurations_the_first_in_the_alphabet_is_used(node):
         ('{"name": 5, "plugins": [{"type": "x"}]}', 'has no "name"'),
         ('{"name": "x", "plugins": {"type": "x"}}', 'has no "plugins"'),
         ("[" * 100_000, ""),
-        ("\x00\xff", ":1:1: "),
+        ("\x00\xff", ": line 1 column 1 "),
     ],
 )
 def test_a_broken_configuration_that_comes_first_stops_everything_and_the_place_is_named(node, text, problem):
@@ -120,6 +120,11 @@ def test_a_missing_plugin_is_a_finding(node, name):
     assert f'plugin "{name}" is missing' in only(node.doctor()[0])[0]
 
 
+def test_a_loopback_that_does_not_support_the_version_that_containerd_uses_is_a_finding(node):
+    plugin(node.bin / "loopback", '{"supportedVersions": ["1.0.0"]}')
+    assert "loopback does not support version 0.3.1 of its configuration, but 1.0.0" in only(node.doctor()[0])[0]
+
+
 def test_a_plugin_that_cannot_be_executed_is_a_finding(node):
     plugin(node.bin / "ipam", mode=0o644)
     assert only(node.doctor()[0]) == (f"{node.bin}/ipam is not executable", f"chmod +x {node.bin}/ipam")
@@ -131,7 +136,7 @@ def test_a_plugin_that_cannot_be_executed_is_a_finding(node):
 @pytest.mark.parametrize(
     "reply, text",
     [
-        ('{"supportedVersions": ["0.1.0"]}', "does not speak version 1.0.0 of its configuration, but 0.1.0"),
+        ('{"supportedVersions": ["0.1.0"]}', "does not support version 1.0.0 of its configuration, but 0.1.0"),
         ("nonsense", "does not answer VERSION"),
         ("{}", "does not answer VERSION"),
         ('{"supportedVersions": 5}', "does not answer VERSION"),
@@ -161,7 +166,7 @@ def test_status_is_not_asked_below_1_1_0(node):
 
 
 def test_a_missing_tool_or_kernel_feature_is_a_finding(mocker):
-    mocker.patch("cnisnoop.find_tool", side_effect=lambda name: None if name in ("tc", "wireguard-go") else name)
+    mocker.patch("shutil.which", side_effect=lambda name: None if name in ("tc", "wireguard-go") else name)
     mocker.patch("cnisnoop.run", side_effect=lambda argv: (2, "", "Error: Unknown device type.") if "wireguard" in argv else (0, "", ""))
     mocker.patch("os.geteuid", return_value=0)
     findings = cnisnoop.look_needs([("mncni", {"plugin": ["naivewg", "bandwidth", "lat"], "ready": "/run/mncni/ready"}), ("mine", {})])
@@ -190,8 +195,8 @@ def test_a_foreign_drop_policy_of_forward_is_a_finding(mocker):
     mocker.patch("cnisnoop.read_text", return_value="0\n")
     assert [what.partition(",")[0] for what, _ in cnisnoop.look_host()] == [
         "the node does not forward: net.ipv4.ip_forward is 0",
-        "chain ip filter FORWARD drops what is forwarded",
-        "iptables-legacy drops what is forwarded: -P FORWARD DROP",
+        "chain ip filter FORWARD drops forwarded packets",
+        "iptables-legacy drops forwarded packets: -P FORWARD DROP",
     ]
 
 
@@ -247,7 +252,7 @@ def test_cache_is_a_table_in_which_what_is_stale_is_marked(node, tmp_path):
     status, text = node.run("cache")
     lines = {line.split()[1]: line for line in text.splitlines()}
     assert status == 0 and "10.244.1.5/24" in lines["living"] and "in use" in lines["living"]
-    assert "stale: its namespace is gone" in lines["dead"] and " 2h " in lines["dead"]
+    assert "stale: its namespace is gone" in lines["dead"] and " 2:01:40 " in lines["dead"]
     assert "stale" in lines["unmounted"] and "not known" in lines["unknown"] and "not readable" in text
     states = {row["container_id"]: row["state"] for row in json.loads(node.run("cache", "--json")[1])}
     assert states["living"] == "in use" and len(states) == 5
