@@ -8,6 +8,8 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 SHELL_SCRIPTS = $(wildcard .ci/run *.sh */*.sh */*/*.sh)
 FAULT_TESTS = tests/faults tests/e2e/test_healing.py tests/e2e/test_kubernetes.py tests/integration/test_add_faults.py
+# Test files at once, see tests/lanes.py. Most of the time they wait, so more than there are processors; LANES=1 for one after another.
+LANES = 4
 NEED_ROOT = test "$$(id -u)" = 0 || { echo "needs root: sudo make $@" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
@@ -39,9 +41,9 @@ lab-down: ## remove the lab (root)
 	@$(NEED_ROOT)
 	@$(PYTHON) deploy/lab.py down $(ARGS)
 
-test: ## all tests; as an ordinary user those that need no root
+test: ## all tests, four files at once; as an ordinary user those that need no root (5 minutes)
 	@tests/setup.sh test
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest --lanes $(LANES) $(ARGS)
 
 kubernetes: ## a real kube-apiserver, etcd and kubectl for `make test`, which leaves out some tests without them (needs go; 10 minutes)
 	@tests/kubernetes.sh
@@ -49,7 +51,7 @@ kubernetes: ## a real kube-apiserver, etcd and kubectl for `make test`, which le
 test-faults: ## what faults cost, as one table: crashes, storms, traffic through faults, hostile input (root; 25 minutes)
 	@$(NEED_ROOT)
 	@tests/setup.sh test
-	@.venv/bin/python -m pytest $(FAULT_TESTS) $(ARGS)
+	@.venv/bin/python -m pytest --lanes $(LANES) $(FAULT_TESTS) $(ARGS)
 
 soak: ## an hour of pods, nodes and agents that come and go; exit status 1 if anything grows; ARGS="--minutes 3" (root)
 	@$(NEED_ROOT)

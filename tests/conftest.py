@@ -3,6 +3,7 @@
     @pytest.mark.root                 needs root and network namespaces
     @pytest.mark.kernel("netem")      needs what some kernels lack, one or more names of FEATURES
     @pytest.mark.vm                   is worth a run over the kernel's own WireGuard, too
+    @pytest.mark.alone                measures time, or watches the whole machine: no other test runs beside it, see tests/lanes.py
 
 `make test-vm` runs those with one of the last two marks in a virtual machine whose kernel has everything; there a test that is left out
 has failed (--no-skips).
@@ -13,6 +14,8 @@ import os
 import subprocess
 
 import pytest
+
+from tests.lanes import pytest_runtestloop  # noqa: F401 (a hook)
 
 IS_ROOT = os.geteuid() == 0
 
@@ -34,6 +37,7 @@ def kernel_has(feature):
 
 
 def pytest_addoption(parser):
+    parser.addoption("--lanes", type=int, default=1, help="how many test files run at once: see tests/lanes.py")
     parser.addoption("--no-skips", action="store_true", help="a test that would be skipped fails: see tests/vm.sh")
 
 

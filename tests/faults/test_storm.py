@@ -169,6 +169,7 @@ def test_first_ever_adds_that_race_on_a_host_without_a_bridge_are_all_right(new_
 FEW, MANY, ROUNDS = 10, 200, 15
 
 
+@pytest.mark.alone
 def test_an_add_among_200_pods_takes_as_long_as_one_among_10(new_node, figure):
     """In turns on two hosts, so that whatever else the machine does slows both."""
     nodes = {FEW: new_node(FEW + 1), MANY: new_node(MANY + 1)}
