@@ -343,7 +343,8 @@ def answer(environ, stdin_text, run, plugins=None, called_as="mncni", at_once=Fa
         stages = choose_plugins(conf, called_as, plugins or PLUGINS)
         request = Request(environ, conf, at_once)
         request.links = [host_ifname(stage["link"], *request.attachment) for stage in stages if "link" in stage]
-        check_netns(request)
+        check_netns(request, environ)
+        require_tools(request, stages, search_path(environ))
         run = logged(run, request)
         if command in ("ADD", "DEL") and request.links:
             # One at a time for each attachment: a runtime that gave up on an ADD may send the DEL while the ADD still runs.
@@ -388,6 +389,8 @@ def call_check(request, stages, run):
     request.prev_result = parse_prev_result(request.conf)
     if request.prev_result is None:
         raise config_error('CHECK needs "prevResult", the result of the ADD that it checks')
+    others = [link["sandbox"] for link in own_links(request).values() if not is_same_path(link["sandbox"], request.netns)]
+    report(request, [f"prevResult is of the sandbox {other}, not of CNI_NETNS {request.netns}" for other in others])
     call_all(request, stages, run)
 
 
@@ -439,20 +442,42 @@ def version_reply(stdin_text):
     return {"cniVersion": version if isinstance(version, str) and version else NEWEST, "supportedVersions": list(CNI_VERSIONS)}
 
 
-def check_netns(request):
-    """CNIError 8 if CNI_NETNS is absent or the host's own, before anything is changed. DEL goes on without it: the namespace may be
-    gone, and /proc/PID may be another process by now."""
+def check_netns(request, environ):
+    """CNIError 8 if CNI_NETNS is no network namespace, or the host's own, before anything is changed. DEL goes on without it: the
+    namespace may be gone, and /proc/PID may be another process by now."""
     if not request.netns or request.command in ("GC", "STATUS"):
         return
     problem = "" if is_netns(request.netns) else "it is no path of one"
     try:
-        if os.path.samefile(request.netns, "/proc/self/ns/net"):
-            problem = "the plugin itself runs in it"
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte
-        problem = getattr(error, "strerror", None) or error
+        fd = os.open(request.netns, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            if fcntl.ioctl(fd, 0xB703) != 0x40000000:  # NS_GET_NSTYPE, CLONE_NEWNET: ioctl_ns(2)
+                problem = "it is a namespace of another kind"
+            override = environ.get("CNI_NETNS_OVERRIDE", "").lower() in ("1", "true")  # as in libcni's skel
+            if os.path.samestat(os.fstat(fd), os.stat("/proc/self/ns/net")) and not override:
+                problem = "the plugin itself runs in it"
+        finally:
+            os.close(fd)
+    except (OSError, ValueError) as error:  # ENOTTY: no namespace; ValueError: a NUL byte
+        problem = "it is no namespace" if getattr(error, "errno", 0) == 25 else getattr(error, "strerror", None) or error
     if problem and request.command != "DEL":
         raise CNIError(BAD_NETNS, f"cannot use the network namespace {request.netns!r}: {problem}")
     request.netns = "" if problem else request.netns
+
+
+def require_tools(request, stages, path):
+    """CNIError 4, before anything is changed, if a program is missing that an ADD or CHECK needs; for STATUS 50, if any call needs it."""
+    if request.command in ("ADD", "CHECK", "STATUS"):
+        for tool in [tool for stage in stages for tool in stage.get("tools", lambda request: ())(request)]:
+            try:
+                find_program(tool, path)
+            except CNIError as error:
+                raise CNIError(NOT_AVAILABLE if request.command == "STATUS" else error.code, error.msg) from None
+
+
+def is_same_path(one, other):
+    """Whether two paths are the same; /var/run is a link to /run."""
+    return isinstance(one, str) and "\0" not in one and os.path.realpath(one) == os.path.realpath(other)
 
 
 def to_cni_error(error):
@@ -543,7 +568,7 @@ def ask(command, run, may_be_gone=True):
         reply = run(command)
         if "Dump was interrupted" not in reply.stderr:  # ip prints it when links come and go during a list
             break
-    if reply.stderr.startswith("nsenter:"):
+    if any(line.startswith("nsenter:") for line in reply.stderr.splitlines()):
         raise CNIError(BAD_NETNS, "cannot enter the network namespace", reply.stderr.strip())
     if reply.exit_code != 0 and not (may_be_gone and is_gone(reply)):
         raise command_failed(command, reply)
@@ -1040,23 +1065,25 @@ def short_hash(*parts):
 # A lease is an address that an attachment holds. It comes from a range set: ranges of addresses in the configuration, from which each
 # attachment gets one. A network usually has a range set for IPv4, one for IPv6, or both. Leases are files:
 #
-# <dataDir>/<network>/10.244.1.5       a lease: container ID, interface, boot ID, one a line
-# <dataDir>/<network>/attachments/KEY  the index by attachment, KEY is its hash: the same three lines, then the addresses
+# <dataDir>/<network>/10.244.1.5       a lease: container ID, interface, boot ID, run ID, one a line
+# <dataDir>/<network>/attachments/KEY  the index by attachment: the same lines, then the addresses
 # <dataDir>/<network>/last.0           the address that range set 0 gave out last
 #
 # A lease of an earlier boot counts as free, because no container outlives its kernel. So no fsync is needed: a power failure ends the
-# boot, too. The index is written before the leases and removed after them, so a crash leaves no lease that its attachment cannot find.
+# boot, too. A container that plays a node (kind, k3d) restarts under the same kernel, but with an empty /run. The run ID is kept there,
+# and a lease with another one is of an earlier boot, too; a lease without one was written by an older version. The index is written before
+# the leases and removed after them, so a crash leaves no lease that its attachment cannot find.
 
 
 class Leases:
     """The leases of one network. Whoever changes something holds `with leases.lock:`."""
 
-    def __init__(self, data_dir, network):
+    def __init__(self, data_dir, network, run_dir):
         self.dir = os.path.join(data_dir, network)
         self.index_dir = os.path.join(self.dir, "attachments")
         self.network = network
         self.lock = Locked(os.path.join(self.dir, "lock"))
-        self.boot_id = boot_id()
+        self.boot_id, self.run_id = boot_id(), run_id(run_dir)
 
     def index_path(self, container_id, ifname):
         """The file that lists an attachment's leases."""
@@ -1069,7 +1096,7 @@ class Leases:
     def take(self, addresses, container_id, ifname):
         """Lease addresses to an attachment."""
         own_directory(self.index_dir)
-        lines = [container_id, ifname, self.boot_id]
+        lines = [container_id, ifname, self.boot_id, self.run_id]
         write_file(self.index_path(container_id, ifname), "\n".join([*lines, *map(str, addresses)]) + "\n")
         for address in addresses:
             write_file(os.path.join(self.dir, str(address)), "\n".join(lines) + "\n")
@@ -1118,6 +1145,8 @@ class Leases:
         lines = (text or "").splitlines()
         if len(lines) < 3 or lines[2] != self.boot_id or not is_identifier(lines[0]) or not is_ifname(lines[1]):
             return None, []
+        if lines[3:] and lines[3].startswith("run-") and lines[3] != self.run_id:
+            return None, []
         return (lines[0], lines[1]), [line for line in lines[3:] if is_address(line, ipaddress.ip_address)]
 
 
@@ -1153,7 +1182,7 @@ def ipam_leases(request):
     data_dir = any_case(request.conf.get("ipam"), "dataDir")
     if data_dir is not None and (not isinstance(data_dir, str) or not os.path.isabs(data_dir) or "\0" in data_dir):
         raise config_error(f'"dataDir" must be an absolute path, not {to_json(data_dir)}')
-    return Leases(data_dir or DEFAULT_DATA_DIR, request.network)
+    return Leases(data_dir or DEFAULT_DATA_DIR, request.network, request.run_dir)
 
 
 def parse_range_set(ranges):
@@ -1232,6 +1261,7 @@ def ipam_add(request, ipam, run):
         return {"ips": [], "routes": [], "dns": {}}
     leases = ipam["leases"]
     with leases.lock:
+        leases.run_id = run_id(request.run_dir, make=True)
         leases.release(request.container_id, request.ifname)  # of an ADD that was killed; a live attachment was refused before
         chosen = choose_addresses(leases, ipam["range_sets"], ipam["asked"])
         leases.take([address for address, _ in chosen], request.container_id, request.ifname)
@@ -1434,12 +1464,13 @@ def plan_gateways(conf, ips):
     return sorted({f"{ip['gateway']}/{ip['address'].partition('/')[2]}" for ip in ips if ip.get("gateway")})
 
 
-def plan_bridge(conf, bridge, gateways):
+def plan_bridge(conf, bridge, gateways, keeps_mtu=False):
     """Lines for `ip -batch` that bring the bridge into its state; none if it is. CNIError 7 if it has another gateway address. `nodad`: an
     IPv6 address can be used at once, without duplicate address detection (DAD), a wait of a second to see whether somebody else has it.
 
-    A bridge takes the smallest MTU of its ports until somebody changes its own, and setting it to the present value is no change. So it
-    is made with mtu + 1 and then set to mtu (net/bridge/br_device.c, br_change_mtu).
+    The MTU is set when the bridge is made: another network may use it, too. keeps_mtu: and whenever it is another. A bridge takes the
+    smallest MTU of its ports until somebody changes its own, and setting it to the present value is no change. So it is made with mtu + 1
+    and then set to mtu (net/bridge/br_device.c, br_change_mtu).
     """
     name, mtu, lines, own = conf["bridge"], conf["mtu"], [], bridge is None or is_own(bridge)
     if bridge is None:
@@ -1448,7 +1479,7 @@ def plan_bridge(conf, bridge, gateways):
         bridge = {}
     if own and "ifalias" not in bridge:
         lines.append(f"link set dev {name} alias {OWNER_ALIAS}")
-    if own and mtu and bridge.get("mtu") != mtu:
+    if own and mtu and bridge.get("mtu") != mtu and (keeps_mtu or "ifalias" not in bridge):
         lines.append(f"link set dev {name} mtu {mtu}")
     if "UP" not in bridge.get("flags", []):
         lines.append(f"link set dev {name} up")
@@ -1471,15 +1502,15 @@ def is_in_the_way(other, gateway):
 
 def ensure_bridge(request, conf, bridge, gateways, run):
     """Bring the bridge into its state, and return it. ADDs run side by side: before it changes anything, it looks again under a lock."""
-    if not plan_bridge(conf, bridge, gateways) and not plan_no_advertisements(conf["bridge"], bridge):
+    if not plan_bridge(conf, bridge, gateways) and not plan_bridge_sysctls(conf["bridge"], bridge, gateways):
         return bridge
     with Locked(os.path.join(request.run_dir, "bridge.lock")) as lock:
         bridge, _ = look_host(request, conf["bridge"], run, "the same, once more: now a lock keeps other ADDs from changing the bridge")
         refuse_foreign_bridge(conf, bridge)
         lines = plan_bridge(conf, bridge, gateways)
-        plan = plan_forwarding(gateways, look_forwarding(run))
+        plan = plan_forwarding(conf["bridge"], gateways, *look_forwarding(run))
         plan += [ip_batch(lines, why="the bridge: every pod's link is a port of it, and its address is the pods' gateway")] if lines else []
-        apply(plan + plan_no_advertisements(conf["bridge"], bridge), lock.held(run))
+        apply(plan + plan_bridge_sysctls(conf["bridge"], bridge, gateways), lock.held(run))
         return look_host(request, conf["bridge"], run, "the bridge's MAC, for the result")[0] or {}
 
 
@@ -1498,17 +1529,38 @@ def plan_no_advertisements(name, bridge):
     return [write_sysctls(keys, 0, why=why)] if keys and os.path.exists("/proc/sys/net/ipv6") else []
 
 
+def plan_bridge_sysctls(name, bridge, gateways):
+    """Commands that let a bridge, None for one yet to be made, forward, also where new devices of the host do not, and ignore router
+    advertisements."""
+    families = sorted({"ipv6" if ":" in gateway else "ipv4" for gateway in gateways})
+    keys = [f"net/{family}/conf/{name}/forwarding" for family in families]
+    keys = [key for key in keys if bridge is None or read_file(f"/proc/sys/{key}") == "0\n"]
+    why = "the bridge forwards, whatever the host's default for new devices is"
+    return plan_no_advertisements(name, bridge) + ([write_sysctls(keys, 1, why=why)] if keys else [])
+
+
 def look_forwarding(run):
-    """The families ("inet", "inet6") that the host forwards."""
-    entries = look_ip(["netconf show"], run, why="does the host forward packets?")
-    return {entry["family"] for entry in entries if entry.get("interface") == "all" and entry.get("forwarding") and "family" in entry}
+    """({(family, interface)} that do not forward, where "all" is the host's switch; the devices of its IPv4 default routes)."""
+    facts = look_ip(["netconf show", "route show default"], run, why="does the host forward packets?")
+    entries = [entry for entry in facts if {"interface", "family"} <= entry.keys()]
+    off = {(entry["family"], entry["interface"]) for entry in entries if not entry.get("forwarding")}
+    return off, sorted({entry["dev"] for entry in facts if "dev" in entry})
 
 
-def plan_forwarding(gateways, forwarded):
-    """Commands that let the host route for the pods. Only what is off is written: /proc/sys may be read-only and right."""
-    keys = {"inet": "net/ipv4/ip_forward", "inet6": "net/ipv6/conf/all/forwarding"}
-    missing = sorted(families_of(gateways) - forwarded)
-    return [write_sysctls([keys[family]], 1, why="IP forwarding: the host routes for the pods") for family in missing]
+def plan_forwarding(bridge, gateways, off, uplinks):
+    """Commands that let the host route for the pods. Only what is off is written: /proc/sys may be read-only and right.
+
+    off, uplinks: what look_forwarding returned. A host that forwards IPv6 drops its routes from router advertisements where accept_ra is 1,
+    and keeps them where it is 2. 0 stays: there a program, such as systemd-networkd, handles advertisements.
+    """
+    families, keys = families_of(gateways), {"inet": "net/ipv4/ip_forward", "inet6": "net/ipv6/conf/all/forwarding"}
+    closed = [keys[family] for family in sorted(families) if (family, "all") in off]
+    closed += [f"net/ipv4/conf/{name}/forwarding" for name in uplinks if ("inet", name) in off and keys["inet"] not in closed]
+    others = sorted(name for family, name in off if family == "inet6" and name not in ("all", "default", "lo", bridge))
+    advertised = [f"net/ipv6/conf/{name}/accept_ra" for name in others if keys["inet6"] in closed]
+    advertised = [key for key in advertised if read_file(f"/proc/sys/{key}") == "1\n"]
+    plan = [write_sysctls(advertised, 2, why="keep the routes that routers advertise to this host")] if advertised else []
+    return plan + ([write_sysctls(closed, 1, why="IP forwarding: the host routes for the pods")] if closed else [])
 
 
 def plan_routes(conf, ipam):
@@ -1516,7 +1568,8 @@ def plan_routes(conf, ipam):
     gateways = {family_of(ip["address"]): ip["gateway"] for ip in reversed(ipam["ips"]) if ip.get("gateway")}
     routes = []
     for route in ipam["routes"]:
-        gateway = route.get("gw") or gateways.get(family_of(route["dst"]))
+        is_local = route.get("scope", 0) >= 253  # link or host: reached without a gateway
+        gateway = route.get("gw") or ("" if is_local else gateways.get(family_of(route["dst"])))
         routes.append({**route, "gw": gateway} if gateway else route)
     if conf["isDefaultGateway"]:
         for _, gateway in sorted(gateways.items()):
@@ -1542,11 +1595,12 @@ def plan_attach(request, conf, ipam, mac):
     pod.append(f"link set dev {ifname} up")
     pod += [route_line(route, ifname) for route in plan_routes(conf, ipam)]
     plan = [ip_batch(host, why="a veth pair is a cable: one end in the pod, the other a port of the bridge; hairpin: a pod reaches itself")]
+    keys, why = [f"net/ipv6/conf/{ifname}/accept_ra"], "no router but the gateway: another pod may send router advertisements"
     if any(":" in ip["address"] for ip in ipam["ips"]):
-        keys = [f"net/ipv6/conf/{ifname}/{key}" for key in ("disable_ipv6", "accept_ra", "accept_dad")]
+        keys += [f"net/ipv6/conf/{ifname}/disable_ipv6", f"net/ipv6/conf/{ifname}/accept_dad"]
         keys.append("net/ipv6/conf/lo/disable_ipv6")  # packets to the pod's own address come in through lo
-        why = "IPv6 on, as runtimes may switch it off; no router but the gateway; no duplicate address detection, a wait of a second"
-        plan.append(write_sysctls(keys, 0, request.netns, why))
+        why += "; IPv6 on, as runtimes may switch it off; no duplicate address detection, a wait of a second"
+    plan += [write_sysctls(keys, 0, request.netns, why)] if os.path.exists("/proc/sys/net/ipv6") else []
     return [*plan, ip_batch(pod, request.netns, "in the pod: its addresses, and all that is not local goes to the gateway")]
 
 
@@ -1561,25 +1615,44 @@ def route_line(route, ifname):
 def look_masq(request, conf, run):
     """The stamp of the network's masquerade rules, "" if they are not complete: a hash in their comments, because nft prints a rule in
     other words than it was given. A look costs less than writing them."""
-    chain, why = ["chain", "inet", "mncni_masq", f"net_{short_hash(request.network)}"], "do packets to the outside get the host's address?"
-    stamps = [comment.rpartition(" ")[2] for comment in look_rules(chain, run, why)] if conf["ipMasq"] else []
-    return stamps[0] if len(stamps) == 2 and stamps[0] == stamps[1] else ""
+    if not conf["ipMasq"] and not os.path.exists(masq_mark(request)):
+        return ""
+    comments = look_rules(["table", "inet", "mncni_masq"], run, "do packets to the outside get the host's address?")
+    stamps = [comment.rpartition(" ")[2] for comment in comments if comment.rpartition(" ")[0] == request.network[:80]]
+    return stamps[0] if len(stamps) == MASQ_RULES and len(set(stamps)) == 1 else ""
 
 
-def plan_masq(network, conf, ips, present=""):
+MASQ_RULES = 5  # of a network: two for each family, and one about resets
+
+
+def masq_mark(request):
+    """The file that says that the network has, or had, masquerade rules."""
+    return os.path.join(request.run_dir, f"masq-{short_hash(request.network)}")
+
+
+def plan_masq(request, conf, ips, present=""):
     """The command that writes the network's masquerade rules, in a list; [] if the rules with the stamp `present` are the same.
 
     Masquerade replaces the source address by the host's. It is for packets from the network's subnets to anything but them, the
-    clusterCIDRs and multicast. There is one rule for each family and none for a pod, so a pod leaves nothing behind.
+    clusterCIDRs and multicast. There is one rule for each family and none for a pod, so a pod leaves nothing behind. fully-random: two
+    pods that use one source port at the same moment would get one port of the host, and one packet would be lost.
+
+    Connection tracking translates no packet that it calls invalid, such as a TCP segment beyond the window. A pod's is dropped instead of
+    leaving with the pod's address. One for a pod reaches the host, which knows no such connection and would reset it: a reset that
+    belongs to no connection is dropped.
     """
-    key = short_hash(network)
-    chain = f"net_{key}"
-    subnets = [entry["subnet"] for entry in conf["ranges"]]
-    subnets += [ipaddress.ip_interface(ip["address"]).network for ip in ips]
+    key, network = short_hash(request.network), request.network
+    nat, last = f"net_{key}", f"last_{key}"
+    # Only a delegate or the runtime knows the subnets of pods that are not in the configuration: these are collected.
+    is_static = conf["ranges"] and not runtime_config(request, "ipRanges", list, [])
+    subnets = [entry["subnet"] for entry in conf["ranges"]] + [ipaddress.ip_interface(ip["address"]).network for ip in ips]
     lines = [
         "add table inet mncni_masq",
-        f"add chain inet mncni_masq {chain} {{ type nat hook postrouting priority srcnat; policy accept; }}",
-        f"flush chain inet mncni_masq {chain}",
+        f"add chain inet mncni_masq {nat} {{ type nat hook postrouting priority srcnat; policy accept; }}",
+        f"add chain inet mncni_masq {last} {{ type filter hook postrouting priority srcnat + 10; policy accept; }}",
+        f"flush chain inet mncni_masq {nat}",
+        f"flush chain inet mncni_masq {last}",
+        f'add rule inet mncni_masq {last} tcp flags & rst == rst ct state invalid drop comment "{network[:80]} STAMP"',
     ]
     for version, protocol, kind, multicast in ((4, "ip", "ipv4_addr", "224.0.0.0/4"), (6, "ip6", "ipv6_addr", "ff00::/8")):
         name = f"pods{version}_{key}"
@@ -1587,13 +1660,28 @@ def plan_masq(network, conf, ips, present=""):
         cluster = [cidr for cidr in conf["cluster_cidrs"] if cidr.version == version]
         spared = ipaddress.collapse_addresses([*cluster, ipaddress.ip_network(multicast)])
         lines.append(f"add set inet mncni_masq {name} {{ type {kind}; flags interval; auto-merge; }}")
+        lines += [f"flush set inet mncni_masq {name}"] if is_static else []
         lines += [f"add element inet mncni_masq {name} {{ {subnet} }}" for subnet in own]
         match = f"{protocol} saddr @{name} {protocol} daddr != @{name} {protocol} daddr != {{ {', '.join(map(str, spared))} }}"
-        lines.append(f'add rule inet mncni_masq {chain} {match} masquerade comment "{network[:80]} STAMP"')
+        lines.append(f'add rule inet mncni_masq {nat} {match} masquerade fully-random comment "{network[:80]} STAMP"')
+        lines.append(f'add rule inet mncni_masq {last} {match} drop comment "{network[:80]} STAMP"')
     stamp = short_hash(*lines)
     script = "\n".join(lines).replace("STAMP", stamp) + "\n"
     why = "masquerade: packets from pods to the outside leave with the host's address; one rule for the network, none for a pod"
     return [] if stamp == present else [Command(["nft", "-f", "-"], script, why)]
+
+
+def ensure_masq(request, conf, ips, present, run):
+    """Write the network's masquerade rules if they are not as the configuration says; remove them if it says no masquerade any more."""
+    mark = masq_mark(request)
+    if conf["ipMasq"] and ips:
+        os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644))
+        apply(plan_masq(request, conf, ips, present), run)
+    elif not conf["ipMasq"] and os.path.exists(mark):
+        key, kinds = short_hash(request.network), (("chain", "net_"), ("chain", "last_"), ("set", "pods4_"), ("set", "pods6_"))
+        lines = [f"delete {kind} inet mncni_masq {name}{key}" for kind, name in kinds]
+        ask(Command(["nft", "-f", "-"], "\n".join(lines) + "\n", "the configuration says no masquerade any more"), run)
+        remove_file(mark)
 
 
 def naivewg_result(request, conf, ipam, bridge_mac, mac):
@@ -1622,16 +1710,27 @@ def naivewg_add(request, run):
         first = ipam["ips"][0]["address"].partition("/")[0] if ipam["ips"] else link_alias(request)
         mac = conf["mac"] or mac_of(first)
         bridge = ensure_bridge(request, conf, bridge, plan_gateways(conf, ipam["ips"]), run)
-        masq = plan_masq(request.network, conf, ipam["ips"], masq_stamp) if conf["ipMasq"] and ipam["ips"] else []
-        apply(masq + plan_attach(request, conf, ipam, mac), run)
+        ensure_masq(request, conf, ipam["ips"], masq_stamp, run)
+        apply(plan_attach(request, conf, ipam, mac), run)
         request.new_peer = {"ifname": own_veth(request), "mtu": conf["mtu"] or 1500}
         return merge_results(request.prev_result, naivewg_result(request, conf, ipam, bridge.get("address", ""), mac))
     except Exception as error:
         best_effort(naivewg_del, request, run)
-        # Not looked at before: the kernel refuses a name that is taken, and a look would cost two processes for each pod.
-        if getattr(error, "code", 0) == COMMAND_FAILED and look_pod(request, run) is not None:
-            raise CNIError(BAD_ENVIRONMENT, f'CNI_IFNAME "{request.ifname}" exists already in {request.netns}') from None
+        # Not looked at before: the kernel refuses what cannot be, and a look would cost two processes for each pod.
+        if getattr(error, "code", 0) == COMMAND_FAILED:
+            refuse_ipv6_where_it_is_off(conf)
+            if look_pod(request, run) is not None:
+                raise CNIError(BAD_ENVIRONMENT, f'CNI_IFNAME "{request.ifname}" exists already in {request.netns}') from None
         raise
+
+
+def refuse_ipv6_where_it_is_off(conf):
+    """CNIError 7, as the reason of an ADD that failed, if the configuration has IPv6 ranges and the host has IPv6 switched off."""
+    subnets = [str(entry["subnet"]) for entry in conf["ranges"] if entry["subnet"].version == 6]
+    by_sysctl = read_file("/proc/sys/net/ipv6/conf/all/disable_ipv6") == "1\n" and "net.ipv6.conf.all.disable_ipv6=1"
+    off = by_sysctl if os.path.exists("/proc/sys/net/ipv6") else "ipv6.disable=1 on the kernel's command line"
+    if subnets and off:
+        raise config_error(f'"ranges" has {subnets[0]}, but this host has IPv6 off: {off}; switch it on, or leave IPv6 out') from None
 
 
 def with_gateways(conf, ipam):
@@ -1656,7 +1755,8 @@ def naivewg_check(request, run):
     gateways = plan_gateways(conf, with_gateways(conf, {"ips": ips})["ips"])
     problems = diff_link(f"bridge {conf['bridge']}", bridge, gateways)
     if gateways:
-        problems += [f"the host does not forward {family}" for family in sorted(families_of(gateways) - look_forwarding(run))]
+        off = look_forwarding(run)[0] & {(family, name) for family in families_of(gateways) for name in ("all", conf["bridge"])}
+        problems += [f"the host does not forward {family} on {name}" for family, name in sorted(off)]
     problems += diff_link(f"link {own_veth(request)} on the host", veth)
     if veth and veth.get("master") != conf["bridge"]:
         problems.append(f"link {own_veth(request)} is no port of bridge {conf['bridge']}")
@@ -1810,8 +1910,23 @@ def devices_of(states):
     return {state["device"] for state in states if state["device"]}
 
 
-def plan_rules(states):
-    """The rules of the table for a list of states: [(chain, rule, whose it is)]. The newest state that asks for a port has it."""
+def look_node_addresses(run):
+    """The addresses whose ports are host ports. Not those on dummy devices, where kube-proxy keeps the addresses of Services in its IPVS
+    mode, and load balancers keep theirs; except one that the node itself sends from, as where a routing daemon announces the node."""
+    facts = look_ip(["address show scope global", "route show default"], run, why="the node's own addresses: only on these are host ports")
+    kept = [link for link in facts if link.get("ifname") == "kube-ipvs0" or link.get("linkinfo", {}).get("info_kind") in ("dummy", "ifb")]
+    if any(":" in address for link in kept for address in addresses_of(link)):
+        facts += look_ip(["route show default"], run, "", "-6", "does the node send from an address on a dummy device?")
+    sources, found = {route["prefsrc"] for route in facts if "prefsrc" in route}, {"127.0.0.0/8"}
+    for link in [link for link in facts if "addr_info" in link]:
+        addresses = {address.partition("/")[0] for address in addresses_of(link)}
+        found |= addresses & sources if link in kept else addresses
+    return sorted(found)
+
+
+def plan_rules(states, node_addresses):
+    """The rules of the table for a list of states: [(chain, rule, whose it is)]. The newest state that asks for a port has it.
+    node_addresses: see look_node_addresses."""
     ports = {}
     for state in sorted(states, key=lambda state: state["since"]):
         network, container_id, ifname = state["owner"]
@@ -1822,12 +1937,16 @@ def plan_rules(states):
         ip, target = ("ip", own.ip) if version == 4 else ("ip6", f"[{own.ip}]")
         match = f"{ip} daddr {host_ip}" if host_ip else f"meta nfproto ipv{version}"  # those for a given address come first
         rules.append(("ports", f"{match} {protocol} dport {port} dnat {ip} to {target}:{container_port}", owner))
-    rules += [(chain, "fib daddr type local ct label set 109 jump ports", "all") for chain in ("prerouting", "output") if ports]
+    given = {host_ip for _, host_ip, _, _ in ports if host_ip}
+    for ip, mark in (("ip", "."), ("ip6", ":")):
+        addresses = ", ".join(sorted(address for address in {*node_addresses, *given} if mark in address))
+        to_host = f"fib daddr type local {ip} daddr {{ {addresses} }} ct label set 109 jump ports"
+        rules += [(chain, to_host, "all") for chain in ("prerouting", "output") if ports and addresses]
     for subnet in sorted({str(own.network) for own, _, _ in ports.values()}):
         ip = "ip6" if ":" in subnet else "ip"
-        rules.append(("postrouting", f"ct status dnat ct label 109 {ip} saddr {subnet} {ip} daddr {subnet} masquerade", "all"))
+        rules.append(("postrouting", f"ct status dnat ct label 109 {ip} saddr {subnet} {ip} daddr {subnet} masquerade fully-random", "all"))
     for device in sorted(devices_of(states)):
-        rules.append(("postrouting", f'ct status dnat ip saddr 127.0.0.0/8 oifname "{device}" masquerade', "all"))
+        rules.append(("postrouting", f'ct status dnat ip saddr 127.0.0.0/8 oifname "{device}" masquerade fully-random', "all"))
         rules += [("guard", f'iifname "{device}" ip {end} 127.0.0.0/8 drop', "all") for end in ("saddr", "daddr")]
     return rules
 
@@ -1837,12 +1956,12 @@ def stamp_of(chain, rule, owner):
     return f"{short_hash(chain, rule)} {owner}"
 
 
-def plan_portmap(states, before="", after=""):
+def plan_portmap(states, node_addresses, before="", after=""):
     """The command that writes the table as a list of states says, in one transaction. Without states there is no table.
 
     before, after: lines before and after the chains are declared, which say what becomes of a table that is there.
     """
-    rules = [f'add rule inet mncni_portmap {rule[0]} {rule[1]} comment "{stamp_of(*rule)}"' for rule in plan_rules(states)]
+    rules = [f'add rule inet mncni_portmap {rule[0]} {rule[1]} comment "{stamp_of(*rule)}"' for rule in plan_rules(states, node_addresses)]
     script = before + PORTMAP_CHAINS + after + "\n".join(rules) + "\n"
     why = "all host ports, as one table: which port of the host leads to which pod"
     return Command(["nft", "-f", "-"], script if states else f"{PORTMAP}\ndelete {PORTMAP}\n", why)
@@ -1851,11 +1970,12 @@ def plan_portmap(states, before="", after=""):
 def write_ports(states, changed, run, is_first=False):
     """Make the table what a list of states says. changed: the states that came or went. is_first: there were none before."""
     switch_localnet(devices_of(changed) - devices_of(states), 0, run)  # before the guard goes
+    node_addresses = look_node_addresses(run) if states else []
     # The chains stay, only their rules are replaced: packets meet the old rules or the new ones. New chains beside old ones would let one
     # through now and then. To flush takes the kernel 10 ms; before the first host port there is nothing to flush.
     around = {"before": f"create {PORTMAP}\n"} if is_first else {"after": f"flush {PORTMAP}\n"}
-    if run(plan_portmap(states, **around)).exit_code != 0:  # somebody else's table, or an older version's
-        apply([plan_portmap(states, before=f"{PORTMAP}\ndelete {PORTMAP}\n")], run)
+    if run(plan_portmap(states, node_addresses, **around)).exit_code != 0:  # somebody else's table, or an older version's
+        apply([plan_portmap(states, node_addresses, before=f"{PORTMAP}\ndelete {PORTMAP}\n")], run)
     switch_localnet(devices_of(states), 1, run)
     keys = [key for state in changed for key in state["ports"]]
     udp = sorted({f"{host_ip}/{port}" if host_ip else str(port) for _, host_ip, protocol, port in keys if protocol == "udp"})
@@ -1936,7 +2056,7 @@ def portmap_check(request, run):
 def diff_portmap(states, run):
     """(rules that the table lacks, rules that it has too many), as two lists of messages."""
     found = look_rules(["table", "inet", "mncni_portmap"], run, "are the rules of the host ports there?")
-    wanted = {stamp_of(*rule): rule for rule in plan_rules(states)}
+    wanted = {stamp_of(*rule): rule for rule in plan_rules(states, look_node_addresses(run))}
     what = "nft table inet mncni_portmap"
     missing = [f"{what} lacks the rule {chain}: {rule}" for stamp, (chain, rule, _) in wanted.items() if stamp not in found]
     return missing, [f"{what} has a rule that no pod asked for: {stamp}" for stamp in found if stamp not in wanted]
@@ -1961,15 +2081,43 @@ def restore_portmap(run_dir, run):
 # The plugin table
 # ---------------------------------------------------------------------------------------------------------------------
 # A function for each verb, in the order of VERBS: ADD, DEL, CHECK, GC, STATUS. The marks are explained under "Dispatch". A parse function
-# as STATUS: the plugin can work if its configuration is valid.
+# as STATUS: the plugin can work if its configuration is valid. tools: the programs that a call
+# runs, a function of the request; for STATUS, those of any call.
+
+
+def naivewg_tools(request):
+    return ["ip", "nsenter", "tee", *(["nft"] if request.conf.get("ipMasq") else [])]
+
+
+def portmap_tools(request):
+    return ["ip", "nft", "tee"] if request.command == "STATUS" or runtime_config(request, "portMappings", list, []) else []
+
+
+def bandwidth_tools(request):
+    return ["ip", "tc"] if request.command == "STATUS" or parse_bandwidth(request) else []
+
+
+def lat_tools(request):
+    return ["nsenter", "tc"] if request.command == "STATUS" or parse_lat(request) else []
+
+
+def pod_tools(request):
+    return ["ip", "nsenter"]
+
 
 PLUGINS = {
-    "naivewg": dict(zip(VERBS, (naivewg_add, naivewg_del, naivewg_check, naivewg_gc, naivewg_status)), first=True, link="mn"),
-    "portmap": dict(zip(VERBS, (portmap_add, portmap_del, portmap_check, portmap_gc, nothing_to_do)), chained=True),
-    "bandwidth": dict(zip(VERBS, (bandwidth_add, bandwidth_del, bandwidth_check, bandwidth_gc, parse_bandwidth)), chained=True, link="mi"),
-    "lat": dict(zip(VERBS, (lat_add, lat_del, lat_check, nothing_to_do, nothing_to_do)), chained=True),
-    "quickack": dict(zip(VERBS, (quickack_add, nothing_to_do, quickack_check, nothing_to_do, parse_quickack)), chained=True),
-    "loopback": dict(zip(VERBS, (loopback_add, nothing_to_do, loopback_check, nothing_to_do, nothing_to_do)), first=True),
+    "naivewg": dict(zip(VERBS, (naivewg_add, naivewg_del, naivewg_check, naivewg_gc, naivewg_status)),
+                first=True, link="mn", tools=naivewg_tools),
+    "portmap": dict(zip(VERBS, (portmap_add, portmap_del, portmap_check, portmap_gc, nothing_to_do)),
+                chained=True, tools=portmap_tools),
+    "bandwidth": dict(zip(VERBS, (bandwidth_add, bandwidth_del, bandwidth_check, bandwidth_gc, parse_bandwidth)),
+                chained=True, link="mi", tools=bandwidth_tools),
+    "lat": dict(zip(VERBS, (lat_add, lat_del, lat_check, nothing_to_do, nothing_to_do)),
+                chained=True, tools=lat_tools),
+    "quickack": dict(zip(VERBS, (quickack_add, nothing_to_do, quickack_check, nothing_to_do, parse_quickack)),
+                chained=True, tools=pod_tools),
+    "loopback": dict(zip(VERBS, (loopback_add, nothing_to_do, loopback_check, nothing_to_do, nothing_to_do)),
+                first=True, tools=pod_tools),
 }
 
 
@@ -2099,10 +2247,26 @@ def tell(text):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+ERRORS = ("Device ", "Cannot ", "RTNETLINK answers:", "nsenter:", "tee:")  # how ip, tc, nsenter and tee begin a line about an error
+# What ip, tc and nft print when an object does not exist.
+GONE = ("does not exist", "Cannot find device", "No such device", "No such file or directory", "No such process")
+
+
+def errors_of(reply):
+    """The lines on stderr that are the tool's own errors. Other lines, such as a preloaded library's warnings, decide nothing."""
+    return [line for line in reply.stderr.splitlines() if line.startswith(ERRORS) or "Error: " in line]
+
+
+def is_gone(reply):
+    """Whether a command failed only because its object does not exist."""
+    errors = errors_of(reply)
+    return reply.exit_code != 0 and bool(errors) and all(any(words in line for words in GONE) for line in errors)
+
+
 def is_read_only(command, reply):
     """Whether `tee` failed only because /proc/sys is read-only. Then the values may be right; if not, the next command fails."""
-    lines = reply.stderr.splitlines()
-    return "tee" in command.argv and bool(lines) and all(line.endswith("Read-only file system") for line in lines)
+    errors = errors_of(reply)
+    return "tee" in command.argv and bool(errors) and all(line.endswith("Read-only file system") for line in errors)
 
 
 def command_failed(command, reply):
@@ -2113,20 +2277,8 @@ def command_failed(command, reply):
         if position.isdigit() and int(position) <= len(command.stdin.splitlines()):
             line = command.stdin.splitlines()[int(position) - 1]
     what = f"{' '.join(command.argv)}: {line}" if line else str(command)
-    first = said.splitlines()[0] if said else f"exit {reply.exit_code}"
+    first = [*errors_of(reply), *said.splitlines(), f"exit {reply.exit_code}"][0]
     return CNIError(COMMAND_FAILED, f"{command.argv[0]} failed: {first}", f"{what}\n{said}")
-
-
-# What ip and tc print when an object does not exist. nft prints it as one line of several.
-GONE = ("does not exist", "Cannot find device", "No such device", "No such file or directory", "No such process", "Command failed -:")
-GONE_NFT = "Error: No such file or directory"
-
-
-def is_gone(reply):
-    """Whether a command failed only because its object does not exist."""
-    lines = reply.stderr.splitlines()
-    gone = bool(lines) and all(any(words in line for words in GONE) for line in lines)
-    return reply.exit_code != 0 and (gone or GONE_NFT in reply.stderr)
 
 
 def understood(program, parse, text):
@@ -2333,6 +2485,16 @@ def remove_file(path):
 def boot_id():
     """The kernel's name for this boot. Documentation/admin-guide/sysctl/kernel.rst, random."""
     return (read_file("/proc/sys/kernel/random/boot_id") or "").strip()
+
+
+def run_id(run_dir, make=False):
+    """The name, "run-" and a UUID, of the time since /run was empty, "" if there is none. make: make one. It is in the bridge's lock."""
+    path = os.path.join(run_dir, "bridge.lock")
+    if make and not read_state(path):
+        with Locked(path) as lock:
+            if not read_state(path):
+                os.write(lock.fd, b"run-" + (read_file("/proc/sys/kernel/random/uuid") or "").encode())
+    return (read_state(path) or "").strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2597,6 +2759,9 @@ class Explainer:
         if "CNI_COMMAND" in command.environ:
             self.script.append("# That is another plugin. The address below stands for the one that it gives.")
             return Reply(0, to_json({"ips": [without(FOREIGN_RESULT["ips"][0], "interface")]}), "")
+        if "address show scope global" in command.stdin:
+            address = {"local": "192.0.2.10", "prefixlen": 24}
+            return Reply(0, to_json([{"ifname": "eth9", "mtu": 1500, "flags": ["UP"], "addr_info": [address]}]), "")
         if "route" in command.argv:
             return Reply(0, "default via 192.0.2.1\n" if "-4" in command.argv else "", "")
         lines = [line.split() for line in command.stdin.splitlines()]
@@ -2640,10 +2805,12 @@ def explain_plugin(conf, prev_result, command, root):
     delegate = delegate_type(conf)
     if typed(conf, "ipam", dict, {}) and not delegate:
         conf["ipam"] = {**conf["ipam"], "dataDir": root}
-    for path in ("/run/netns/c1", *([f"{DEFAULT_BIN_DIR}/{delegate}"] if delegate else [])):
-        os.makedirs(os.path.dirname(root + path))
-        write_file(root + path, "")
-    names = {"CNI_CONTAINERID": "c1", "CNI_NETNS": f"{root}/run/netns/c1", "CNI_IFNAME": "eth0"}
+    os.makedirs(f"{root}/run/netns")
+    os.symlink("/proc/self/ns/net", f"{root}/run/netns/c1")
+    if delegate:
+        os.makedirs(root + DEFAULT_BIN_DIR)
+        write_file(f"{root}{DEFAULT_BIN_DIR}/{delegate}", "")
+    names = {"CNI_CONTAINERID": "c1", "CNI_NETNS": f"{root}/run/netns/c1", "CNI_NETNS_OVERRIDE": "1", "CNI_IFNAME": "eth0"}
     environ, result = {**names, "CNI_PATH": root + DEFAULT_BIN_DIR, "MNCNI_RUN_DIR": root + DEFAULT_RUN_DIR}, prev_result
     for verb in dict.fromkeys(("ADD", command)):  # the other commands need the result of an ADD
         run, stdin = Explainer(result), to_json({**conf, "prevResult": result})

@@ -274,7 +274,7 @@ def bench_leases(world, counts, rounds):
     confs = {}
     for count in counts:
         conf = our_conf(world, f"leases{count}", bridge="leases0", plugin="naivewg", ipMasq=False)
-        leases = mncni.Leases(f"{world.tmp}/leases", f"leases{count}")
+        leases = mncni.Leases(f"{world.tmp}/leases", f"leases{count}", f"{world.tmp}/run")
         subnet = mncni.ipaddress.ip_network("10.88.0.0/16")
         os.makedirs(leases.index_dir)
         for number in range(count):

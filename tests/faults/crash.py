@@ -26,7 +26,7 @@ import threading
 import time
 import traceback
 
-LOOKS = {"-json", "-j", "show", "monitor"}  # words of commands that change nothing
+LOOKS = {"-json", "-j", "show", "monitor", "-IS", "/var/lib/bin/mncni"}  # in commands that change nothing; the last two try the plugin
 FILES = ("rename", "replace", "unlink", "remove", "link", "symlink", "mkdir", "rmdir", "chmod", "fsync", "ftruncate", "truncate")
 PATIENCE_S = 60
 

@@ -117,7 +117,7 @@ class Host:
         for directory, _, names in os.walk(self.tmp):
             if "run/attachments" in directory:
                 continue  # locks
-            lasting = [name for name in names if name in ("lock", "bridge.lock") or name.startswith("last.")]
+            lasting = [name for name in names if name in ("lock", "bridge.lock") or name.startswith(("last.", "masq-"))]
             found += [os.path.relpath(os.path.join(directory, name), self.tmp) for name in names if name not in lasting]
         return sorted(found)
 

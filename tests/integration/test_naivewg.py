@@ -333,7 +333,7 @@ def test_gc_removes_what_a_killed_process_left_half_written(host):
     leftovers = [Path(f"{host.tmp}/data/net/.10.88.0.3.77"), Path(f"{host.tmp}/data/net/attachments/.0123456789abcdef.77")]
     for path in leftovers:
         path.write_text("c9\neth0\n" + mncni.boot_id())
-    assert mncni.Leases(f"{host.tmp}/data", "net").attachments() == [("c1", "eth0")]
+    assert mncni.Leases(f"{host.tmp}/data", "net", f"{host.tmp}/run").attachments() == [("c1", "eth0")]
     assert host.cni("GC", {**host.conf(), "cni.dev/valid-attachments": [{"containerID": "c1", "ifname": "eth0"}]})[0] == 0
     assert not any(path.exists() for path in leftovers)
 

@@ -211,6 +211,16 @@ def test_an_old_pod_that_still_runs_gets_its_port_back(host, cluster):
     assert host.cni("CHECK", {**conf, "prevResult": result}, "old", pod) == (0, None, "")
 
 
+def test_addresses_of_services_that_kube_proxy_keeps_are_not_the_nodes_own(host, cluster):
+    """In its IPVS mode they are on kube-ipvs0, a dummy device, so they are local. A Service's port is no host port."""
+    host.ip("link add kube-ipvs0 type bridge")  # some kernels have no dummy
+    host.ip("address add 10.96.0.1/32 dev kube-ipvs0")
+    cluster.add("server", mapping())
+    _, _, pod = cluster.add("client", serve=None)
+    assert cluster.who(pod, "10.88.0.1") == "server"
+    assert cluster.who(pod, "10.96.0.1") != "server" and cluster.who("", "10.96.0.1") != "server"
+
+
 def test_a_stream_of_udp_follows_the_port_to_the_next_pod(host, cluster):
     """Without our help conntrack would send it to the old pod, or to the host, for as long as it flows."""
     with subprocess.Popen(

@@ -10,7 +10,7 @@ import pytest
 import mncni
 
 RESULT = {
-    "interfaces": [{"name": "eth0", "sandbox": "/run/netns/x", "mtu": 1400, "socketPath": "/s", "pciID": "p", "ours": 1}],
+    "interfaces": [{"name": "eth0", "sandbox": "/proc/self/ns/net", "mtu": 1400, "socketPath": "/s", "pciID": "p", "ours": 1}],
     "ips": [{"address": "10.0.0.5/24", "gateway": "10.0.0.1", "interface": 0}, {"address": "fd00::5/64", "interface": 0}],
     "routes": [{"dst": "0.0.0.0/0", "gw": "10.0.0.1", "mtu": 1300, "advmss": 1, "priority": 2, "table": 3, "scope": 4}],
     "dns": {"nameservers": ["10.0.0.1"]},
@@ -38,7 +38,8 @@ def plugin(name, calls, failing=()):
 
 def call(command, plugins, chain, **conf):
     """(exit code, stdout as an object) of one call of a chain."""
-    environ = {"CNI_COMMAND": command, "CNI_CONTAINERID": "c1", "CNI_NETNS": __file__, "CNI_IFNAME": "eth0"}
+    names = {"CNI_COMMAND": command, "CNI_CONTAINERID": "c1", "CNI_IFNAME": "eth0"}
+    environ = {**names, "CNI_NETNS": "/proc/self/ns/net", "CNI_NETNS_OVERRIDE": "1"}
     text = json.dumps({"cniVersion": "1.1.0", "name": "net", "plugin": chain, **conf})
     exit_code, stdout = mncni.answer(environ, text, None, plugins)
     return exit_code, json.loads(stdout) if stdout else None
