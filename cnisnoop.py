@@ -394,7 +394,15 @@ def read_words(words):
         parts = [words.get(number, "") for number in range(first, first + 8)]
         last = next((number for number, part in enumerate(parts) if len(part) < CHUNK - 1), 8)  # only the last part is shorter
         variables.append(text_of("".join(parts[:last + 1])).partition("=")[::2])
-    return text_of(words.get(0, "")), arguments, {name: value for name, value in variables if name}
+    env = {name: value for name, value in variables if name}
+    return whole_path(text_of(words.get(0, "")), arguments, env), arguments, env
+
+
+def whole_path(path, arguments, env):
+    """The path of a program. execveat takes a descriptor and a path relative to it, or none; that program is looked for in CNI_PATH."""
+    name = os.path.basename(path or "".join(arguments[:1]))
+    places = [os.path.join(part, name) for part in env.get("CNI_PATH", "").split(":") if part and name and not os.path.isabs(path)]
+    return next(filter(os.path.isfile, places), path or name)
 
 
 class Process:

@@ -126,6 +126,53 @@ def test_every_call_is_seen_complete_and_nested(backend, tmp_path):
         snoop.check_calls(running.finish(tmp_path), tmp_path)
 
 
+EXECVEAT = """
+import ctypes, os, platform, sys
+call, directory = ctypes.CDLL(None).syscall, sys.argv[1].encode()
+number = 322 if platform.machine() == "x86_64" else 281
+words = (b"CNI_COMMAND=ADD", b"CNI_CONTAINERID=c1", b"CNI_PATH=/nowhere:" + directory, b"PATH=/usr/bin:/bin")
+print("ready", flush=True)
+sys.stdin.readline()
+here = os.open(directory, os.O_RDONLY)
+os.set_inheritable(here, True)
+file = os.open(directory + b"/reader", os.O_RDONLY)
+os.set_inheritable(file, True)
+for fd, path, flags in ((-100, directory + b"/reader", 0), (here, b"reader", 0), (file, b"", 0x1000), (here, b"lost", 0)):
+    stdin, writer = os.pipe()
+    os.write(writer, b'{"cniVersion": "1.0.0"}')
+    os.close(writer)
+    if os.fork() == 0:
+        os.dup2(stdin, 0)
+        name = path.rpartition(b"/")[2] or b"reader"
+        call(number, fd, path, (ctypes.c_char_p * 2)(name, None), (ctypes.c_char_p * 5)(*words, None), flags)
+        os._exit(9)
+    os.close(stdin)
+    os.wait()
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="needs the number of execveat on this machine")
+def test_calls_by_execveat_are_seen_with_the_plugins_path(backend, tmp_path):
+    """By a path, by one relative to a directory's descriptor, by the descriptor of the program, and one that fails."""
+    snoop.write_plugins(tmp_path)
+    argv = ["/usr/bin/python3", "-c", EXECVEAT, str(tmp_path)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as caller:
+        while "ready" not in caller.stdout.readline():
+            assert caller.poll() is None
+        with tracing(backend, "--pid", str(caller.pid)) as running:
+            caller.stdin.write("go\n")
+            caller.stdin.flush()
+            while "done" not in caller.stdout.readline():
+                assert caller.poll() is None
+            calls = running.finish(tmp_path)
+        caller.stdin.close()
+    assert [call["path"] for call in calls] == [f"{tmp_path}/{name}" for name in ("reader", "reader", "reader", "lost")]
+    assert [(call["plugin"], call["exit"], bool(call["stdout"])) for call in calls[:3]] == [("reader", 0, True)] * 3
+    assert calls[3]["error"] == "No such file or directory"
+
+
 def test_fifty_calls_at_once_are_all_there(backend, tmp_path, figure):
     conf = {**snoop.CONF, "padding": "p" * 2000}
     stdins = [json.dumps({**conf, "number": number}) for number in range(50)]
