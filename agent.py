@@ -47,6 +47,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -78,7 +79,9 @@ EVENT_S = 0.25  # the shortest time between two passes for events: a pass causes
 GLANCE_S = 1.5  # how often the agent looks at peers and at the namespace's firewall, of which no monitor tells
 AUDIT_S = 10  # how often it makes a full pass, whether or not there was an event
 HOLD_S = 60  # how long nodes that vanish in great number are kept
+DOUBT_S = 120  # how long packets wait for a peer before its endpoint is doubted
 SET_BACK_S = 120  # a clock set back by less does no harm: peers that talk shake hands every two minutes (WireGuard, section 6.1)
+TRY_S, RETRY_S = 60, 5  # how often the agent tries the installed plugin, and how often while it does not work
 UNDERLAY_OVERHEAD = {4: 60, 6: 80}  # bytes of the IP header, the UDP header and WireGuard (32)
 
 
@@ -152,12 +155,12 @@ def link_name(text):
 
 FLAGS = (
     # flag, type, default, repeatable, help
-    ("--node-name", str, socket.gethostname(), False, "this node's name"),
+    ("--node-name", str, socket.gethostname().strip().lower(), False, "this node's name, as the cluster has it"),
     ("--nodes-dir", str, "", False, "directory of node records, <node>.json each: the node store that needs no cluster"),
     ("--kubeconfig", str, "", False, "the Kubernetes cluster that is the node store; in a pod, leave it out to use the pod's own"),
     ("--cluster-cidr", kube.network, None, True, "addresses of all pods; repeatable"),
     ("--pod-cidr", kube.network, None, True, "addresses of this node's pods, inside --cluster-cidr; repeatable"),
-    ("--endpoint", address, None, True, "address at which other nodes reach this one; repeatable (default: the default route's source)"),
+    ("--endpoint", address, None, True, "where other nodes reach this one; repeatable (default: InternalIPs, else the route's source)"),
     ("--port", port_pair, "28384,28385", False, "UDP ports: the tunnel's, and one reserved for the rotation of keys"),
     ("--bridge", link_name, "mncni0", False, "the pods' bridge"),
     ("--namespace", link_name, "mncni-wg", False, "the namespace of the tunnel"),
@@ -195,25 +198,21 @@ def parse_settings(parser, options, environ):
     for key, kind in (("cluster_cidr", kube.network), ("pod_cidr", kube.network), ("endpoint", address)):
         given[f"{key}s"] = kube.parse_list(parser, options, environ, key, kind)
     settings = Settings(**{each.name: given[each.name] for each in fields(Settings)})
-    service, least = environ.get("KUBERNETES_SERVICE_HOST", "").split(","), smallest_mtu(settings.pod_cidrs)
+    least = smallest_mtu(settings.pod_cidrs)
     troubles = [
         pod_cidr_trouble("--pod-cidr", settings.pod_cidrs, settings.cluster_cidrs),
-        address_trouble("--endpoint", settings.endpoints, settings.cluster_cidrs),
-        address_trouble("the cluster's service KUBERNETES_SERVICE_HOST", kube.parse_addresses(service), settings.cluster_cidrs),
+        kube.address_trouble("--endpoint", settings.endpoints, settings.cluster_cidrs),
+        kube.service_trouble(environ, settings.cluster_cidrs),
     ]
     if settings.mtu and not least <= settings.mtu <= 65000:
         troubles.append(f"--mtu {settings.mtu} is out of range: {least} to 65000, or 0")
     if not mncni.is_identifier(settings.node_name):
         troubles.append(f"--node-name {settings.node_name!r} must be letters, digits, '_', '.', '-'")
+    if settings.nodes_dir and len(settings.node_name) > 245:  # a file's name has up to 255 bytes: .NAME.json.new
+        troubles.append(f"--node-name {settings.node_name!r} has more than 245 characters, too long for a file of --nodes-dir")
     for trouble in filter(None, troubles):
         parser.error(trouble)
     return settings
-
-
-def address_trouble(what, addresses, cluster_cidrs):
-    """Why addresses of a node or a service cannot be used, "" if they can."""
-    inside = [each for each in addresses if is_in(each, cluster_cidrs)]
-    return f"{what} {inside[0]} is inside --cluster-cidr: nodes, services and pods need addresses of their own" if inside else ""
 
 
 def pod_cidr_trouble(what, pod_cidrs, cluster_cidrs):
@@ -273,8 +272,8 @@ class Store:
     def say(self, reason):
         """Tell the cluster that the node's network is up ("") or why not."""
 
-    def note(self, name, reason):
-        """Tell the cluster why a node's record is not believed; "": it is believed again."""
+    def note(self, name, what, message):
+        """Tell the cluster something about a node. what: one word for it, in CamelCase."""
 
 
 class DirectoryStore(Store):
@@ -361,7 +360,8 @@ class KubernetesStore(Store):
         self.news = True
         self.work = threading.Event()  # set when there may be something to write
         self.record, self.condition = None, None  # what this Node is to say; condition: (status, reason, message)
-        self.notes = collections.deque(maxlen=20)  # (node name, reason) of Events to send
+        self.notes = collections.deque(maxlen=20)  # (node name, reason, message) of Events to send
+        self.said = ""  # why the network is not up, as the last Event said it
         self.looking = None  # of look_again: True: asked for, False: done
 
     def start(self):
@@ -413,12 +413,16 @@ class KubernetesStore(Store):
         raise StoreError(str(trouble))
 
     def say(self, reason):
+        if self.own and reason != self.said:  # before the first answer of the API server, all that is wrong may be its absence
+            self.said = reason
+            down = ("NetworkDown", f"MNCNI's network is not up: {reason}")
+            self.note(self.node_name, *(down if reason else ("NetworkUp", "MNCNI's network is up again")))
         up = ("False", "MncniIsUp", "MNCNI connects this node's pods with those of other nodes")
         self.condition = ("True", "MncniIsDown", reason[:1000]) if reason else up
         self.work.set()
 
-    def note(self, name, reason):
-        self.notes.append((name, reason))
+    def note(self, name, what, message):
+        self.notes.append((name, what, message))
         self.work.set()
 
     def _tell(self, what, trouble):
@@ -447,7 +451,7 @@ class KubernetesStore(Store):
             found = [entry for entry in status.get("conditions") or () if entry.get("type") == "NetworkUnavailable"]
             own = {"uid": facts.uid, "podCIDRs": cidrs, "record": text, "version": text_in(item["metadata"], "resourceVersion")}
             own["condition"] = {key: found[0].get(key) for key in ("status", "reason", "lastTransitionTime")} if found else {}
-            own["addresses"] = [entry.get("address") for entry in status.get("addresses") or ()]
+            own["addresses"] = kube.internal_ips(item)
             return name, own
 
     def _take_nodes(self, kind, items):
@@ -541,11 +545,10 @@ class KubernetesStore(Store):
     def _patch(self, path, body, content_type):
         self._take_own("MODIFIED", [self._parse_own(self.api.request("PATCH", path, body, None, content_type))])
 
-    def _send_event(self, name, reason):
-        what, kind = ("RecordRefused", "Warning") if reason else ("RecordAccepted", "Normal")
-        message = f"MNCNI does not connect this node: {reason}" if reason else "MNCNI connects this node again"
+    def _send_event(self, name, what, message):
         source = {"component": "mncni-agent", "host": self.node_name}
-        kube.send_event(self.api, name, name, message, reason=what, type=kind, source=source)
+        kind = "Normal" if what in ("RecordAccepted", "NetworkUp") else "Warning"
+        kube.send_event(self.api, name, name, message[:1000], reason=what, type=kind, source=source)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -936,7 +939,8 @@ def host_routes(settings):
 
 def ns_routes(settings):
     """The routes of the namespace: this node's pods to the host, the rest of the cluster into the device, nothing else."""
-    routes = [route(default, kind="unreachable", metric=FLOOR_METRIC) for default in ("0.0.0.0/0", "::/0")]
+    defaults = {4: "0.0.0.0/0", 6: "::/0"}
+    routes = [route(defaults[version], kind="unreachable", metric=FLOOR_METRIC) for version in kernel_families()]
     routes += [route(cidr, dev=DEVICE) for cidr in settings.cluster_cidrs if cidr.version in settings.families]
     for cidr, gateway in settings.gateways.items():  # the gateway has a route of its own: it is in the cluster CIDR, hence behind DEVICE
         routes += [route(f"{gateway}/{gateway.max_prefixlen}", dev=NS_VETH), route(cidr, via=gateway, dev=NS_VETH)]
@@ -946,7 +950,7 @@ def ns_routes(settings):
 def parse_route(entry, family):
     """A route of `ip -json` in the form of route(). family: "-4" or "-6"."""
     dst = {"4": "0.0.0.0/0", "6": "::/0"}[family[1]] if entry["dst"] == "default" else str(ipaddress.ip_network(entry["dst"], strict=False))
-    if entry.get("type", "unicast") != "unicast":
+    if entry.get("type") in ("unreachable", "blackhole", "prohibit", "throw"):
         return route(dst, kind=entry["type"], metric=entry.get("metric", 0))
     fields = {"via": entry.get("gateway"), "dev": entry.get("dev"), "src": entry.get("prefsrc")}
     return route(dst, **{key: value for key, value in fields.items() if value})
@@ -981,10 +985,14 @@ def nft_set(name, version, cidrs):
 def host_firewall(settings, leaked=(0, 0)):
     """The table "inet mncni" of the host as nft text. leaked: (packets, bytes) that the counter `leaked` starts from.
 
-    The chain `inbound` runs before connection tracking, which translates the addresses of answers. The chain `outbound` runs last: a
-    connection of the host that is translated on its way gets its final interface only then.
+    The chain `inbound` runs before connection tracking, which translates the addresses of answers. The chain `outbound` runs last, when
+    interface and addresses are final.
+
+    Connection tracking translates no packet that it calls invalid, such as a TCP segment beyond the window. One from outside then reaches
+    the host instead of the pod, and the host, which knows no such connection, would reset it. A reset that belongs to no connection is
+    therefore dropped. The sysctl nf_conntrack_tcp_be_liberal would do as well, but it weakens the host's own firewall.
     """
-    sets, inbound, leaks, nat = "", [], [], []
+    sets, inbound, leaks, nat = "", [], ["tcp flags & rst == rst ct state invalid drop"], []
     for version, ip in ((4, "ip"), (6, "ip6")):
         cluster = nft_set("cluster", version, settings.cluster_cidrs)
         pods = nft_set("pods", version, settings.pod_cidrs)
@@ -992,11 +1000,14 @@ def host_firewall(settings, leaked=(0, 0)):
         if cluster:
             ways = f'{{ "{settings.bridge}", "{HOST_VETH}", "lo" }}'
             leaks.append(f"{ip} daddr @cluster{version} oifname != {ways} counter name leaked drop")
+            # With --masquerade, what still has a pod's address here was not translated: it is invalid, or nobody tracks it.
+            leaks += [f"oifname != {ways} {to_outside(version, ip)} drop"] if pods and settings.masquerade else []
         inbound += inbound_rules(settings.bridge, version, ip) if pods else [f'iifname "{settings.bridge}" meta nfproto ipv{version} drop']
         nat += nat_rules(settings, version, ip) if pods else []
     counter = f"  counter leaked {{ packets {leaked[0]} bytes {leaked[1]} }}\n"
     chains = nft_chain("inbound", "filter", "prerouting", "raw", inbound)
-    chains += nft_chain("outbound", "filter", "postrouting", "mangle", leaks) + nft_chain("nat", "nat", "postrouting", "srcnat - 10", nat)
+    chains += nft_chain("nat", "nat", "postrouting", "srcnat - 10", nat)
+    chains += nft_chain("outbound", "filter", "postrouting", "srcnat + 10", leaks)
     return nft_table(counter + sets + chains)
 
 
@@ -1013,12 +1024,17 @@ def inbound_rules(bridge, version, ip):
 
 def nat_rules(settings, version, ip):
     """Into the tunnel, a source address that is not a pod's becomes the gateway's, because peers drop any other. Out of the cluster, the
-    address of a pod becomes the node's, if --masquerade says so."""
+    address of a pod becomes the node's, if --masquerade says so. fully-random: two pods that use one source port at the same moment would
+    get the same port of the node, and one packet would be lost."""
     gateway = next(gateway for cidr, gateway in settings.gateways.items() if cidr.version == version)
-    rules = [f'oifname "{HOST_VETH}" {ip} saddr != @pods{version} snat {ip} to {gateway}']
+    rules = [f'oifname "{HOST_VETH}" {ip} saddr != @pods{version} snat {ip} to {gateway} fully-random']
+    return rules + ([f"{to_outside(version, ip)} masquerade fully-random"] if settings.masquerade else [])
+
+
+def to_outside(version, ip):
+    """Matches packets from pods of this node to outside the cluster."""
     multicast = {4: "224.0.0.0/4", 6: "ff00::/8"}[version]
-    out = f"{ip} saddr @pods{version} {ip} daddr != @cluster{version} {ip} daddr != {multicast} masquerade"
-    return rules + ([out] if settings.masquerade else [])
+    return f"{ip} saddr @pods{version} {ip} daddr != @cluster{version} {ip} daddr != {multicast}"
 
 
 def ns_firewall(settings):
@@ -1114,6 +1130,27 @@ def plan_peers(desired, present, sent):
     return changes + [["peer", key, "remove"] for key in sorted(set(present) - set(desired))]
 
 
+def doubted(desired, present, heard, now):
+    """(the keys of peers whose endpoint is to be set back to the record's, heard for the next call).
+
+    WireGuard takes over the endpoint that a peer's packets come from. So one that changed although nothing came was set by somebody. And
+    one from which nothing has come for DOUBT_S, while packets for it went out, is where the peer was once.
+    heard: {key: (endpoint, bytes received, bytes sent, time)} as of when something came last, or nothing was waiting.
+    """
+    doubts, known = [], {}
+    for key in present.keys() & desired.keys():
+        there = present[key]
+        endpoint, rx, tx, since = heard.get(key, ("", -1, 0, now))
+        is_quiet = there["rx"] == rx
+        is_waiting = is_quiet and there["tx"] != tx
+        known[key] = heard[key] if is_waiting else (there["endpoint"], there["rx"], there["tx"], now)
+        is_doubtful = (is_quiet and there["endpoint"] != endpoint) or (is_waiting and now - since >= DOUBT_S)
+        if is_doubtful and there["endpoint"] != desired[key]["endpoint"]:
+            doubts.append(key)
+            del known[key]
+    return doubts, known
+
+
 def greetings(keys):
     """Arguments for `wg set` that send a keepalive to peers. A peer that still has a session with this node's former device would notice
     the new one only after 15 s."""
@@ -1131,11 +1168,17 @@ class Context:
 
     loaded: {"host" or "ns": [text of the nft table, what the kernel lists after it was loaded]}; it is also in a file, so that the next
     agent need not load the tables again. peers: see desired_peers. sent: the peers that were set last, None before the first pass.
+    internal_ips: those of this Node, in its order. links, routes: see ensure_host. clash: why the host and the cluster CIDR do not go
+    together, or "".
     """
 
     settings: Settings
     run: object
     boot_id: str
+    internal_ips: tuple = ()
+    links: tuple = ()
+    routes: tuple = ()
+    clash: str = ""
     endpoints: tuple = ()
     mtu: int = 0
     public_key: str = ""
@@ -1144,6 +1187,7 @@ class Context:
     peers: dict = field(default_factory=dict)
     sent: dict = None
     daemons: list = field(default_factory=list)
+    heard: dict = field(default_factory=dict)  # see doubted
 
 
 def apply_lines(lines, run, why, netns=""):
@@ -1154,27 +1198,130 @@ def apply_lines(lines, run, why, netns=""):
 
 def look_routes(run, netns=""):
     """The agent's routes of both families, in the form of route()."""
-    line, why = f"route show table main proto {ROUTE_PROTOCOL}", "the agent's routes"
-    return [parse_route(entry, family) for family in ("-4", "-6") for entry in look_ip([line], run, netns, family, why) if "dst" in entry]
+    line, why, families = f"route show table main proto {ROUTE_PROTOCOL}", "the agent's routes", [f"-{each}" for each in kernel_families()]
+    return [parse_route(entry, family) for family in families for entry in look_ip([line], run, netns, family, why) if "dst" in entry]
+
+
+def ensure_host(context):
+    """Look at the host: its links with their addresses, its default routes, and what it has inside the cluster CIDR. CNIError 7 for IPv6
+    in the cluster CIDR that the host has switched off."""
+    settings = context.settings
+    refuse_missing_ipv6(settings.cluster_cidrs)
+    lines = ["address show", "route show table all default", *(f"route show table all root {cidr}" for cidr in settings.cluster_cidrs)]
+    facts = look_ip(lines, context.run, why="the host's addresses, its default routes, and its routes inside the cluster CIDR")
+    context.links, context.routes = ([entry for entry in facts if key in entry] for key in ("ifname", "dst"))
+    context.clash = find_clash(settings, context.links, context.routes)
+
+
+def kernel_families():
+    return (4, 6) if os.path.exists("/proc/sys/net/ipv6") else (4,)
+
+
+def refuse_missing_ipv6(cidrs):
+    """CNIError 7 if a network is IPv6, and the kernel has none, or has it switched off for all links or for new ones."""
+    off = [] if 6 in kernel_families() else ["ipv6.disable=1 on the kernel's command line"]
+    for key in ("net/ipv6/conf/all/disable_ipv6", "net/ipv6/conf/default/disable_ipv6"):
+        off += [f"sysctl {key.replace('/', '.')} is 1"] if mncni.read_file(f"/proc/sys/{key}") == "1\n" else []
+    for cidr in cidrs:
+        if off and cidr.version == 6:
+            raise config_error(f"--cluster-cidr {cidr} needs IPv6, which is off on this host ({off[0]}); switch it on, or leave {cidr} out")
+
+
+def find_clash(settings, links, routes):
+    """Why the cluster CIDR is not the agent's to take: the addresses and routes of others inside it; "" if there are none. routes: those
+    inside it, and defaults. An address and the kernel's route for it count as one."""
+    own, cidrs, found = (settings.bridge, HOST_VETH), settings.cluster_cidrs, {}  # found: {(link name, network): (what, how to remove it)}
+    for link in links:
+        name, kind = link["ifname"], link.get("linkinfo", {}).get("info_kind")
+        for address, _ in interfaces_of(link) if name not in own else ():
+            if is_in(address.ip, cidrs):
+                remove = f"ip link delete {name}" if kind in ("bridge", "vxlan") else f"ip address delete {address} dev {name}"
+                found[name, address.network] = (f"{address} on {name}", remove)
+    for entry in routes:
+        kind, protocol = entry.get("type", "unicast"), entry.get("protocol")
+        implied = protocol == str(ROUTE_PROTOCOL) or (protocol == "kernel" and kind != "unicast") or entry.get("dev") in own
+        if entry["dst"] != "default" and not implied:
+            words = [entry["dst"]] if kind == "unicast" else [kind, entry["dst"]]
+            for key in ("dev", "table"):
+                words += [key, str(entry[key])] if entry.get(key, "main") != "main" else []
+            what = (f"the route {' '.join(words)}", f"ip route delete {' '.join(words)}")
+            found.setdefault((entry.get("dev"), ipaddress.ip_network(entry["dst"])), what)
+    if not found:
+        return ""
+    said, removals = (", ".join(list(dict.fromkeys(each))[:4]) for each in zip(*found.values()))
+    what = f"this host has another network inside --cluster-cidr {', '.join(map(str, cidrs))}: {said}"
+    return f"{what}; one would cut off the other: choose another --cluster-cidr, or remove what a former CNI plugin left ({removals})"
+
+
+def interfaces_of(link):
+    """[(an address of a link with its prefix length, its entry in `ip address`)]."""
+    infos = [(f"{info.get('local')}/{info.get('prefixlen')}", info) for info in link.get("addr_info", ())]
+    return [(ipaddress.ip_interface(text), info) for text, info in infos if mncni.is_address(text, ipaddress.ip_interface)]
 
 
 def ensure_endpoints(context):
     """Find this node's endpoints, unless --endpoint gives them. CNIError 7 for one inside the cluster CIDR: the floor would cut it off."""
-    context.endpoints = context.settings.endpoints or look_endpoints(context.run)
-    trouble = address_trouble("this node's address", context.endpoints, context.settings.cluster_cidrs)
+    usable = usable_addresses(context.links)
+    endpoints = context.settings.endpoints or tuple(each for each in context.internal_ips if each in usable)[:16]
+    context.endpoints = endpoints or look_sources(context.run, usable)
+    trouble = kube.address_trouble("this node's address", context.endpoints, context.settings.cluster_cidrs)
     if trouble:
         raise config_error(trouble)
+
+
+def usable_addresses(links):
+    """{address: link name} of the addresses that other nodes may be told. Not those that go soon (temporary, deprecated), nor virtual ones,
+    which a load balancer such as keepalived moves between nodes: of full prefix length, beside a shorter one on the link. DHCPv6 gives
+    such addresses too, but for a time ("dynamic")."""
+    usable = {}
+    for link in links:
+        interfaces = [(each, info) for each, info in interfaces_of(link) if info.get("scope") == "global"]
+        wide = {each.version for each, _ in interfaces if each.network.prefixlen < each.max_prefixlen}
+        for each, info in interfaces:
+            virtual = each.network.prefixlen == each.max_prefixlen and each.version in wide and not info.get("dynamic")
+            passing = any(info.get(flag) for flag in ("temporary", "deprecated", "dadfailed"))
+            if not (virtual or passing or each.is_link_local):
+                usable[each.ip] = link["ifname"]
+    return usable
+
+
+def look_sources(run, usable):
+    """The source addresses of the default routes, IPv4 first; () if there is no default route. For a source that is not usable, the
+    first address of its link that is."""
+    probes = {4: "route get 192.0.2.1", 6: "route get 2001:db8::1"}  # documentation addresses: only a default route leads there
+    found, why = [], "this node's address on the underlay: the source of the default route"
+    for version, probe in probes.items():
+        with contextlib.suppress(CNIError):
+            for entry in look_ip([probe], run, "", f"-{version}", why):
+                source = [each for each in usable if str(each) == entry.get("prefsrc")]
+                found += source or [each for each, name in usable.items() if name == entry.get("dev") and each.version == version][:1]
+    return tuple(found)
+
+
+def find_uplinks(context):
+    """(the links by which packets between nodes leave, the same with those of all default routes). The links of the endpoints; but if an
+    endpoint is on lo or a dummy, as on hosts that speak BGP, those of the default routes, and without one, all links."""
+    own = (context.settings.bridge, HOST_VETH)
+    real = [link for link in context.links if "LOOPBACK" not in link["flags"] and link["ifname"] not in own and not is_pod_link(link)]
+    real = [link for link in real if link.get("linkinfo", {}).get("info_kind") not in ("dummy", "vrf")]
+    hops = [hop for entry in context.routes if entry["dst"] == "default" for hop in (entry, *entry.get("nexthops", ()))]
+    ways = [link for link in real if link["ifname"] in {hop.get("dev") for hop in hops}]
+    having = [link for link in context.links if any(each.ip in context.endpoints for each, _ in interfaces_of(link))]
+    underlay = [link for link in having if link in real]
+    if len(underlay) < len(having):
+        underlay += ways or [link for link in real if "UP" in link["flags"]]
+    return underlay, underlay + ways
 
 
 def ensure_mtu(context):
     """Find the pods' MTU, unless --mtu gives it. CNIError 7 if it cannot be known."""
     settings, context.mtu = context.settings, context.settings.mtu
     if not context.endpoints:
-        raise config_error("no default route tells this node's address: give it with --endpoint")
+        here = f"neither the Node's InternalIP ({listed(context.internal_ips)}) nor a" if context.internal_ips else "no"
+        raise config_error(f"{here} default route tells an address of this host for the other nodes: give it with --endpoint")
     if context.mtu:
         return
-    commands, why = [f"address show to {address}" for address in context.endpoints], "the MTU of the underlay"
-    links = [link for link in look_ip(commands, context.run, why=why) if link.get("addr_info")]
+    links = find_uplinks(context)[0]
     if not links:
         raise config_error(f"no interface has the address --endpoint {', '.join(map(str, context.endpoints))}; is it up?")
     overhead = max(UNDERLAY_OVERHEAD[endpoint.version] for endpoint in context.endpoints)
@@ -1183,19 +1330,13 @@ def ensure_mtu(context):
         raise config_error(f"the underlay's MTU leaves {context.mtu} bytes for pods, too little; set --mtu, or raise the underlay's")
 
 
-def look_endpoints(run):
-    """The source addresses of the default routes, IPv4 first; () if there is no default route."""
-    probes = {"-4": "route get 192.0.2.1", "-6": "route get 2001:db8::1"}  # documentation addresses: only a default route leads there
-    found, why = [], "this node's address on the underlay: the source of the default route"
-    for family, probe in probes.items():
-        with contextlib.suppress(CNIError):
-            found += [ipaddress.ip_address(entry["prefsrc"]) for entry in look_ip([probe], run, "", family, why) if entry.get("prefsrc")]
-    return tuple(found)
-
-
 def ensure_floor(context):
-    """The floor of the host. It comes before everything else: what cannot go through the tunnel goes nowhere."""
+    """The floor of the host. It comes before everything else: what cannot go through the tunnel goes nowhere. CNIError 7 if that would
+    cut off another network of the host; one that appears when there is a floor is reported at the end of the pass."""
     settings, run = context.settings, context.run
+    loaded = context.loaded.get("host", [""])[0]
+    if context.clash and not all(str(cidr) in loaded for cidr in settings.cluster_cidrs):
+        raise config_error(context.clash)
     lines = missing_routes(floor_routes([*settings.cluster_cidrs, *settings.pod_cidrs]), look_routes(run))
     apply_lines(lines, run, "the floor: without the tunnel, traffic for the cluster goes nowhere")
     ensure_firewall(context, "host", lambda leaked: host_firewall(settings, leaked))
@@ -1223,14 +1364,13 @@ def look_firewall(run, netns):
 
 
 def ensure_namespace(context):
-    """The namespace with its sysctls, its floor and its firewall."""
+    """The namespace with its floor and its firewall."""
     settings, run = context.settings, context.run
     facts = look_namespace(context)
     if facts is None:
         apply([Command(["ip", "netns", "add", settings.namespace], "", "the namespace of the tunnel")], run)
         facts = look_namespace(context)
     refuse_foreign_namespace(settings, facts)
-    apply(plan_ns_sysctls(facts, settings.netns), run)
     lines = [f"link set dev {link['ifname']} up" for link in facts if link.get("ifname") == "lo" and "UP" not in link["flags"]]
     lines += missing_routes([entry for entry in ns_routes(settings) if entry["kind"] == "unreachable"], look_routes(run, settings.netns))
     apply_lines(lines, run, "the floor of the namespace: what has no route goes nowhere", settings.netns)
@@ -1245,27 +1385,16 @@ def refuse_foreign_namespace(settings, facts):
 
 
 def look_namespace(context):
-    """Links, addresses and sysctls in the namespace, None if there is none. A name that is left of a deleted namespace is removed."""
+    """Links and addresses in the namespace, None if there is none. A name that is left of a deleted namespace is removed."""
     settings = context.settings
     try:
-        return look_ip(["address show", "netconf show"], context.run, settings.netns, why="links and sysctls of the tunnel's namespace")
+        return look_ip(["address show"], context.run, settings.netns, why="links of the tunnel's namespace")
     except CNIError as error:
         if error.code != mncni.BAD_NETNS:
             raise
         if os.path.lexists(settings.netns):
             apply([Command(["ip", "netns", "delete", settings.namespace], "", "a name without a namespace")], context.run)
         return None
-
-
-def plan_ns_sysctls(facts, netns):
-    """Commands that switch forwarding on in the namespace, and the reverse path filter off: its routes are few and strict already."""
-    entries = [entry for entry in facts if "interface" in entry]
-    keys = {"inet": "net/ipv4/ip_forward", "inet6": "net/ipv6/conf/all/forwarding"}
-    every = [entry for entry in entries if entry["interface"] == "all" and entry.get("family") in keys]
-    off = [keys[entry["family"]] for entry in every if not entry.get("forwarding")]
-    filtered = [f"net/ipv4/conf/{entry['interface']}/rp_filter" for entry in entries if entry.get("rp_filter", "off") != "off"]
-    rows = ((off, 1, "the namespace routes between the host and the tunnel"), (filtered, 0, "no reverse path filter in the namespace"))
-    return [mncni.write_sysctls(sorted(keys), value, netns, why) for keys, value, why in rows if keys]
 
 
 def ensure_links(context):
@@ -1399,7 +1528,7 @@ def ensure_bridge(context):
     refuse_foreign(bridge, "give --bridge another name")
     mncni.refuse_foreign_bridge(conf, bridge)
     gateways = [f"{gateway}/{cidr.prefixlen}" for cidr, gateway in settings.gateways.items()]
-    lines = mncni.plan_bridge(conf, bridge, [] if bridge else gateways)
+    lines = mncni.plan_bridge(conf, bridge, [] if bridge else gateways, keeps_mtu=True)
     wanted = {*gateways, BRIDGE_LINK_LOCAL} if 6 in settings.families else set(gateways)
     lines += plan_addresses(settings.bridge, wanted, bridge) if bridge else []
     apply_lines(lines, context.run, "the bridge: every pod's veth is a port of it, its addresses are the pods' gateways")
@@ -1448,7 +1577,7 @@ def plan_ports(bridge, links):
 
 def is_pod_link(link):
     """Whether a link is the host's end of a pod's veth: the plugin gave it an alias that begins like this."""
-    return link.get("ifalias", "").startswith(f"{mncni.OWNER_ALIAS}:{NETWORK}:")
+    return "ifname" in link and link.get("ifalias", "").startswith(f"{mncni.OWNER_ALIAS}:{NETWORK}:")
 
 
 def ensure_host_ports(context):
@@ -1458,17 +1587,40 @@ def ensure_host_ports(context):
 
 
 def ensure_forwarding(context):
-    """The host forwards packets for its pods. A host that forwards IPv6 ignores router advertisements unless accept_ra is 2, so links
-    that have their default route from one get that first."""
-    gateways = [str(gateway) for gateway in context.settings.gateways.values()]
-    plan = mncni.plan_forwarding(gateways, mncni.look_forwarding(context.run))
-    if any("ipv6" in " ".join(command.argv) for command in plan):
-        looked = look_ip(["route show default"], context.run, "", "-6", "links whose default route came by router advertisement")
-        defaults = [entry for entry in looked if "dev" in entry]
-        uplinks = {entry["dev"] for entry in defaults if entry.get("protocol") == "ra"}
-        why = "accept router advertisements although the host forwards"
-        plan = [mncni.write_sysctls([f"net/ipv6/conf/{uplink}/accept_ra"], 2, "", why) for uplink in sorted(uplinks)] + plan
-    apply(plan, context.run)
+    """The namespace and the host forward packets for the pods, in the host between the bridge, the veth pair and the uplinks. The namespace
+    has no reverse path filter: its routes are few and strict already."""
+    settings, run, uplinks = context.settings, context.run, find_uplinks(context)[1]
+    looked = (look_ip(["netconf show"], run, netns, why="which links forward packets?") for netns in (settings.netns, ""))
+    inside, host = ([entry for entry in entries if "interface" in entry] for entries in looked)
+    filtered = [f"net/ipv4/conf/{entry['interface']}/rp_filter" for entry in inside if entry.get("rp_filter", "off") != "off"]
+    off = stopped_forwarding(inside, (4, 6), (NS_VETH, DEVICE))
+    stopped = stopped_forwarding(host, settings.families, (settings.bridge, HOST_VETH, *(link["ifname"] for link in uplinks)))
+    accepting = look_advertised(context.links, uplinks) if "net/ipv6/conf/all/forwarding" in stopped else []
+    rows = (
+        (off, 1, settings.netns, "the namespace routes between the host and the tunnel"),
+        (sorted(filtered), 0, settings.netns, "no reverse path filter in the namespace"),
+        (accepting, 2, "", "accept router advertisements although the host forwards"),
+        (stopped, 1, "", "the host routes between the bridge, the tunnel and its uplinks"),
+    )
+    apply([mncni.write_sysctls(keys, value, netns, why) for keys, value, netns, why in rows if keys], run)
+
+
+def stopped_forwarding(entries, families, names):
+    """The sysctls that are to be switched on, from `ip netconf`. "all" sets all links, but only at its change: a link that is younger has
+    the default, which may be off (Docker, systemd-networkd). IPv6 forwards by "all" alone."""
+    off, keys = {(entry.get("family"), entry["interface"]) for entry in entries if not entry.get("forwarding")}, []
+    for version, family in ((4, "inet"), (6, "inet6")):
+        links = ["all"] if version == 6 or (family, "all") in off else sorted(set(names))
+        keys += [f"net/ipv{version}/conf/{link}/forwarding" for link in links if version in families and (family, link) in off]
+    return keys
+
+
+def look_advertised(links, uplinks):
+    """The sysctls that keep the host's routes and addresses by router advertisement, which a host that forwards IPv6 ignores unless
+    accept_ra is 2. A link with 0 is left alone: its advertisements are read by systemd-networkd or NetworkManager, or by nobody."""
+    learnt = [link for link in links if any(info.get("dynamic") and info.get("family") == "inet6" for info in link.get("addr_info", ()))]
+    keys = {f"net/ipv6/conf/{link['ifname']}/accept_ra" for link in (*uplinks, *learnt)}
+    return sorted(key for key in keys if mncni.read_file(f"/proc/sys/{key}") == "1\n")
 
 
 def ensure_peers(context, greet=False):
@@ -1484,7 +1636,7 @@ def ensure_peers(context, greet=False):
     context.sent = context.peers
 
 
-FLOOR = (ensure_endpoints, ensure_floor)
+FLOOR = (ensure_host, ensure_endpoints, ensure_floor)
 STAGES = (
     ensure_mtu,
     ensure_namespace,
@@ -1514,6 +1666,104 @@ def conflist(settings, mtu):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Can pods start? The runtime starts the plugin on the node itself, which may lack what the agent's container has.
+# ---------------------------------------------------------------------------------------------------------------------
+
+HOST_ROOT = "/host"  # where the agent's container has the file system of the node, see deploy/naivewg/daemonset.yaml
+PYTHON = "/usr/bin/python3"
+OLD_PYTHON = f"import sys; sys.version_info < (3, 9) and sys.exit('{PYTHON} is Python %s, older than 3.9' % sys.version.split()[0])"
+
+
+def host_root(settings):
+    """The directory that is the node's "/", for the agent: "" if it runs on the node itself. None in a container without one."""
+    program = os.path.join(settings.bin_dir, "mncni.py")
+    with contextlib.suppress(OSError):
+        if os.path.samefile(HOST_ROOT + program, program):
+            return HOST_ROOT
+    return None if "KUBERNETES_SERVICE_HOST" in os.environ else ""
+
+
+def look_files(settings):
+    """What stat(2) says of the files that a runtime needs: it changes when somebody changes them."""
+    names, found = [os.path.join(settings.bin_dir, name) for name in ("", "mncni", "mncni.py")], []
+    for path in (settings.conf_dir, *names, (host_root(settings) or "") + PYTHON):
+        with contextlib.suppress(OSError):
+            found.append((path, os.stat(path).st_ino, os.stat(path).st_ctime_ns))
+    return found
+
+
+def try_plugin(settings, mtu, run):
+    """Why a pod would not start, "" if it would. This starts the installed plugin as a runtime does, with STATUS. Two keys are left out:
+    "ready", because the answer would be what the agent itself has said before, and "ipam", because a full pool is no fault."""
+    conf = json.loads(conflist(settings, mtu))
+    plugin = {**mncni.without(conf["plugins"][0], "ready", "ipam"), "cniVersion": conf["cniVersions"][-1], "name": NETWORK}
+    program, root = os.path.join(settings.bin_dir, "mncni"), host_root(settings)
+    prefix, environ = ["chroot", root] if root else [], {"CNI_COMMAND": "STATUS", "CNI_PATH": settings.bin_dir}
+    commands = [
+        Command([*prefix, PYTHON, "-IS", "-c", OLD_PYTHON], "", "is there a python3 for the plugin?"),
+        Command([*prefix, program], json.dumps(plugin), "does the plugin start, as a runtime starts it?", environ),
+    ]
+    for command in commands if root is not None else ():
+        trouble = look_trouble(command, run)
+        if trouble:
+            return f"the runtime cannot start {program} on this node, which needs {PYTHON}, iproute2 and util-linux: {trouble}"
+    return look_rival(settings.conf_dir) or look_disk(mncni.DEFAULT_DATA_DIR)
+
+
+def look_trouble(command, run):
+    """Why a command fails, "" if it does not."""
+    try:
+        reply = run(command)
+    except (CNIError, OSError) as error:
+        return str(error)
+    said = (reply.stderr.strip() or f"exit status {reply.exit_code}").splitlines()[-1]
+    with contextlib.suppress(CNIError):
+        said = mncni.parse_json_object(reply.stdout).get("msg", said)
+    return said if reply.exit_code else ""
+
+
+def look_rival(conf_dir):
+    """Whether a runtime takes another CNI configuration than the agent's, as text, "" if not: it takes the first by name. One that names
+    this network, like Multus's, leads to it."""
+    for name in sorted(os.listdir(conf_dir)) if os.path.isdir(conf_dir) else ():
+        path = os.path.join(conf_dir, name)
+        text = "".join((mncni.read_file(path) or "").split()) if name < CONFLIST and name.endswith((".conflist", ".conf", ".json")) else ""
+        if text and not any(words in text for words in (CONFLIST, f'"name":"{NETWORK}"', f'"clusterNetwork":"{NETWORK}"')):
+            return f"pods get the network of {path}, which comes before {CONFLIST}: remove it, or give it a later name"
+    return ""
+
+
+def look_disk(directory):
+    """Why no lease can be written below a directory, which may not be there yet; "" if one can."""
+    while not os.path.isdir(directory):
+        directory = os.path.dirname(directory)
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(4096))
+            file.flush()
+    except OSError as error:
+        return f"the plugin cannot write leases below {mncni.DEFAULT_DATA_DIR}: {error.strerror}"
+    return ""
+
+
+def look_stranded(settings):
+    """{container ID: [address]} of running pods whose addresses are in none of this node's pod CIDRs, as after the node got others."""
+    leases, stranded = mncni.Leases(mncni.DEFAULT_DATA_DIR, NETWORK, settings.run_dir), {}
+    for address in kube.parse_addresses(sorted(os.listdir(leases.dir)) if os.path.isdir(leases.dir) else ()):
+        holder = None if is_in(address, settings.pod_cidrs) else leases.holder(address)
+        if holder and os.path.exists(f"/sys/class/net/{mncni.host_ifname('mn', NETWORK, *holder)}"):
+            stranded.setdefault(holder[0], []).append(str(address))
+    return stranded
+
+
+def stranded_text(stranded):
+    """What to do about the pods of look_stranded, "" if there are none."""
+    pods = listed(f"{', '.join(addresses)} (container {container[:13]})" for container, addresses in stranded.items())
+    what = f"{len(stranded)} running pods have no network, because their addresses are in no pod CIDR of this node any more"
+    return f"{what}: {pods}; delete these pods, so that they start anew" if stranded else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The agent: the loop. An event only says that it is time for a pass; each pass starts from the present state of the kernel.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1526,7 +1776,8 @@ class Monitors:
     """
 
     COMMANDS = (["ip", "monitor", "all-nsid", "link", "address", "route", "netconf"], ["nft", "monitor"])
-    WORDS = (b"mn", b"proto 201", b" all ", b" inet")  # in lines about: our links and table, our routes, sysctls of all links, addresses
+    # In lines about: our links and table, our routes, sysctls of all links, addresses, a link that stops forwarding.
+    WORDS = (b"mn", b"proto 201", b" all ", b" inet", b" forwarding off")
 
     def __init__(self, netns):
         self.netns = netns
@@ -1578,6 +1829,8 @@ class Agent:
         self.doubt_until = None  # a time of clock; until then, nodes that have vanished are kept
         self.store_trouble = ""
         self.reason = "starting"  # why the network is not up, "" if it is
+        self.stranded = {}  # see look_stranded
+        self.tried, self.next_try, self.plugin_trouble = None, 0, ""  # see check_plugin
         self.counts, self.beat = kube.Counts(), clock()  # beat: when the loop last came round
         self.next_pass = self.next_glance = 0
         self.wall_offset = os.path.getmtime(self.state_path) - uptime() if os.path.exists(self.state_path) else 0
@@ -1618,8 +1871,8 @@ class Agent:
         return True
 
     def is_tunnel_changed(self):
-        """Whether the peers or the namespace's firewall differ from what the agent set. No monitor tells of them, so this looks, at most
-        every GLANCE_S."""
+        """Whether the peers, the namespace's firewall or the plugin's files differ from what the agent set. No monitor tells of them, so
+        this looks, at most every GLANCE_S."""
         context = self.context
         if self.clock() < self.next_glance or self.reason:
             return False
@@ -1629,6 +1882,13 @@ class Agent:
             loaded = context.loaded.get("ns", [])[1:]
             firewall = [look_firewall(context.run, self.settings.netns)[0]] if loaded else []
         except CNIError:
+            return True
+        doubts, context.heard = doubted(context.peers, device["peers"], context.heard, self.clock())
+        for key in doubts:
+            name, endpoint = context.peers[key]["name"], device["peers"][key]["endpoint"]
+            log.warning("node %s: its endpoint %s, from which nothing comes, is set back to the record's", name, endpoint)
+        context.sent = {key: peer for key, peer in context.sent.items() if key not in doubts}  # ensure_peers sets these anew
+        if doubts or look_files(self.settings) != self.tried:
             return True
         allowed = {key: peer["allowed_ips"] for key, peer in device["peers"].items()}
         wanted = {key: peer["allowed_ips"] for key, peer in context.peers.items()}
@@ -1658,32 +1918,55 @@ class Agent:
             except (StoreError, CNIError) as error:
                 troubles.append(str(error))
         self.note(troubles)
+        if context.clash:
+            raise config_error(context.clash)
         if look or adopted:
             mncni.install(self.settings.bin_dir)
+            self.check_stranded()
+            self.check_plugin()
         write_if_changed(os.path.join(self.settings.run_dir, "ready"), self.ready_text(""))
         path = os.path.join(self.settings.conf_dir, CONFLIST)
         if write_if_changed(path, conflist(self.settings, context.mtu)):
             log.info("wrote %s: pods can start", path)
+
+    def check_plugin(self):
+        """CNIError 4 if pods cannot start, see try_plugin. It is tried at the start, when files have changed, and every TRY_S."""
+        files = look_files(self.settings)
+        if files != self.tried or self.clock() >= self.next_try:
+            self.plugin_trouble = try_plugin(self.settings, self.context.mtu, self.context.run)
+            self.tried, self.next_try = files, self.clock() + (RETRY_S if self.plugin_trouble else TRY_S)
+        if self.plugin_trouble:
+            raise CNIError(mncni.BAD_ENVIRONMENT, self.plugin_trouble)
+
+    def check_stranded(self):
+        """Tell of running pods whose addresses are no longer this node's. The network itself is up: new pods work."""
+        before, self.stranded = self.stranded, look_stranded(self.settings)
+        if self.stranded != before:
+            log.warning("%s", stranded_text(self.stranded) or "no running pod has an address outside this node's pod CIDRs any more")
+        if set(self.stranded) - set(before):
+            self.store.note(self.settings.node_name, "PodsWithoutNetwork", stranded_text(self.stranded))
 
     @property
     def settings(self):
         return self.context.settings
 
     def adopt(self):
-        """Take over the pod CIDRs that the cluster gave this node, or the last known ones. Returns (whether they have changed, why the pass
-        cannot go on or "")."""
+        """Take over the pod CIDRs and InternalIPs that the cluster gave this node, or the last known ones. Returns (whether they have
+        changed, why the pass cannot go on or "")."""
         given, own = self.store.identity(), self.state["own"]
         if given is None:
             return False, ""
         own.update(given)
+        former, self.context.internal_ips = self.context.internal_ips, tuple(kube.parse_addresses(own.get("addresses", ())))
+        moved = former != self.context.internal_ips
         if not own.get("podCIDRs"):
             waiting = "this node has no pod CIDR yet (spec.podCIDRs), which the controller manager or `nodeipam.py` gives"
-            return False, self.store.trouble or waiting
+            return moved, self.store.trouble or waiting
         cluster_cidrs, cidrs = self.settings.cluster_cidrs, tuple(ipaddress.ip_network(text, strict=False) for text in own["podCIDRs"])
-        trouble = address_trouble("this node's address", kube.parse_addresses(own["addresses"]), cluster_cidrs)
+        trouble = kube.address_trouble("this node's address", self.context.internal_ips, cluster_cidrs)
         trouble = trouble or pod_cidr_trouble("spec.podCIDRs", cidrs, cluster_cidrs)
         if trouble or cidrs == self.settings.pod_cidrs:
-            return False, trouble
+            return moved, trouble
         self.context.settings = self.roster.settings = replace(self.settings, pod_cidrs=cidrs)
         return True, ""
 
@@ -1729,7 +2012,8 @@ class Agent:
             if quarantine.get(name) != self.quarantine.get(name):
                 word = "believed again" if name in nodes else "gone"
                 log.warning("node %s: %s", name, f"quarantined: {quarantine[name]}" if name in quarantine else word)
-                self.store.note(name, quarantine.get(name, ""))
+                refusal = ("RecordRefused", f"MNCNI does not connect this node: {quarantine.get(name)}")
+                self.store.note(name, *(refusal if name in quarantine else ("RecordAccepted", "MNCNI connects this node again")))
         for name in sorted(set(nodes) ^ set(context.nodes)):
             log.info("node %s %s", name, "joined" if name in nodes else "left")
         self.quarantine, context.nodes = quarantine, nodes
@@ -1798,6 +2082,7 @@ class Agent:
                 for key, peer in context.peers.items()
             ],
             "quarantine": self.quarantine,
+            "stranded": self.stranded,
         }
         with contextlib.suppress(CNIError):
             write_if_changed(os.path.join(settings.run_dir, "status.json"), json.dumps(status) + "\n")
@@ -1834,7 +2119,8 @@ def make_store(settings, environ, run, wake):
     """The node store that the flags name. CNIError 7."""
     if settings.nodes_dir:
         return DirectoryStore(settings.nodes_dir)
-    return KubernetesStore(kube.open_api(settings.kubeconfig, environ, run, "mncni-agent"), settings.node_name, wake)
+    api = kube.open_api(settings.kubeconfig, environ, run, "mncni-agent", settings.cluster_cidrs)
+    return KubernetesStore(api, settings.node_name, wake)
 
 
 def wake(writer):
@@ -1873,6 +2159,7 @@ def look_status(settings, run):
     with_figures(status, present)
     if not status["running"]:
         reasons.append("no agent is running; the network is as the last one left it")
+    reasons.append(stranded_text(status.get("stranded", {})))
     if status["quarantine"]:
         reasons.append(f"records of {len(status['quarantine'])} nodes are quarantined, see below")
     status["reason"] = next(filter(None, reasons), "")
@@ -1884,7 +2171,8 @@ def check_status(status):
     """Raise an error for a status that cannot be shown, see load_json. {} can."""
     if status:
         whole = {**with_figures(status, {}), "ok": False, "up": False, "leases": 0}
-        texts = [status["reason"], status["store"], *status["quarantine"], *status["quarantine"].values()]
+        texts = [status["reason"], status["store"], stranded_text(status.get("stranded", {}))]
+        texts += [*status["quarantine"], *status["quarantine"].values()]
         "".join([*texts, format_status(whole, 0), kube.format_metrics(plan_metrics(whole), METRICS)]).encode()
 
 
@@ -1916,6 +2204,7 @@ def format_status(status, now):
         rows.append((peer["name"], peer["endpoint"], ", ".join(peer["podCIDRs"]), handshake, f"{peer['rx']} B", f"{peer['tx']} B"))
     widths = [max(len(row[column]) for row in rows) for column in range(6)] if rows else []
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines += {stranded_text(status.get("stranded", {}))} - {"", status["reason"]}
     lines += [f"{name}: quarantined: {reason}" for name, reason in sorted(status["quarantine"].items())]
     return "\n".join(lines) + "\n"
 
@@ -1936,6 +2225,7 @@ METRICS = {  # name: (type, help)
     "mncni_peer_transmit_bytes_total": ("counter", "Bytes sent to a node."),
     "mncni_leaked_packets_total": ("counter", "Packets for the cluster that were about to leave in clear, and were dropped."),
     "mncni_leases": ("gauge", "Pods attached to the network."),
+    "mncni_stranded_pods": ("gauge", "Running pods without network: their addresses are in no pod CIDR of this node."),
     "mncni_reconcile_seconds_total": ("counter", "Time spent in passes."),
     "mncni_reconcile_passes_total": ("counter", "Passes."),
     "mncni_reconcile_errors_total": ("counter", "Passes after which the network was not up."),
@@ -1948,7 +2238,7 @@ def look_figures(agent):
     with contextlib.suppress(CNIError):
         status["leaked"] = look_firewall(agent.context.run, "")[1][0]
     status["up"] = not agent.reason
-    status["leases"] = len(mncni.Leases(mncni.DEFAULT_DATA_DIR, NETWORK).attachments())
+    status["leases"] = len(mncni.Leases(mncni.DEFAULT_DATA_DIR, NETWORK, agent.settings.run_dir).attachments())
     requests = {} if agent.settings.nodes_dir else agent.store.api.counts.figures
     return {**plan_metrics(status), **agent.counts.figures, **requests}
 
@@ -1961,6 +2251,7 @@ def plan_metrics(status):
         "mncni_peers": len(status["peers"]),
         "mncni_quarantined_nodes": len(status["quarantine"]),
         "mncni_leases": status["leases"],
+        "mncni_stranded_pods": len(status.get("stranded", {})),
         "mncni_leaked_packets_total": status.get("leaked"),
         "mncni_admission_guard": status.get("admission_guard"),
     }
@@ -1978,15 +2269,15 @@ def plan_metrics(status):
 # ---------------------------------------------------------------------------------------------------------------------
 
 SYSCTLS_STAY = (
-    "sysctls stay as they are: net.ipv4.ip_forward, net.ipv6.conf.all.forwarding, and net.ipv6.conf.<link>.accept_ra"
-    " of links whose IPv6 default route came by router advertisement"
+    "sysctls stay as they are: net.ipv4.ip_forward, net.ipv4.conf.<link>.forwarding of uplinks, net.ipv6.conf.all.forwarding, and"
+    " net.ipv6.conf.<link>.accept_ra of links that have addresses or routes by router advertisement"
 )
 
 
 def uninstall(settings, run, force):
     """Remove everything that the agent and the plugin made on this node, the floor last. CNIError 7 if pods are attached, unless forced:
     then they lose their network."""
-    leases = mncni.Leases(mncni.DEFAULT_DATA_DIR, NETWORK)
+    leases = mncni.Leases(mncni.DEFAULT_DATA_DIR, NETWORK, settings.run_dir)
     attached = leases.attachments()
     if attached and not force:
         raise config_error(f"{len(attached)} pods are attached, for example {attached[0][0]}; drain the node, or give --force")
@@ -2092,6 +2383,7 @@ def run_command(parser, options, environ):
         if options.command == "uninstall":
             uninstall(settings, run, options.force)
         else:
+            mncni.run_id(settings.run_dir, make=True)  # before the first pod, which then leaves nothing that was not there
             run_agent(settings, environ)
     return OK
 

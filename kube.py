@@ -29,6 +29,7 @@ import socket
 import sys
 import threading
 import time
+from urllib.parse import urlencode, urlsplit
 
 import mncni
 from mncni import Command, ask, config_error
@@ -116,6 +117,23 @@ def is_in(address, cidrs):
     return any(address in cidr for cidr in cidrs)
 
 
+def address_trouble(what, addresses, cluster_cidrs):
+    """Why addresses of a node or a service cannot be used, "" if they can."""
+    inside = [each for each in addresses if is_in(each, cluster_cidrs)]
+    return f"{what} {inside[0]} is inside --cluster-cidr: nodes, services and pods need addresses of their own" if inside else ""
+
+
+def service_trouble(environ, cluster_cidrs):
+    """The same about the address of the API server's service, which a pod has in its environment."""
+    service = parse_addresses(environ.get("KUBERNETES_SERVICE_HOST", "").split(","))
+    return address_trouble("the cluster's service KUBERNETES_SERVICE_HOST", service, cluster_cidrs)
+
+
+def internal_ips(node):
+    """The InternalIPs of a Node object, as text."""
+    return [entry.get("address") for entry in (node.get("status") or {}).get("addresses") or () if entry.get("type") == "InternalIP"]
+
+
 def overlapping_pair(cidrs):
     """Two of the networks that overlap, or None."""
     return next((pair for pair in itertools.combinations(cidrs, 2) if pair[0].overlaps(pair[1])), None)
@@ -158,6 +176,10 @@ def in_cluster(environ, directory=SERVICE_ACCOUNT):
     return {"server": ",".join(servers), **{key: os.path.join(directory, name) for key, name in files.items()}}
 
 
+FILES = ("certificate-authority", "client-certificate", "client-key")  # keys of a kubeconfig; KEY-data has the content itself
+USED = ("server", "tls-server-name", "insecure-skip-tls-verify", "token", "tokenFile", *FILES, *(f"{key}-data" for key in FILES))
+
+
 def read_kubeconfig(path, run):
     """The access to the cluster of a kubeconfig's current context: a dict of the kubeconfig's own keys, {"server", "token", ...}.
     CNIError 7. JSON is read here; YAML is converted by kubectl."""
@@ -171,26 +193,62 @@ def read_kubeconfig(path, run):
                 what = f"kubeconfig {path} is no JSON, and there is no kubectl to read YAML"
                 raise config_error(f"{what}; where there is one, do: {' '.join(command.argv)} > FILE, and give that file")
             text = ask(command, run, may_be_gone=False).stdout
-        config = json.loads(text)
-        parts = {kind: {entry["name"]: entry[kind] for entry in config.get(f"{kind}s") or []} for kind in ("context", "cluster", "user")}
-        context = parts["context"][config["current-context"]]
-        access = {**parts["cluster"][context["cluster"]], **parts["user"].get(context.get("user"), {})}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise config_error(f"kubeconfig {path} has no usable current context: {type(error).__name__} {error}") from None
-    for key in ("exec", "auth-provider"):
-        if access.get(key):
-            raise config_error(f'kubeconfig {path}: "{key}" is not supported: give a user with a token or a certificate')
-    if not all(server.startswith(("https://", "http://")) for server in str(access.get("server")).split(",")):
-        raise config_error(f"kubeconfig {path}: the server {access.get('server')!r} is no http(s):// address")
-    for key in ("certificate-authority", "client-certificate", "client-key", "tokenFile"):
-        if access.get(key):
+        access = parse_kubeconfig(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise config_error(f"kubeconfig {path}: {error if type(error) is ValueError else f'{type(error).__name__} {error}'}") from None
+    for key in (*FILES, "tokenFile"):
+        if key in access:
             access[key] = os.path.join(os.path.dirname(os.path.abspath(path)), access[key])
     return access
 
 
-def open_api(kubeconfig, environ, run, program="mncni"):
-    """An Api for the cluster of a kubeconfig, or with "" for the cluster that this pod runs in. CNIError 7."""
-    return Api(read_kubeconfig(kubeconfig, run) if kubeconfig else in_cluster(environ), program)
+def parse_kubeconfig(config):
+    """The access of the current context, see read_kubeconfig. ValueError says what is wrong. A key that is not used is refused, because it
+    may say where or how to connect."""
+    context = find_named(config, "context", config.get("current-context"))
+    user = find_named(config, "user", context["user"]) if context.get("user") else {}
+    access = {**find_named(config, "cluster", context.get("cluster")), **user}
+    access = {key: value for key, value in access.items() if value and key not in ("extensions", "disable-compression")}
+    for key, value in access.items():
+        if key not in USED or not isinstance(value, bool if key == "insecure-skip-tls-verify" else str):
+            raise ValueError(f'"{key}" is not supported ({mncni.kind_of(value)}): give a direct server, and a token or a certificate')
+        if key.endswith("-data") and base64.b64encode(base64.b64decode(value + "==")).decode() != "".join(value.split()):
+            raise ValueError(f'"{key}" is no base64')
+    if len({"client-certificate", "client-key"} & {key.removesuffix("-data") for key in access}) == 1:
+        raise ValueError("a client certificate and its key go together: one of them is missing")
+    for server in access.get("server", "").split(","):
+        refuse_server(server)
+    return access
+
+
+def find_named(config, kind, name):
+    """The context, cluster or user of a kubeconfig that has this name. ValueError unless there is exactly one."""
+    found = [entry[kind] or {} for entry in config.get(f"{kind}s") or () if entry["name"] == name]
+    if len(found) != 1:
+        raise ValueError(f"it has {len(found)} {kind}s with the name {shown(name)}; set current-context to one that is whole")
+    return found[0]
+
+
+def refuse_server(server):
+    """ValueError if this is no address of an API server. A user in it is not shown, as it may come with a password."""
+    url = urlsplit(server)
+    odd = "@" in url.netloc or url.query or url.fragment or [server] != server.split() or url.port == 0
+    if odd or url.scheme not in ("https", "http") or not url.hostname:
+        raise ValueError(f"the server {shown(server.rpartition('@')[2])} is no http(s):// address, or has more than host, port and path")
+
+
+def open_api(kubeconfig, environ, run, program="mncni", cluster_cidrs=()):
+    """An Api for the cluster of a kubeconfig, or with "" for the cluster that this pod runs in. CNIError 7, also for a server that is given
+    by an address inside the cluster CIDR."""
+    access = read_kubeconfig(kubeconfig, run) if kubeconfig else in_cluster(environ)
+    try:
+        hosts = [urlsplit(server).hostname for server in access["server"].split(",")]
+    except ValueError as error:
+        raise config_error(f"the API server {access['server']} is no address: {error}") from None
+    trouble = address_trouble("the API server", parse_addresses(hosts), cluster_cidrs)
+    if trouble:
+        raise config_error(trouble)
+    return Api(access, program)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,8 +354,6 @@ class Api:
 
         A request is repeated in two cases: the server had closed a kept connection (GET only: a write may have been done), or it
         refused a token that has been renewed meanwhile."""
-        from urllib.parse import urlencode
-
         while True:
             token = self._token()
             kept, connection = self._connection()
@@ -341,14 +397,13 @@ class Api:
 
     def _connect(self, server):
         import http.client
-        from urllib.parse import urlsplit
 
         url = urlsplit(server)
-        if url.scheme == "https":
-            connection = http.client.HTTPSConnection(url.hostname, url.port or 443, timeout=self.CONNECT_S, context=self._context())
-        else:
-            connection = http.client.HTTPConnection(url.hostname, url.port or 80, timeout=self.CONNECT_S)
+        connection = http.client.HTTPConnection(url.hostname, url.port or (443 if url.scheme == "https" else 80), timeout=self.CONNECT_S)
         connection.connect()
+        if url.scheme == "https":
+            name = self.access.get("tls-server-name") or url.hostname
+            connection.sock = self._context().wrap_socket(connection.sock, server_hostname=name)
         connection.prefix = url.path.rstrip("/")
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
@@ -379,7 +434,10 @@ class Api:
 
     def _token(self):
         with api_errors("read the token", ""):
-            return read_bytes(self.access["tokenFile"]).decode().strip() if self.access.get("tokenFile") else self.access.get("token", "")
+            text = read_bytes(self.access["tokenFile"]).decode() if self.access.get("tokenFile") else self.access.get("token", "")
+            if not (text.strip().isascii() and text.strip().isprintable()):
+                raise ValueError("it has characters that no token has")  # http.client's own error would quote it
+            return text.strip()
 
 
 @contextlib.contextmanager
@@ -508,11 +566,11 @@ def uptime():
 
 def send_event(api, name, uid, message, **words):
     """Send an Event about a node, best effort. Its name depends on the message and the time, so that the cluster keeps one Event in
-    ten minutes, however many programs send it. words: further keys of the Event."""
+    ten minutes, however many programs send it. A node's name may be as long as an Event's, which is why it is cut. words: further keys."""
     now = time.time()
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
     body = {
-        "metadata": {"name": f"{name}.{mncni.short_hash(message, str(now // 600))}", "namespace": "default"},
+        "metadata": {"name": f"{name[:200].rstrip('.-')}.{mncni.short_hash(name, message, str(now // 600))}", "namespace": "default"},
         "involvedObject": {"apiVersion": "v1", "kind": "Node", "name": name, "uid": uid},
         **{"message": message, "firstTimestamp": stamp, "lastTimestamp": stamp, "count": 1, **words},
     }

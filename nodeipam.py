@@ -81,6 +81,9 @@ def parse_pools(parser, options, environ):
     pair = kube.overlapping_pair(cidrs)
     if pair:
         parser.error(f"--cluster-cidr {pair[0]} overlaps --cluster-cidr {pair[1]}")
+    trouble = kube.service_trouble(environ, cidrs)
+    if trouble:
+        parser.error(trouble)
     for cidr in cidrs:
         flag, mask = f"--node-mask-v{cidr.version}", getattr(options, f"node_mask_v{cidr.version}")
         if not cidr.prefixlen <= mask <= cidr.max_prefixlen - 2:
@@ -91,13 +94,17 @@ def parse_pools(parser, options, environ):
     return pools
 
 
+def cidrs_of(pools):
+    return [cidr for _, cidrs in pools.values() for cidr in cidrs]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Claims and allocation: pure
 # ---------------------------------------------------------------------------------------------------------------------
 
 # What the allocator knows of a Node. Claims sort by age, oldest first. version: the resourceVersion, "" once the Node has pod CIDRs.
-# cidrs: networks. fault: why its pod CIDRs are not of our making, or "".
-Claim = collections.namedtuple("Claim", "created name uid version cidrs fault")
+# cidrs: networks. fault: why its pod CIDRs are not of our making, or "". addresses: its own, on the underlay.
+Claim = collections.namedtuple("Claim", "created name uid version cidrs fault addresses", defaults=[()])
 
 
 def parse_claim(item):
@@ -115,17 +122,20 @@ def parse_claim(item):
         if not mncni.is_identifier(meta["name"]):
             raise ValueError(f"a node named {shown(meta['name'])}")
         created, uid, version = text_in(meta, "creationTimestamp", False), text_in(meta, "uid"), text_in(meta, "resourceVersion")
-        return Claim(created or "", meta["name"], uid, "" if texts else version, cidrs, fault)
+        addresses = tuple(parse_addresses(kube.internal_ips(item)))
+        return Claim(created or "", meta["name"], uid, "" if texts else version, cidrs, fault, addresses)
 
 
 def plan_allocations(claims, pools, given, freed, now):
-    """({claim: CIDRs to give}, {claim: why it gets none}, [span in use after that]). If another allocator has set any node's CIDR, nobody
-    gets anything.
+    """({claim: CIDRs to give}, {claim: why it gets none}, [span in use after that]). If another allocator has set any node's CIDR, or
+    a node's address is inside the pools, nobody gets anything.
 
     pools: {family: (prefix length, cluster CIDRs)}. given: {uid: CIDRs} that nodes have, or were sent by a write of unknown outcome.
     freed: {span: when it may be reused}.
     """
     refused, held = find_foreign(claims, pools)
+    inside = find_inside(claims, pools)
+    refused.update({claim: inside for claim in claims if inside and not claim.cidrs})
     taken = [span_of(cidr) for cidrs in given.values() for cidr in cidrs] + [span for span, until in freed.items() if until > now]
     sources = [free_ranges(cidrs, mask, sorted(taken)) for mask, cidrs in pools.values()]
     writes, waiting = {}, [] if refused else sorted(claim for claim in claims if not claim.cidrs)
@@ -141,6 +151,12 @@ def plan_allocations(claims, pools, given, freed, now):
         writes[claim] = cidrs
         taken += map(span_of, cidrs)
     return writes, refused, taken
+
+
+def find_inside(claims, pools):
+    """Why no node gets anything: a node's address is inside the pools, so that the agents refuse them; "" if that is not so."""
+    cidrs = cidrs_of(pools)
+    return next(filter(None, (kube.address_trouble(f"node {each.name}'s address", each.addresses, cidrs) for each in sorted(claims))), "")
 
 
 def find_foreign(claims, pools):
@@ -175,7 +191,7 @@ def free_ranges(cidrs, mask, taken):
 def format_used(pools, taken):
     """The text of USED: the highest address in use of each cluster CIDR that has one, comma-separated."""
     highest = []
-    for cidr in (cidr for _, cidrs in pools.values() for cidr in cidrs):
+    for cidr in cidrs_of(pools):
         version, first, end = span_of(cidr)
         lasts = [min(last, end) for family, low, last in taken if family == version and low <= end and last >= first]
         highest += [str(cidr[max(lasts) - first])] if lasts else []
@@ -184,7 +200,7 @@ def format_used(pools, taken):
 
 def parse_used(text, pools, until):
     """{span: until} of the addresses that may be in use, from the text of USED."""
-    cidrs = [cidr for _, cidrs in pools.values() for cidr in cidrs]
+    cidrs = cidrs_of(pools)
     return {(cidr.version, int(cidr[0]), int(last)): until for last in parse_addresses(text.split(",")) for cidr in cidrs if last in cidr}
 
 
@@ -434,7 +450,7 @@ def look_figures(ipam):
 
 def run_nodeipam(options, pools, environ):
     """Give out ranges until SIGTERM or SIGINT. CNIError 7 without a cluster."""
-    patient = kube.open_api(options.kubeconfig, environ, mncni.make_run(environ), MANAGER)
+    patient = kube.open_api(options.kubeconfig, environ, mncni.make_run(environ), MANAGER, cidrs_of(pools))
     quick, stopping = kube.Api(patient.access, MANAGER), []
     quick.READ_S = RENEW_S / 2  # a request that takes longer must not cost us the Lease
     for number in (signal.SIGTERM, signal.SIGINT):

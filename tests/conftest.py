@@ -15,6 +15,7 @@ import subprocess
 
 import pytest
 
+import mncni
 from tests.lanes import pytest_runtestloop  # noqa: F401 (a hook)
 
 IS_ROOT = os.geteuid() == 0
@@ -34,6 +35,13 @@ def kernel_has(feature):
     """Whether the kernel has one of FEATURES. Asking for it is what loads a module. As root."""
     argv = ["unshare", "--net", "sh", "-c", FEATURES[feature]]
     return subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60).returncode == 0
+
+
+@pytest.fixture(autouse=True)
+def own_directories(tmp_path_factory, monkeypatch):
+    """No test of this process uses the directories that a node has for its leases and its state."""
+    monkeypatch.setattr(mncni, "DEFAULT_DATA_DIR", str(tmp_path_factory.getbasetemp() / "no-leases"))
+    monkeypatch.setattr(mncni, "DEFAULT_RUN_DIR", str(tmp_path_factory.getbasetemp() / "no-run"))
 
 
 def pytest_addoption(parser):

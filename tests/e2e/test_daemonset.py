@@ -183,6 +183,21 @@ def test_pods_of_both_nodes_reach_each_other(cluster):
     assert all(row["received"] for row in labs.ping_all(cluster.lab))
 
 
+def test_the_agent_tries_the_plugin_on_the_node_itself(cluster):
+    """Without the dynamic linker no program of the node starts; the container has its own."""
+    linker, files = cluster.lab.inside("node1", "/lib64"), cluster.lab.inside("node1", "/opt/cni/bin")
+    target = os.readlink(linker)
+    linker.unlink()
+    (files / "touched").touch()  # so that it does not have to wait for the next trial
+    try:
+        cluster.wait(lambda: not containers.ready(cluster.lab, "node1"), "agent that says no")
+        assert "/usr/bin/python3" in json.loads(cluster.lab.inside("node1", "/run/mncni/ready").read_text())["reason"]
+    finally:
+        linker.symlink_to(target)
+        (files / "touched").unlink()
+    cluster.wait(lambda: containers.ready(cluster.lab, "node1"), "agent that is well again")
+
+
 def test_a_container_that_dies_leaves_the_network_and_the_next_one_takes_it_over(cluster, figure):
     """Running pods notice nothing where the kernel has WireGuard; a wireguard-go ends with its container."""
     lab = cluster.lab

@@ -113,7 +113,7 @@ def test_an_agent_does_its_work_with_the_token_of_its_pod_and_cannot_touch_anoth
     text = policies.record(look_nodes(cluster.api())["a1"], gen=4)
     store.publish("a1", text)
     store.say("the cable is out")
-    store.note("n2", "its record is a lie")
+    store.note("n2", "RecordRefused", "its record is a lie")
     wait_until(lambda: look_nodes(cluster.api())["a1"]["metadata"].get("annotations", {}).get(agent.RECORD) == text)
     wait_until(lambda: ("True", "MncniIsDown") in [(row["status"], row["reason"]) for row in conditions(cluster, "a1")])
     wait_until(lambda: cluster.api().list("/api/v1/namespaces/default/events")[0])

@@ -5,11 +5,14 @@ inspect(command) raises AssertionError for a command that is none of these, has 
 
 import re
 
+import agent
+
 WORDS = {
     "NAME": r"""(?!\.{1,2}(?![^\s/:"'\\#*]))[^\s/:"'\\#*\x00-\x1f\x7f-\xa0]{1,15}""",
     "MAC": r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}",
     "PREFIX": r"[0-9a-f.:]{2,43}/\d{1,3}",
     "ADDRESS": r"[0-9a-f.:]{2,43}",
+    "ENDS": r"[0-9a-f.:]{2,43}(?:/\d{1,3})?",
     "NUMBER": r"\d{1,10}",
     "NETNS": r"/[^\s\"'\\#]*",
     "ID": r"[A-Za-z0-9][A-Za-z0-9_.-]*",
@@ -23,8 +26,9 @@ WORDS = {
 ALIAS = "mncni(?::<ID>:<ID>:<NAME>)?"
 METRICS = "(?: (?:mtu|advmss|metric|table|scope) <NUMBER>)*"
 IP_LINES = (
-    *("(?:address|link) show(?: dev <NAME>)?", "link show type (?:veth|ifb)", "netconf show", "address show to <ADDRESS>"),
-    *("route show table (?:all|main proto 201)", "route show default", "route get <ADDRESS>"),
+    "route show default",
+    *("(?:address|link) show(?: dev <NAME>| scope global)?", "link show type (?:veth|ifb)", "netconf show"),
+    *("route show table (?:all(?: default| root <PREFIX>)?|main proto 201)", "route get <ADDRESS>"),
     *("link add name <NAME> (?:mtu <NUMBER> )?address <MAC> type bridge", "link add name mncni-wg0 type wireguard"),
     "link add name <NAME> (?:mtu <NUMBER> )?address <MAC> type veth peer name <NAME> netns <NETNS> (?:mtu <NUMBER> )?address <MAC>",
     *("link (?:set dev <NAME>|delete) group <NUMBER>",
@@ -62,28 +66,38 @@ NFT_LINES = (
                 "dnat <FAMILY> to (?:<ADDRESS>|\\[<ADDRESS>\\]):<NUMBER>",
                 "<ID>:<ID>:<NAME>",
             ),
-            ("(?:prerouting|output) fib daddr type local ct label set 109 jump ports", "all"),
-            ("postrouting ct status dnat ct label 109 <FAMILY> saddr <PREFIX> <FAMILY> daddr <PREFIX> masquerade", "all"),
-            ('postrouting ct status dnat ip saddr 127.0.0.0/8 oifname "<NAME>" masquerade', "all"),
+            (
+                "(?:prerouting|output) fib daddr type local <FAMILY> daddr \\{ <ENDS>(?:, <ENDS>)* \\} ct label set 109 jump ports",
+                "all",
+            ),
+            ("postrouting ct status dnat ct label 109 <FAMILY> saddr <PREFIX> <FAMILY> daddr <PREFIX> masquerade fully-random", "all"),
+            ('postrouting ct status dnat ip saddr 127.0.0.0/8 oifname "<NAME>" masquerade fully-random', "all"),
             ('guard iifname "<NAME>" ip [sd]addr 127.0.0.0/8 drop', "all"),
         )
     ),
     "flush table inet mncni_portmap",
     "create table inet mncni_portmap",
     "add table inet mncni_masq",
-    "(?:add|flush) chain inet mncni_masq net_<HASH>(?: \\{ type nat hook postrouting priority srcnat; policy accept; \\})?",
+    "(?:add|flush) chain inet mncni_masq (?:net|last)_<HASH>"
+    "(?: \\{ type (?:nat|filter) hook postrouting priority srcnat(?: \\+ 10)?; policy accept; \\})?",
+    'add rule inet mncni_masq last_<HASH> tcp flags & rst == rst ct state invalid drop comment "<ID> <HASH>"',
     "add set inet mncni_masq pods[46]_<HASH> \\{ type ipv[46]_addr; flags interval; auto-merge; \\}",
+    "flush set inet mncni_masq pods[46]_<HASH>",
+    "delete (?:chain|set) inet mncni_masq (?:net|last|pods4|pods6)_<HASH>",
     "add element inet mncni_masq pods[46]_<HASH> \\{ <PREFIX> \\}",
-    "add rule inet mncni_masq net_<HASH> <FAMILY> saddr @pods[46]_<HASH> <FAMILY> daddr != @pods[46]_<HASH> <FAMILY> daddr != "
-    '\\{ <PREFIX>(?:, <PREFIX>)* \\} masquerade comment "<ID> <HASH>"',
+    "add rule inet mncni_masq (?:net|last)_<HASH> <FAMILY> saddr @pods[46]_<HASH> <FAMILY> daddr != @pods[46]_<HASH> <FAMILY> daddr != "
+    '\\{ <PREFIX>(?:, <PREFIX>)* \\} (?:masquerade fully-random|drop) comment "<ID> <HASH>"',
     # the agent's
     *("(?:delete )?table inet mncni(?: \\{)?", "  counter leaked \\{ packets \\d+ bytes \\d+ \\}"),
     "  set (?:pods|cluster)[46] \\{ type ipv[46]_addr; flags interval; elements = \\{ <PREFIX>(?:, <PREFIX>)* \\}; \\}",
-    "    type (?:nat|filter) hook [a-z]+ priority [a-z]+(?: - 10)?; policy (?:accept|drop);",
+    "    type (?:nat|filter) hook [a-z]+ priority [a-z]+(?: [-+] 10)?; policy (?:accept|drop);",
     '    <FAMILY> daddr @cluster[46] oifname != \\{ "<NAME>", "mncni-host", "lo" \\} counter name leaked drop',
     '    iifname "<NAME>" (?:meta nfproto ipv[46]|<FAMILY> [sd]addr != @pods[46](?: ip6 [sd]addr != [a-z0-9:/]+)*) drop',
-    '    oifname "mncni-host" <FAMILY> saddr != @pods[46] snat <FAMILY> to <ADDRESS>',
-    "    <FAMILY> saddr @pods[46] <FAMILY> daddr != @cluster[46] <FAMILY> daddr != <PREFIX> masquerade",
+    '    oifname "mncni-host" <FAMILY> saddr != @pods[46] snat <FAMILY> to <ADDRESS> fully-random',
+    "    <FAMILY> saddr @pods[46] <FAMILY> daddr != @cluster[46] <FAMILY> daddr != <PREFIX> masquerade fully-random",
+    '    oifname != \\{ "<NAME>", "mncni-host", "lo" \\} '
+    "<FAMILY> saddr @pods[46] <FAMILY> daddr != @cluster[46] <FAMILY> daddr != <PREFIX> drop",
+    "    tcp flags & rst == rst ct state invalid drop",
     '    iifname "mncni-(?:ns|wg0)" oifname "mncni-(?:wg0|ns)"(?: <FAMILY> daddr @pods[46])? accept',
     "    icmpv6 type \\{ nd-neighbor-solicit, nd-neighbor-advert \\} accept",
 )
@@ -93,7 +107,7 @@ COMMANDS = (  # the whole argv, its words joined by NUL
     "tc -batch -",
     "nft -f -",
     "ip link delete dev <NAME>",
-    "nft -j list (?:table inet mncni(?:_portmap)?|chain inet mncni_masq net_<HASH>)",
+    "nft -j list (?:table inet mncni(?:_portmap|_masq)?)",
     "tc -json (?:qdisc|filter) show dev <NAME>(?: ingress)?",
     "ip -[46] -oneline route show table all type unicast dev <NAME>",
     "tc qdisc replace dev <NAME> root netem(?: [a-z0-9.%]+)+",
@@ -125,8 +139,11 @@ def inspect(command):
     if argv[0] == "nsenter":
         assert re.fullmatch(r"--net=/[^\0]*", argv[1]), f"another namespace: {argv!r}"
         argv = argv[2:]
-    if argv[0].startswith("/"):  # a delegate
-        assert len(argv) == 1 and set(command.environ) == {"CNI_COMMAND"}, f"no delegate's call: {argv!r}"
+    if argv == ["/usr/bin/python3", "-IS", "-c", agent.OLD_PYTHON]:
+        return
+    if argv[0].startswith("/"):  # a delegate, or the installed plugin when the agent tries it
+        is_known = set(command.environ) in ({"CNI_COMMAND"}, {"CNI_COMMAND", "CNI_PATH"})
+        assert len(argv) == 1 and is_known, f"no delegate's call: {argv!r}"
         assert command.stdin.count("\n") == 0
         return
     assert ARGV.fullmatch("\0".join(argv)), f"no command of ours: {argv!r}"[:2000]

@@ -107,7 +107,7 @@ class Node:
         for path in sorted(path for top in ("run", "var/lib") for path in (self.root / top).rglob("*[!g]") if path.is_file()):
             status = path.stat()
             text += f"{path.relative_to(self.root)} {status.st_mode:o} {status.st_size if path.suffix == '.py' else ''}\n"
-            text += "" if path.suffix in (".log", ".py") else path.read_text()
+            text += "" if path.suffix in (".log", ".py", ".pyc") else path.read_text()
         for pattern, new in TIDY:
             text = re.sub(pattern, new, text, flags=re.MULTILINE)
         return "\n".join(line for line in text.splitlines() if line.strip())

@@ -47,7 +47,7 @@ def test_a_command_that_handles_the_key_and_fails_does_not_tell_it(bench, caplog
     def run(command):
         words = " ".join(command.argv)
         if command.argv[0] == "nft":
-            return mncni.Reply(1, "", mncni.GONE_NFT)
+            return mncni.Reply(1, "", "Error: No such file or directory\n")
         if not (words.endswith("dump") if act == "dump" else act.split()[1] in words):
             return device(command)
         if how == "hangs":
@@ -192,7 +192,7 @@ def test_every_file_has_its_mode_and_owner(bench, tmp_path, monkeypatch, umask):
         bench.settle()
         with agent.agent_lock(bench.settings):
             pass
-        (tmp_path / "netns").touch()
+        (tmp_path / "netns").symlink_to("/proc/self/ns/net")
         conf = {
             "cniVersion": "1.1.0",
             "name": "net",
@@ -205,6 +205,7 @@ def test_every_file_has_its_mode_and_owner(bench, tmp_path, monkeypatch, umask):
             "CNI_COMMAND": "ADD",
             "CNI_CONTAINERID": "c1",
             "CNI_NETNS": f"{tmp_path}/netns",
+            "CNI_NETNS_OVERRIDE": "1",
             "CNI_IFNAME": "eth0",
             "MNCNI_RUN_DIR": f"{tmp_path}/run",
         }
@@ -298,7 +299,7 @@ def test_a_list_of_nodes_behind_a_link_is_not_believed(bench, tmp_path):
 
 
 def lease_store(tmp_path):
-    return mncni.Leases(str(tmp_path / "data"), "net")
+    return mncni.Leases(str(tmp_path / "data"), "net", str(tmp_path / "run"))
 
 
 def test_leases_that_are_links_count_as_free_and_what_they_lead_to_stays(tmp_path, outside):

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import agent
+import mncni
 from tests.apiserver import ApiServer, realistic_node
 from tests.unit.agent_data import FakeWireGuard, key_of, parse
 
@@ -89,6 +90,7 @@ class Follower:
     """The agent of node-0, with a WireGuard device in memory and without the stages that need a kernel."""
 
     def __init__(self, directory):
+        mncni.DEFAULT_DATA_DIR = f"{directory}/leases"  # an agent looks whether it can write there
         agent.FLOOR, agent.STAGES = (agent.ensure_endpoints,), (agent.ensure_mtu, agent.ensure_identity)
         names = ("conf-dir", "bin-dir", "state-dir", "run-dir")
         dirs = [word for name in names for word in (f"--{name}", directory / name)]

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.root
 PATIENCE_S = 30  # far more than anything takes: the machine may be busy
 AGENT = "/opt/mncni/agent.py"
 POD = {node: f"10.244.{number}.2" for number, node in enumerate(("node1", "node2", "node3"), 1)}
-READS = re.compile(r"\+ (nsenter --net=\S+ )?(ip -json |wg show |nft -j list )")
+READS = re.compile(r"\+ (nsenter --net=\S+ )?(ip -json |wg show |nft -j list |/usr/bin/python3 -IS -c |CNI_COMMAND=STATUS )")
 
 
 class Node:
@@ -49,10 +49,10 @@ class Node:
     def log(self):
         return self.path(labs.AGENT_LOG).read_text()
 
-    def start(self, *flags):
-        """Start the agent; it logs each command. Returns what it has logged since, as a function."""
+    def start(self, *flags, argv=None):
+        """Start the agent; it logs each command. argv: its command line. Returns what it has logged since, as a function."""
         before = len(self.log())
-        argv = ["/usr/bin/env", "MNCNI_DEBUG=1", *labs.plan_agent(self.lab, self.name), *flags]
+        argv = ["/usr/bin/env", "MNCNI_DEBUG=1", *(argv or labs.plan_agent(self.lab, self.name)), *flags]
         labs.must([*labs.node_argv(self.lab, self.name), labs.PYTHON, "/opt/mncni/lab.py", "node-agent", "start", *argv])
         return lambda: self.log()[before:]
 
@@ -291,6 +291,39 @@ def test_a_store_that_fails_keeps_the_peers(nodes, kind):
         node.wait_status("the store is believed again", lambda status: status["store"] == "")
 
 
+# ---- the node's address ----
+
+
+def test_an_address_that_changes_is_followed_and_one_that_moves_in_and_out_is_no_news(nodes):
+    """No --endpoint: the default route's source. As after a DHCP lease has brought another address; then keepalived comes and goes."""
+    node, argv = nodes[2], labs.plan_agent(nodes[2].lab, "node3")
+    place, old = argv.index("--endpoint"), argv[argv.index("--endpoint") + 1]
+    node.end()
+    node.sh(f"ip route add default via {old[:-1]}254")
+    try:
+        node.start(argv=argv[:place] + argv[place + 2 :])
+        node.wait_up()
+        assert node.status()[1]["endpoints"] == [old]
+        link = json.loads(node.sh("ip -json route get 192.0.2.254"))[0]["dev"]
+        node.sh(f"ip address delete {old}/24 dev {link}; ip address add {old}3/24 dev {link}; ip route add default via {old[:-1]}254")
+        node.wait_status("the new address", lambda status: status["endpoints"] == [f"{old}3"])
+        peer = nodes[0].wait_status(
+            "the peer's new endpoint", lambda status: any(f"{old}3:" in each["endpoint"] for each in status["peers"])
+        )
+        assert peer["ok"]
+        record = node.record().read_text()
+        with no_ping_lost(node, POD["node1"]), no_ping_lost(nodes[0], POD["node3"]):
+            for verb in ("add", "delete"):
+                before = len(node.log())
+                node.sh(f"ip address {verb} {old}4/32 dev {link}")
+                labs.wait_until(lambda before=before: "ip -json" in node.log()[before:], PATIENCE_S, "a pass")
+        assert node.record().read_text() == record
+    finally:
+        node.end()
+        node.sh(f"ip address flush scope global dev {link}; ip address add {old}/24 dev {link}", check=False)
+        node.start()
+
+
 # ---- what is not ours, what cannot be kept ----
 
 # What stands in the agent's way -> commands that put it there, what the agent says, how the object must still look, how it goes away.
@@ -342,6 +375,44 @@ def test_a_foreign_object_is_refused_with_a_clear_message_and_left_as_it_is(node
         POD["node3"] = labs.add_pod(node.lab, "node3", "pod1")["ips"][0]["address"].partition("/")[0]
     with no_ping_lost(node, POD["node1"]):
         pass
+
+
+def test_another_network_that_appears_inside_the_cluster_cidr_is_reported_and_costs_no_ping(nodes):
+    node, said = nodes[2], "10.244.77.1/24 on virbr0"
+    with no_ping_lost(node, POD["node1"]):
+        node.sh("ip link add virbr0 type bridge; ip address add 10.244.77.1/24 dev virbr0; ip link set virbr0 up")
+        try:
+            node.wait_status("the report", lambda status: said in status["reason"] and "ip link delete virbr0" in status["reason"])
+            assert json.loads(node.path("/run/mncni/ready").read_text())["ok"] is False
+            node.end()
+            logged = node.start()  # it finds the floor there, and keeps it
+            node.wait_log(logged, said)
+        finally:
+            node.sh("ip link delete virbr0")
+        node.wait_up()
+
+
+def test_at_start_another_network_inside_the_cluster_cidr_is_not_cut_off(nodes):
+    node = nodes[2]
+    node.end()
+    node.sh("nft delete table inet mncni; rm /run/mncni/firewall.json; ip route flush proto 201")  # as after a boot
+    node.sh("ip link add virbr0 type bridge; ip address add 10.244.77.1/24 dev virbr0; ip link set virbr0 up")
+    try:
+        node.wait_log(node.start(), "10.244.77.1/24 on virbr0")
+        assert "unreachable" not in node.sh("ip route") and node.run("nft", "list", "table", "inet", "mncni")[0] == 1
+    finally:
+        node.sh("ip link delete virbr0")
+    node.wait_up()
+    assert "unreachable 10.244.0.0/16" in node.sh("ip route")
+
+
+@pytest.mark.parametrize(
+    "inside, name", [("", "mncni0"), ("", "mncni-host"), ("", "eth0"), ("nsenter --net=/run/netns/mncni-wg ", "mncni-ns")]
+)
+def test_forwarding_of_one_link_that_is_switched_off_is_switched_on_again(nodes, inside, name):
+    key = f"net.ipv4.conf.{name}.forwarding"
+    nodes[2].sh(f"{inside}sysctl -qw {key}=0")
+    labs.wait_until(lambda: nodes[2].sh(f"{inside}sysctl -n {key}") == "1\n", 5, "forwarding again")
 
 
 def test_a_full_state_directory_is_named_and_the_key_in_use_stays(nodes):

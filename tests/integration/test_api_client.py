@@ -3,11 +3,13 @@
 import contextlib
 import json
 import os
+import re
 import stat
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -273,6 +275,12 @@ def test_an_ipv6_address_is_an_address(tmp_path):
 CLUSTER = {"server": "https://192.0.2.1:6443", "certificate-authority": "ca.crt"}
 
 
+BAD_SERVERS = [
+    *("192.0.2.1", "192.0.2.1:6443", "ftp://192.0.2.1", "https://", "", "https://192.0.2.1:6443\n", "https://a b", "https://192.0.2.1:0"),
+    *("https://user:SeCrEt@192.0.2.1", "https://192.0.2.1/?x=SeCrEt", "https://192.0.2.1#x", "https://192.0.2.1,http//192.0.2.2"),
+]
+
+
 def write_kubeconfig(path, user, cluster=CLUSTER, **changes):
     config = {"clusters": [{"name": "c", "cluster": cluster}], "users": [{"name": "u", "user": user}], "current-context": "x"}
     config = {**config, "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}], **changes}
@@ -281,7 +289,7 @@ def write_kubeconfig(path, user, cluster=CLUSTER, **changes):
 
 
 def test_files_of_a_kubeconfig_are_beside_it(tmp_path):
-    path = write_kubeconfig(tmp_path / "config", {"tokenFile": "token", "client-key": "/abs/key"})
+    path = write_kubeconfig(tmp_path / "config", {"tokenFile": "token", "client-key": "/abs/key", "client-certificate": "crt"})
     access = kube.read_kubeconfig(path, None)
     assert access["certificate-authority"] == str(tmp_path / "ca.crt")
     assert (access["tokenFile"], access["client-key"]) == (str(tmp_path / "token"), "/abs/key")
@@ -290,11 +298,27 @@ def test_files_of_a_kubeconfig_are_beside_it(tmp_path):
 @pytest.mark.parametrize(
     "user, changes, said",
     [
-        ({"exec": {"command": "aws"}}, {}, '"exec" is not supported: give a user with a token or a certificate'),
+        ({"exec": {"command": "aws"}}, {}, '"exec" is not supported (an object): give a direct server'),
         ({"auth-provider": {"name": "gcp"}}, {}, '"auth-provider" is not supported'),
-        ({"token": "t"}, {"current-context": "y"}, "no usable current context"),
-        ({"token": "t"}, {"contexts": None}, "no usable current context"),
-        ({"token": "t"}, {"cluster": {"server": "192.0.2.1"}}, "no http(s):// address"),
+        *(({key: "x"}, {}, f'"{key}" is not supported') for key in ("username", "password", "as", "as-uid", "some-later-key")),
+        ({"as-groups": ["x"]}, {}, '"as-groups" is not supported'),
+        ({"as-user-extra": {"x": ["y"]}}, {}, '"as-user-extra" is not supported'),
+        ({"token": 5}, {}, '"token" is not supported (a number)'),
+        ({"client-key-data": "eA=="}, {}, "a client certificate and its key go together"),
+        ({"client-certificate": "crt"}, {}, "a client certificate and its key go together"),
+        ({"token": "t"}, {"current-context": "y"}, '0 contexts with the name "y"; set current-context'),
+        ({"token": "t"}, {"current-context": None}, "0 contexts with the name null; set current-context"),
+        ({"token": "t"}, {"current-context": ["x"]}, "0 contexts with the name"),
+        ({"token": "t"}, {"contexts": None}, '0 contexts with the name "x"'),
+        ({"token": "t"}, {"contexts": [{"name": "x", "context": {"cluster": "c", "user": "gone"}}]}, '0 users with the name "gone"'),
+        ({"token": "t"}, {"contexts": [{"name": "x", "context": {"cluster": "gone"}}]}, '0 clusters with the name "gone"'),
+        ({"token": "t"}, {"contexts": [{"name": "x", "context": None}]}, "0 clusters with the name null"),
+        ({"token": "t"}, {"users": [{"name": "u", "user": {}}] * 2}, '2 users with the name "u"'),
+        ({"token": "t"}, {"contexts": 5}, "TypeError"),
+        ({"token": "t"}, {"cluster": {**CLUSTER, "proxy-url": "http://192.0.2.9:3128"}}, '"proxy-url" is not supported'),
+        ({"token": "t"}, {"cluster": {**CLUSTER, "insecure-skip-tls-verify": "false"}}, "is not supported (a string)"),
+        ({"token": "t"}, {"cluster": {**CLUSTER, "certificate-authority-data": "!!!!"}}, '"certificate-authority-data" is no base64'),
+        *(({"token": "t"}, {"cluster": {"server": server}}, "no http(s):// address") for server in BAD_SERVERS),
     ],
 )
 def test_a_kubeconfig_that_cannot_be_used_says_why(tmp_path, user, changes, said):
@@ -302,6 +326,61 @@ def test_a_kubeconfig_that_cannot_be_used_says_why(tmp_path, user, changes, said
     with pytest.raises(mncni.CNIError) as caught:
         kube.read_kubeconfig(path, None)
     assert said in str(caught.value) and path in str(caught.value) and caught.value.code == 7
+    assert "SeCrEt@" not in str(caught.value) and ":SeCrEt" not in str(caught.value)
+
+
+@pytest.mark.parametrize("port", ["https://192.0.2.1:x", "https://192.0.2.1:99999", "https://[::1"])
+def test_a_server_address_that_python_cannot_read_is_refused_with_what_it_says(tmp_path, port):
+    with pytest.raises(mncni.CNIError, match="Port|port|IPv6") as caught:
+        kube.read_kubeconfig(write_kubeconfig(tmp_path / "config", {"token": "t"}, {"server": port}), None)
+    assert caught.value.code == 7
+
+
+@pytest.mark.parametrize(
+    "server", ["http://localhost", "https://[2001:db8::1]:6443/k8s/clusters/c-1", "HTTPS://api.example", "https://192.0.2.1,https://192.0.2.2:1"]
+)
+def test_keys_that_change_nothing_are_ignored_and_these_servers_are_fine(tmp_path, server):
+    cluster = {"server": server, "disable-compression": True, "extensions": [{"name": "x"}], "proxy-url": ""}
+    user = {"token": "t", "username": "", "exec": None, "as-groups": []}
+    contexts = [{"name": name, "context": {"cluster": "c", "user": "u", "namespace": "n", "extensions": []}} for name in ("w", "x", "y")]
+    access = kube.read_kubeconfig(write_kubeconfig(tmp_path / "config", user, cluster, contexts=contexts), None)
+    assert access == {"server": server, "token": "t"}
+
+
+def test_the_name_that_the_servers_certificate_is_for_can_be_given(server, tmp_path):
+    """And a certificate for another name is refused. The server's certificate is for 127.0.0.1 and localhost."""
+    access = {"server": server.url, "certificate-authority": str(server.ca_file), "token": server.token(USER)}
+    kube.Api({**access, "tls-server-name": "localhost"}).request("GET", "/api/v1/nodes")
+    error = refused(kube.Api({**access, "tls-server-name": "elsewhere.example"}).request, "GET", "/api/v1/nodes")
+    assert error.status == 0 and "elsewhere.example" in str(error)
+
+
+def test_a_proxy_in_the_environment_is_not_used(server, tmp_path, monkeypatch):
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    client_of(server, tmp_path).request("GET", "/api/v1/nodes")
+
+
+@pytest.mark.parametrize("token", ["SeCrEt\r\nX-Evil: 1", "SeCrEt\u00e9", "Se\x00CrEt"])
+def test_a_token_that_is_none_is_quoted_in_no_error(server, tmp_path, token):
+    client = kube.Api({"server": server.url, "certificate-authority": str(server.ca_file), "token": token})
+    error = refused(client.request, "GET", "/api/v1/nodes")
+    assert error.status == 0 and "CrEt" not in repr(error) and "characters that no token has" in str(error)
+
+
+def test_a_line_feed_at_the_end_of_a_token_is_no_part_of_it(server, tmp_path):
+    access = {"server": server.url, "certificate-authority": str(server.ca_file), "token": server.token(USER) + "\n"}
+    kube.Api(access).request("GET", "/api/v1/nodes")
+
+
+def test_an_event_about_a_node_with_the_longest_name_has_a_name_that_fits():
+    sent = []
+    api = SimpleNamespace(request=lambda method, path, body: sent.append(body["metadata"]["name"]))
+    for name in ("n1", "a" * 253, "a" * 252 + "b", "a" * 199 + ".-" + "b" * 52):
+        kube.send_event(api, name, name, "it is long", reason="Test")
+    assert len(set(sent)) == 4 and sent[0].startswith("n1.")
+    for name in sent:
+        assert len(name) <= 253 and all(re.fullmatch("[a-z0-9]([-a-z0-9]*[a-z0-9])?", label) for label in name.split(".")), name
 
 
 def test_no_kubeconfig_and_no_pod_are_told(tmp_path):

@@ -166,7 +166,7 @@ def test_the_condition_is_written_both_ways_with_times_and_a_reason_in_camel_cas
         raise mncni.CNIError(100, "the bridge burns")
 
     monkeypatch.setattr(agent, "STAGES", (broken,))
-    cluster.tick(lambda: cluster.condition(DOWN), seconds=60)
+    cluster.tick(lambda: cluster.condition(DOWN) and cluster.server.count("create", "events"), seconds=60)
     down = cluster.condition(DOWN)
     assert down["message"] == "the bridge burns" and down["lastTransitionTime"] and down["lastHeartbeatTime"]
     writes = cluster.server.writes(USER)
@@ -176,7 +176,12 @@ def test_the_condition_is_written_both_ways_with_times_and_a_reason_in_camel_cas
     time.sleep(0.3)
     assert cluster.server.writes(USER) == writes
     monkeypatch.setattr(agent, "STAGES", stages)
-    cluster.tick(lambda: cluster.condition(UP), seconds=60)
+    cluster.tick(lambda: cluster.condition(UP) and cluster.server.count("create", "events") == 2, seconds=60)
+    events = [json.loads(entry.item) for entry in cluster.server.store.entries["events"].values()]
+    assert {(each["reason"], each["type"], each["involvedObject"]["name"], each["message"]) for each in events} == {
+        ("NetworkDown", "Warning", "n1", "MNCNI's network is not up: the bridge burns"),
+        ("NetworkUp", "Normal", "n1", "MNCNI's network is up again"),
+    }
 
 
 def test_other_conditions_and_annotations_stay(cluster):

@@ -41,6 +41,8 @@ def chain(cri):
     for program in programs:
         cri.node.path(f"/opt/cni/bin/{Path(program).name}").unlink()
     cri.node.run(["ip", "link", "delete", "theirs0"])
+    # Pods of MNCNI's network start again when the agent has seen that the other one is gone.
+    labs.wait_until(lambda: json.loads(cri.node.path("/run/mncni/ready").read_text())["ok"], 60, "the agent to be content")
     cri.wait_for_network(NETWORK)
 
 

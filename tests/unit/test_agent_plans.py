@@ -9,7 +9,7 @@ import pytest
 
 import agent
 import mncni
-from tests.unit.agent_data import V4, V6, key_of, make_settings, parse, text_of
+from tests.unit.agent_data import V4, V6, Kernel, key_of, make_settings, parse, text_of
 
 A, B, C, D = (key_of(number) for number in (1, 2, 3, 4))
 SECRET = "SECRETsecretSECRETsecretSECRETsecretSECRET0="
@@ -245,7 +245,7 @@ def test_a_route_that_differs_is_replaced_and_one_too_many_deleted():
 
 
 def test_the_floor_is_a_stage_before_anything_that_makes_a_link_or_can_lack_knowledge():
-    assert (agent.ensure_endpoints, agent.ensure_floor) == agent.FLOOR
+    assert (agent.ensure_host, agent.ensure_endpoints, agent.ensure_floor) == agent.FLOOR
     assert not set(agent.FLOOR) & set(agent.STAGES)
 
 
@@ -315,28 +315,6 @@ def test_a_foreign_link_of_our_name_is_refused_not_taken(alias):
     assert (error.code, error.msg) == (7, 'link "mncni-host" is somebody else\'s: it lacks the alias "mncni"; rename or remove it')
 
 
-def netconf(family, interface, forwarding=True, rp_filter=None):
-    return {"family": family, "interface": interface, "forwarding": forwarding, **({"rp_filter": rp_filter} if rp_filter else {})}
-
-
-def test_forwarding_and_the_path_filter_are_set_where_they_are_wrong():
-    new = [
-        {"ifname": "lo", "flags": []},
-        netconf("inet", "lo", rp_filter="off"),
-        netconf("inet", "mncni-ns", rp_filter="strict"),
-        netconf("inet", "all", False, "loose"),
-        netconf("inet6", "all", False),
-        netconf("inet6", "lo", False),
-    ]
-    nsenter = "nsenter --net=/run/netns/mncni-wg tee"
-    assert shell(agent.plan_ns_sysctls(new, BOTH.netns)) == [
-        f"{nsenter} /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding <<'E'\n1\nE",
-        f"{nsenter} /proc/sys/net/ipv4/conf/all/rp_filter /proc/sys/net/ipv4/conf/mncni-ns/rp_filter <<'E'\n0\nE",
-    ]
-    right = [netconf("inet", "all", rp_filter="off"), netconf("inet6", "all"), netconf("inet6", "lo", False)]
-    assert agent.plan_ns_sysctls(right, BOTH.netns) == []
-
-
 def test_a_bridge_keeps_its_gateways_and_loses_those_of_an_earlier_pod_cidr():
     asked, ran = "address show dev mncni0", []
     addresses = [address("10.244.9.1", 24), address("fd00:244:9::1", 64), address("fd00:244:ffff::1", 64), address("fe80::1", 64, "link")]
@@ -352,76 +330,6 @@ def test_a_bridge_keeps_its_gateways_and_loses_those_of_an_earlier_pod_cidr():
     lines = ["delete 10.244.9.1/24 dev mncni0", "delete fd00:244:9::1/64 dev mncni0", "replace 10.244.255.1/24 dev mncni0"]
     lines.append("replace fe80::28:82/64 dev mncni0 nodad")
     assert ran == ["ip -batch - <<'E'\n" + "".join(f"address {line}\n" for line in lines) + "E"]
-
-
-# ---- the node's address and MTU ----
-
-
-class Kernel:
-    """run() that answers look_ip by its lines: {line: what ip prints in JSON}; a line that is not there fails."""
-
-    def __init__(self, replies):
-        self.replies, self.asked = replies, []
-
-    def __call__(self, command):
-        lines = command.stdin.splitlines()
-        self.asked += lines
-        known = [self.replies[line] for line in lines if line in self.replies]
-        failed = "" if len(known) == len(lines) else "RTNETLINK answers: Network is unreachable\nCommand failed -:1\n"
-        return mncni.Reply(1 if failed else 0, "".join(json.dumps(reply) + "\n" for reply in known), failed)
-
-
-def underlay(replies, **changes):
-    settings = dataclasses.replace(BOTH, endpoints=(), **changes)
-    return agent.Context(settings, Kernel(replies), "boot")
-
-
-ROUTE_4, ROUTE_6 = "route get 192.0.2.1", "route get 2001:db8::1"
-
-
-def test_the_nodes_addresses_are_those_of_its_default_routes():
-    context = underlay({ROUTE_4: [{"dst": "192.0.2.1", "prefsrc": "192.0.2.7"}], ROUTE_6: [{"prefsrc": "2001:db8::7"}]})
-    agent.ensure_endpoints(context)
-    assert [str(endpoint) for endpoint in context.endpoints] == ["192.0.2.7", "2001:db8::7"]
-
-
-def test_a_node_without_a_default_route_yet_gets_its_floor_before_it_complains():
-    context = underlay({})
-    agent.ensure_endpoints(context)
-    error = raised(agent.ensure_mtu, context)
-    assert (error.code, error.msg) == (7, "no default route tells this node's address: give it with --endpoint")
-    assert raised(agent.ensure_mtu, underlay({}, mtu=1400)).code == 7
-
-
-def test_a_node_whose_own_address_is_inside_the_cluster_cidr_is_refused_before_the_floor_cuts_it_off():
-    error = raised(agent.ensure_endpoints, underlay({ROUTE_4: [{"prefsrc": "10.244.3.3"}]}))
-    assert error.msg == "this node's address 10.244.3.3 is inside --cluster-cidr: nodes, services and pods need addresses of their own"
-
-
-def link_of(mtu):
-    return {"flags": ["UP"], "mtu": mtu, "addr_info": [{}]}
-
-
-@pytest.mark.parametrize(
-    "endpoints, links, mtu",
-    [((V4,), [1500], 1440), ((V6,), [1500], 1420), ((V4, V6), [1500, 1400], 1320), ((V4,), [9001], 8941)],
-)
-def test_the_pods_mtu_is_the_underlays_less_the_overhead(endpoints, links, mtu):
-    context = underlay({f"address show to {address}": [{}, link_of(link)] for address, link in zip(endpoints, links)})
-    context.endpoints = endpoints
-    agent.ensure_mtu(context)
-    assert context.mtu == mtu
-
-
-@pytest.mark.parametrize("settings, link, least", [(BOTH, 1339, 1280), (ONLY4, 635, 576)])
-def test_an_underlay_too_narrow_for_the_pods_is_refused(settings, link, least):
-    context = agent.Context(settings, Kernel({f"address show to {V4}": [link_of(link)]}), "boot", endpoints=(V4,))
-    assert f"leaves {least - 1} bytes" in raised(agent.ensure_mtu, context).msg
-
-
-def test_an_endpoint_that_no_interface_has_is_named():
-    context = agent.Context(BOTH, Kernel({f"address show to {V4}": [{}, {}]}), "boot", endpoints=(V4,))
-    assert raised(agent.ensure_mtu, context).msg == "no interface has the address --endpoint 192.0.2.1; is it up?"
 
 
 # ---- firewalls: the whole text ----
@@ -442,17 +350,20 @@ table inet mncni {
     iifname "mncni0" ip6 saddr != @pods6 ip6 saddr != fe80::/10 ip6 saddr != :: drop
     iifname "mncni-host" ip6 daddr != @pods6 ip6 daddr != fe80::/10 ip6 daddr != ff02::/16 drop
   }
-  chain outbound {
-    type filter hook postrouting priority mangle; policy accept;
-    ip daddr @cluster4 oifname != { "mncni0", "mncni-host", "lo" } counter name leaked drop
-    ip6 daddr @cluster6 oifname != { "mncni0", "mncni-host", "lo" } counter name leaked drop
-  }
   chain nat {
     type nat hook postrouting priority srcnat - 10; policy accept;
-    oifname "mncni-host" ip saddr != @pods4 snat ip to 10.244.255.1
-    ip saddr @pods4 ip daddr != @cluster4 ip daddr != 224.0.0.0/4 masquerade
-    oifname "mncni-host" ip6 saddr != @pods6 snat ip6 to fd00:244:ffff::1
-    ip6 saddr @pods6 ip6 daddr != @cluster6 ip6 daddr != ff00::/8 masquerade
+    oifname "mncni-host" ip saddr != @pods4 snat ip to 10.244.255.1 fully-random
+    ip saddr @pods4 ip daddr != @cluster4 ip daddr != 224.0.0.0/4 masquerade fully-random
+    oifname "mncni-host" ip6 saddr != @pods6 snat ip6 to fd00:244:ffff::1 fully-random
+    ip6 saddr @pods6 ip6 daddr != @cluster6 ip6 daddr != ff00::/8 masquerade fully-random
+  }
+  chain outbound {
+    type filter hook postrouting priority srcnat + 10; policy accept;
+    tcp flags & rst == rst ct state invalid drop
+    ip daddr @cluster4 oifname != { "mncni0", "mncni-host", "lo" } counter name leaked drop
+    oifname != { "mncni0", "mncni-host", "lo" } ip saddr @pods4 ip daddr != @cluster4 ip daddr != 224.0.0.0/4 drop
+    ip6 daddr @cluster6 oifname != { "mncni0", "mncni-host", "lo" } counter name leaked drop
+    oifname != { "mncni0", "mncni-host", "lo" } ip6 saddr @pods6 ip6 daddr != @cluster6 ip6 daddr != ff00::/8 drop
   }
 }
 """
@@ -499,7 +410,8 @@ def test_the_namespaces_firewall_lets_nothing_through_but_pods_traffic():
 
 def test_masquerade_can_be_left_to_others():
     text = agent.host_firewall(dataclasses.replace(BOTH, masquerade=False), (3, 252))
-    assert text == "".join(line for line in HOST_FIREWALL.splitlines(True) if "masquerade" not in line)
+    left_out = ("masquerade", "224.0.0.0/4 drop", "ff00::/8 drop")
+    assert text == "".join(line for line in HOST_FIREWALL.splitlines(True) if not any(words in line for words in left_out))
 
 
 def test_adjacent_networks_are_one_element_since_nft_refuses_two():
@@ -529,6 +441,66 @@ def test_a_listing_is_compared_without_what_changes_by_itself():
 
 def test_no_table_is_an_empty_listing():
     assert agent.parse_nft("") == ([], (0, 0)) == agent.parse_nft('{"nftables": []}')
+
+
+# ---- endpoints that nothing comes from ----
+
+
+class Doubts:
+    """Glances at one peer, whose record says 192.0.2.1:1."""
+
+    def __init__(self):
+        self.heard, self.now = {}, 0
+        self.desired = agent.desired_peers({"n1": agent.parse_record("n1", text_of(1), BOTH.cluster_cidrs)}, (V4,))
+        (self.key,) = self.desired
+        self.right = self.desired[self.key]["endpoint"]
+
+    def glance(self, endpoint, rx, tx, later_s=1.5):
+        """Whether the endpoint is to be set back."""
+        self.now += later_s
+        present = {self.key: {"endpoint": endpoint, "allowed_ips": set(), "handshake": 0, "rx": rx, "tx": tx}}
+        doubts, self.heard = agent.doubted(self.desired, present, self.heard, self.now)
+        return doubts == [self.key]
+
+
+ELSEWHERE = "192.0.2.77:9"
+
+
+def test_an_endpoint_that_changes_although_nothing_came_was_set_by_somebody():
+    doubts = Doubts()
+    assert not doubts.glance(doubts.right, 100, 100)
+    assert doubts.glance(ELSEWHERE, 100, 100)
+
+
+def test_an_endpoint_that_changes_with_what_comes_is_learnt_and_stays_while_something_comes():
+    doubts = Doubts()
+    assert not doubts.glance(doubts.right, 100, 100)
+    for number in range(1, 1000):
+        assert not doubts.glance(ELSEWHERE, 100 + number, 100 + number)
+
+
+def test_an_endpoint_from_which_nothing_comes_for_two_minutes_is_set_back_if_packets_wait():
+    doubts = Doubts()
+    assert not doubts.glance(ELSEWHERE, 100, 100)  # an agent that starts does not know how it came to be
+    assert not any(doubts.glance(ELSEWHERE, 100, 100) for _ in range(1000)), "nobody wants anything from it"
+    waits = [doubts.glance(ELSEWHERE, 100, 100 + number) for number in range(1, 100)]
+    assert waits.index(True) * 1.5 == pytest.approx(120, abs=3)
+    assert waits.count(True) == 1, "the next doubt takes as long"
+    assert not any(doubts.glance(doubts.right, 100, 1000 + number) for number in range(1, 1000)), "it is the record's"
+
+
+def test_one_packet_after_a_quiet_hour_has_its_two_minutes():
+    doubts = Doubts()
+    assert not doubts.glance(ELSEWHERE, 100, 100)
+    assert not doubts.glance(ELSEWHERE, 100, 100, 3600)
+    assert not doubts.glance(ELSEWHERE, 100, 248)
+    assert not doubts.glance(ELSEWHERE, 192, 248)
+
+
+def test_peers_that_are_not_there_yet_or_not_wanted_are_not_doubted():
+    assert agent.doubted(Doubts().desired, {}, {"old": ("", 0, 0, 0)}, 5) == ([], {})
+    there = {key_of(9): {"endpoint": ELSEWHERE, "rx": 0, "tx": 0}}
+    assert agent.doubted(Doubts().desired, there, {}, 5) == ([], {})
 
 
 # ---- what others read: record, conflist ----

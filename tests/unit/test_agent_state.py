@@ -10,6 +10,8 @@ import logging
 import os
 import re
 import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -54,6 +56,7 @@ GOOD = ("--cluster-cidr", "10.244.0.0/16", "--pod-cidr", "10.244.1.0/24")
         (["--masquerade", "maybe"], "--masquerade.*'maybe'"),
         (["--node-name", "a/b"], "--node-name 'a/b'"),
         (["--node-name", ".."], "--node-name '..'"),
+        (["--nodes-dir", "/n", "--node-name", "n" * 246], "too long for a file of --nodes-dir"),
         (["--nonsense"], "--nonsense"),
         ([*GOOD, "--nodes-dir", "/n", "--kubeconfig", "/k"], "--nodes-dir and --kubeconfig are two node stores"),
         ([*GOOD, "--kubeconfig", "/k"], "--pod-cidr is for --nodes-dir: a cluster tells its nodes"),
@@ -823,6 +826,138 @@ def test_a_plugin_that_cannot_be_installed_lets_no_pod_in(bench):
     (bench.dir / "bin_dir" / "mncni").write_text("#!/bin/sh\n")
     assert not bench.tick()
     assert "is not MNCNI's own" in bench.status()["reason"] and bench.text("run_dir/ready") is None
+
+
+def trial_that_says(bench, monkeypatch, **answers):
+    """Have the commands that try the plugin answer: "python", "plugin": (code, stdout, stderr) or an exception. Returns what it ran."""
+    device, ran = bench.run, []
+
+    def run(command):
+        what = "python" if agent.PYTHON in command.argv else "plugin" if command.environ else ""
+        if what:
+            ran.append(command)
+        if isinstance(answers.get(what), Exception):
+            raise answers[what]
+        return mncni.Reply(*answers[what]) if what in answers else device(command)
+
+    bench.agent.context.run = run
+    return ran
+
+
+REFUSAL = '{"cniVersion": "1.1.0", "code": 50, "msg": "cannot find the program \\"ip\\": install the package iproute2"}'
+TRIALS = {  # how trying the plugin fails: (which command, its answer, words of the reason)
+    "no python3": ("python", FileNotFoundError(2, "No such file or directory", agent.PYTHON), "No such file or directory"),
+    "old python3": ("python", (1, "", "/usr/bin/python3 is Python 3.7.3, older than 3.9\n"), "is Python 3.7.3"),
+    "launcher not executable": ("plugin", mncni.missing_tool("/opt/cni/bin/mncni"), 'cannot find the program "/opt/cni/bin/mncni"'),
+    "not permitted": ("plugin", PermissionError(13, "Permission denied"), "Permission denied"),
+    "another program": ("plugin", (1, "hello", "I am not it\n"), "I am not it"),
+    "silent": ("plugin", (126, "", ""), "exit status 126"),
+    "a traceback": ("plugin", (1, "", "Traceback\n  File\nImportError: no json\n"), "ImportError: no json"),
+    "what STATUS says": ("plugin", (1, REFUSAL, ""), "install the package iproute2"),
+    "JSON of another kind": ("plugin", (1, "[]", "odd"), "odd"),
+    "no answer": ("plugin", mncni.CNIError(100, "no answer within 30 s from mncni"), "no answer within 30 s"),
+}
+
+
+@pytest.mark.parametrize("how", TRIALS)
+def test_no_pod_is_let_in_while_a_runtime_could_not_start_the_plugin(bench, monkeypatch, how):
+    what, answer, words = TRIALS[how]
+    bench.write(1)
+    trial_that_says(bench, monkeypatch, **{what: answer})
+    assert not bench.tick()
+    assert words in bench.agent.reason and f"{bench.settings.bin_dir}/mncni" in bench.agent.reason
+    assert bench.run.names() == [1], "pods that run keep their network"
+    assert bench.text("run_dir/ready") is None and not os.path.exists(bench.settings.conf_dir)
+    bench.agent.context.run = bench.run
+    assert bench.tick(agent.RETRY_S)
+    assert json.loads(bench.text("run_dir/ready"))["ok"]
+
+
+def test_the_plugin_is_tried_at_the_start_each_minute_and_when_files_change(bench, monkeypatch):
+    ran = trial_that_says(bench, monkeypatch)
+    bench.settle()
+    bench.tick(agent.GLANCE_S)  # the conflist is new
+    ran.clear()
+    for _ in range(12):
+        assert bench.tick(10)
+    assert len(ran) == 4  # two commands, twice
+    stdin = json.loads(ran[1].stdin)
+    assert ran[1].argv == [f"{bench.settings.bin_dir}/mncni"] and ran[1].environ["CNI_COMMAND"] == "STATUS"
+    assert not {"ready", "ipam"} & set(stdin) and (stdin["name"], stdin["cniVersion"]) == ("mncni", "1.1.0")
+    ran.clear()
+    (bench.dir / "bin_dir" / "mncni").chmod(0o644)
+    assert bench.tick(agent.GLANCE_S)
+    assert len(ran) == 2 and os.access(bench.dir / "bin_dir" / "mncni", os.X_OK)
+
+
+def test_an_old_python_is_told_with_its_version():
+    before = "import sys; sys.version_info, sys.version = (3, 8, 2), '3.8.2 (default)'; "
+    done = subprocess.run([sys.executable, "-c", before + agent.OLD_PYTHON], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "/usr/bin/python3 is Python 3.8.2, older than 3.9\n")
+    assert subprocess.run([sys.executable, "-c", agent.OLD_PYTHON]).returncode == 0
+
+
+RIVALS = {  # a configuration beside the agent's: (name, text, whether a runtime would use it instead)
+    "another network": ("05-other.conflist", '{"name": "other"}', True),
+    "a single configuration": ("05-other.conf", "{}", True),
+    "broken JSON, at which containerd stops": ("05-other.json", "{", True),
+    "a later name": ("20-other.conflist", '{"name": "other"}', False),
+    "another kind of file": ("05-other.bak", '{"name": "other"}', False),
+    "a hidden file": (".05-other.conflist", '{"name": "other"}', True),
+    "our chained plugin on another network": ("05-other.conflist", '{"name": "other", "plugins": [{"type": "mncni"}]}', True),
+    "Multus that copied ours": ("00-multus.conf", '{"type": "multus", "delegates": [{"name": "mncni"}]}', False),
+    "Multus that names ours": ("00-multus.conf", '{"type": "multus", "clusterNetwork": "/etc/cni/net.d/10-mncni.conflist"}', False),
+    "Multus that names our network": ("00-multus.conf", '{"type": "multus", "clusterNetwork": "mncni"}', False),
+}
+
+
+@pytest.mark.parametrize("what", RIVALS)
+def test_a_configuration_that_a_runtime_would_use_instead_is_named(bench, what):
+    name, text, is_rival = RIVALS[what]
+    os.mkdir(bench.settings.conf_dir)
+    path = bench.dir / "conf_dir" / name
+    path.write_text(text)
+    assert bench.tick() is not is_rival
+    assert (str(path) in bench.agent.reason) is is_rival
+    path.unlink()
+    assert bench.tick()
+
+
+def test_in_a_container_the_plugin_is_tried_below_the_nodes_root_or_not_at_all(bench, monkeypatch):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "192.0.2.250")
+    ran = trial_that_says(bench, monkeypatch)
+    assert bench.tick() and ran == []
+    monkeypatch.setattr(agent, "HOST_ROOT", str(bench.dir / "host"))
+    os.makedirs(f"{bench.dir}/host{bench.dir}")
+    os.symlink(bench.settings.bin_dir, f"{bench.dir}/host{bench.settings.bin_dir}")
+    assert bench.tick(agent.TRY_S)
+    programs = (agent.PYTHON, f"{bench.settings.bin_dir}/mncni")
+    assert [command.argv[:3] for command in ran] == [["chroot", f"{bench.dir}/host", program] for program in programs]
+
+
+# ---- pods that run although their addresses are no longer this node's ----
+
+
+def test_running_pods_outside_the_pod_cidrs_are_told_in_log_status_metrics_and_an_event(bench, monkeypatch, caplog):
+    notes, here = [], ["old1", "new"]
+    monkeypatch.setattr(mncni, "DEFAULT_DATA_DIR", str(bench.dir / "leases"))
+    monkeypatch.setattr(mncni, "host_ifname", lambda prefix, network, container, ifname: "lo" if container in here else "mn-none")
+    monkeypatch.setattr(agent.DirectoryStore, "note", lambda self, *words: notes.append(words))
+    leases = mncni.Leases(mncni.DEFAULT_DATA_DIR, "mncni", bench.settings.run_dir)
+    for container, addresses in {"old1": ["10.244.7.2", "fd00::2"], "ended": ["10.244.7.3"], "new": ["10.244.255.2"]}.items():
+        leases.take(addresses, container, "eth0")
+    bench.settle()
+    assert bench.status()["stranded"] == {"old1": ["10.244.7.2", "fd00::2"]}
+    assert bench.status()["ok"] and bench.agent.reason == "", "new pods do work"
+    (note,) = notes
+    assert note[:2] == ("self", "PodsWithoutNetwork")
+    assert "10.244.7.2, fd00::2 (container old1)" in note[2] and "delete these pods" in note[2]
+    assert note[2] in caplog.text
+    shown = agent.look_status(bench.settings, bench.run)
+    assert not shown["ok"] and note[2] in agent.format_status(shown, 0)
+    assert agent.plan_metrics({**shown, "up": True, "leases": 3})["mncni_stranded_pods", ()] == 1
+    here.remove("old1")
+    assert bench.tick(10) and bench.status()["stranded"] == {} and len(notes) == 1
 
 
 @pytest.mark.parametrize("name", ["key0", "nodes.json"])

@@ -26,8 +26,9 @@ def nets(*texts):
     return tuple(map(ipaddress.ip_network, texts))
 
 
-def claim(name, *cidrs, fault=""):
-    return Claim(f"2026-01-01T00:00:{name[1:]:0>2}Z", name, f"uid-{name}", "" if cidrs else "7", nets(*cidrs), fault)
+def claim(name, *cidrs, fault="", addresses=()):
+    addresses = tuple(map(ipaddress.ip_address, addresses))
+    return Claim(f"2026-01-01T00:00:{name[1:]:0>2}Z", name, f"uid-{name}", "" if cidrs else "7", nets(*cidrs), fault, addresses)
 
 
 def plan(claims, pools=POOLS, given=None, freed=None, now=0):
@@ -86,7 +87,34 @@ def test_without_a_cluster_it_fails_and_says_what_to_give(caplog):
     assert "give --kubeconfig" in caplog.text
 
 
+@pytest.mark.parametrize("host, inside", [("10.96.0.1", "10.96.0.1"), ("192.0.2.1,fd00:96::1", "fd00:96::1")])
+def test_pools_with_the_clusters_service_are_refused_at_start(host, inside, capsys):
+    with pytest.raises(SystemExit) as left:
+        nodeipam.main(["--cluster-cidr", "10.0.0.0/8", "--cluster-cidr", "fd00::/16"], {"KUBERNETES_SERVICE_HOST": host})
+    assert left.value.code == nodeipam.USAGE
+    assert f"KUBERNETES_SERVICE_HOST {inside} is inside --cluster-cidr: nodes, services and pods need" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("server, inside", [("https://10.1.2.3:6443", "10.1.2.3"), ("https://192.0.2.1,https://[fd00::9]:6443", "fd00::9")])
+def test_pools_with_the_api_server_are_refused_at_start(server, inside, tmp_path, caplog):
+    context = {"contexts": [{"name": "c", "context": {"cluster": "c"}}], "clusters": [{"name": "c", "cluster": {"server": server}}]}
+    (tmp_path / "config").write_text(json.dumps({"current-context": "c", **context}))
+    argv = ["--cluster-cidr", "10.0.0.0/8", "--cluster-cidr", "fd00::/16", "--kubeconfig", str(tmp_path / "config")]
+    assert nodeipam.main(argv, {}) == nodeipam.FAILED
+    assert f"the API server {inside} is inside --cluster-cidr" in caplog.text
+
+
 # ---- plans ----
+
+
+@pytest.mark.parametrize("address", ["10.244.9.9", "fd00:10::7"])
+def test_nobody_gets_a_range_of_pools_that_contain_a_nodes_address(address):
+    """The agents refuse such a cluster CIDR, and a range given is given for the life of a node."""
+    claims = [claim("n1", "10.244.0.0/24", "fd00:10::/64", addresses=["192.0.2.1", address]), claim("n2", addresses=["192.0.2.2"])]
+    writes, refused = plan(claims, DUAL)
+    said = f"node n1's address {address} is inside --cluster-cidr: nodes, services and pods need addresses of their own"
+    assert (writes, refused) == ({}, {"n2": said})
+    assert plan([claim("n1", addresses=["192.0.2.1"])], DUAL)[1] == {}
 
 
 def test_the_lowest_free_range_goes_to_the_oldest_node():
@@ -186,6 +214,14 @@ def node_object(name="n1", uid="u1", version="7", cidrs=(), manager=None):
             {"manager": manager, "operation": "Update", "fieldsV1": fields},
         ]
     return {"metadata": meta, "spec": spec}
+
+
+def test_a_claim_has_the_nodes_internal_ips():
+    rows = [
+        {"type": kind, "address": address} for kind, address in (("Hostname", "n1"), ("InternalIP", "192.0.2.1"), ("InternalIP", "fd00::1"))
+    ]
+    rows.append({"type": "ExternalIP", "address": "10.244.0.1"})
+    assert list(map(str, nodeipam.parse_claim({**node_object(), "status": {"addresses": rows}}).addresses)) == ["192.0.2.1", "fd00::1"]
 
 
 def test_a_claim_knows_who_set_the_ranges():
@@ -823,9 +859,7 @@ def test_an_undisturbed_leader_always_gives_the_lowest_range_that_has_rested(see
     for number in range(600):
         if rng.random() < 0.6 or not world.nodes:
             world.create(f"n{number}")
-            in_use = {texts[0] for texts in world.cidrs().values()} | {
-                str(each) for when, each in world.gone if world.now - when < REUSE_S
-            }
+            in_use = {texts[0] for texts in world.cidrs().values()} | {str(each) for when, each in world.gone if world.now - when < REUSE_S}
             free = [each for each in ranges if each not in in_use]
             ipam.tick(0)
             assert world.cidrs().get(f"n{number}") == ([free[0]] if free else None)
