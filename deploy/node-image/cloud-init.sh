@@ -9,10 +9,16 @@ limit=65535             # bytes: custom data on Azure. EC2 takes only 16 KB, the
 
 die() { echo "cloud-init: $*" >&2; exit 1; }
 
-# One entry of write_files. Compressed, else mncni.py alone would be too large. -n: the same input, the same document.
+# One entry of write_files, compressed. -n: the same input, the same document.
 write_file() {  # name, source
     printf '  - path: %s/%s\n    encoding: gz+b64\n    content: %s\n' "$setup" "$1" "$(gzip -9 -n -c "$2" | base64 -w 0)"
 }
+
+# The same for a file that would be too large: by xz, which cloud-init does not unpack, so runcmd does.
+write_large_file() {  # name, source
+    printf '  - path: %s/%s.xz\n    encoding: b64\n    content: %s\n' "$setup" "$1" "$(python3 -IS -c "$xz" "$2" | base64 -w 0)"
+}
+xz='import lzma, sys; sys.stdout.buffer.write(lzma.compress(open(sys.argv[1], "rb").read(), preset=9 | lzma.PRESET_EXTREME))'
 
 [[ $# == 1 ]] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 python3 -IS "$here/../../mncni.py" explain "$1" >/dev/null || die "$1 does not work"
@@ -24,11 +30,12 @@ document=$(
 package_update: true
 packages: [python3, iproute2, util-linux, nftables]
 write_files:
-$(write_file mncni.py "$here/../../mncni.py")
+$(write_large_file mncni.py "$here/../../mncni.py")
 $(write_file deploy/node-image/bake.sh "$here/bake.sh")
 $(write_file node.conflist "$1")
 # It refuses what would not work, see /var/log/cloud-init-output.log. /run may be noexec.
 runcmd:
+  - [/usr/bin/python3, -IS, -c, "import lzma; open('$setup/mncni.py', 'wb').write(lzma.open('$setup/mncni.py.xz').read())"]
   - [bash, $setup/deploy/node-image/bake.sh, /, $setup/node.conflist]
 END
 )

@@ -220,10 +220,11 @@ def read_cloud_init():
 def first_boot(node, document):
     """What cloud-init does with write_files and runcmd: files in the order of the list, then the commands."""
     for entry in document["write_files"]:
-        assert entry["encoding"] == "gz+b64"
+        assert entry["encoding"] in ("gz+b64", "b64")
         path = node.path(entry["path"].lstrip("/"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.decompress(base64.b64decode(entry["content"])))
+        content = base64.b64decode(entry["content"])
+        path.write_bytes(gzip.decompress(content) if "gz" in entry["encoding"] else content)
     for argv in document["runcmd"]:
         done = node.run(*argv)
         assert done.returncode == 0, done
