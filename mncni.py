@@ -319,8 +319,9 @@ def host_links(request):
 # ---------------------------------------------------------------------------------------------------------------------
 # The key "plugin" of the configuration names one plugin of this file, or a list of them: then this program calls them one after the other,
 # as a runtime would. A stage is one plugin of that list, an entry of the plugin table: {"ADD": function(request, run), "DEL": ..., and so
-# on}, with up to three marks. "first": it can only be the first of a list. "chained": it works on the result of a plugin before it.
-# "link": it makes a link on the host for each attachment, whose name begins with these letters.
+# on}, with up to four marks. "first": it can only be the first of a list. "chained": it works on the result of a plugin before it.
+# "link": it makes a link on the host for each attachment, whose name begins with these letters. "tools": a function of the request that
+# lists the programs which the call runs; for STATUS, those of any call.
 
 
 def answer(environ, stdin_text, run, plugins=None, called_as="mncni", at_once=False):
@@ -1615,7 +1616,7 @@ def route_line(route, ifname):
 def look_masq(request, conf, run):
     """The stamp of the network's masquerade rules, "" if they are not complete: a hash in their comments, because nft prints a rule in
     other words than it was given. A look costs less than writing them."""
-    if not conf["ipMasq"] and not os.path.exists(masq_mark(request)):
+    if not conf["ipMasq"]:
         return ""
     comments = look_rules(["table", "inet", "mncni_masq"], run, "do packets to the outside get the host's address?")
     stamps = [comment.rpartition(" ")[2] for comment in comments if comment.rpartition(" ")[0] == request.network[:80]]
@@ -1937,7 +1938,7 @@ def plan_rules(states, node_addresses):
         ip, target = ("ip", own.ip) if version == 4 else ("ip6", f"[{own.ip}]")
         match = f"{ip} daddr {host_ip}" if host_ip else f"meta nfproto ipv{version}"  # those for a given address come first
         rules.append(("ports", f"{match} {protocol} dport {port} dnat {ip} to {target}:{container_port}", owner))
-    given = {host_ip for _, host_ip, _, _ in ports if host_ip}
+    given = {host_ip for _, host_ip, _, _ in ports if host_ip and not host_ip.startswith("127.")}  # 127.0.0.0/8 is there as a whole
     for ip, mark in (("ip", "."), ("ip6", ":")):
         addresses = ", ".join(sorted(address for address in {*node_addresses, *given} if mark in address))
         to_host = f"fib daddr type local {ip} daddr {{ {addresses} }} ct label set 109 jump ports"
@@ -2050,7 +2051,8 @@ def portmap_check(request, run):
     """CHECK: the host ports lead to the pod."""
     state = parse_asked(request)
     if state["ports"]:
-        report(request, diff_portmap([state], run)[0])
+        others = without(look_ports(request.run_dir), ports_path(request))
+        report(request, diff_portmap([*others.values(), state], run)[0])
 
 
 def diff_portmap(states, run):
@@ -2081,8 +2083,7 @@ def restore_portmap(run_dir, run):
 # The plugin table
 # ---------------------------------------------------------------------------------------------------------------------
 # A function for each verb, in the order of VERBS: ADD, DEL, CHECK, GC, STATUS. The marks are explained under "Dispatch". A parse function
-# as STATUS: the plugin can work if its configuration is valid. tools: the programs that a call
-# runs, a function of the request; for STATUS, those of any call.
+# as STATUS: the plugin can work if its configuration is valid.
 
 
 def naivewg_tools(request):
@@ -2656,7 +2657,7 @@ def precompile(root, bin_dir, run):
     if not os.path.exists(os.path.join(root, "usr/bin/python3")):
         raise CNIError(BAD_ENVIRONMENT, f"there is no /usr/bin/python3 in {root}, which mncni.py runs under: install its package python3")
     compile_it = ["-m", "compileall", "-q", "--invalidation-mode", "checked-hash", os.path.join(bin_dir, "mncni.py")]
-    apply([Command(["chroot", root, "/usr/bin/python3", "-IS", *compile_it])], run)
+    apply([Command(["chroot", root, "/usr/bin/python3", "-IS", *compile_it], "", "compile it now, while the image can be written")], run)
 
 
 CHAINED = {

@@ -221,6 +221,14 @@ def test_addresses_of_services_that_kube_proxy_keeps_are_not_the_nodes_own(host,
     assert cluster.who(pod, "10.96.0.1") != "server" and cluster.who("", "10.96.0.1") != "server"
 
 
+def test_a_host_address_that_another_pod_names_changes_no_check(host, cluster):
+    """Nobody has that address at the moment, as with a virtual address that is on another node."""
+    cluster.add("other", {**mapping(port=9000), "hostIP": "203.0.113.9"}, {**mapping(port=9001), "hostIP": "127.0.0.1"})
+    conf, result, pod = cluster.add("server", mapping())
+    assert host.cni("CHECK", {**conf, "prevResult": result}, "server", pod) == (0, None, "")
+    assert restore(host) == ""
+
+
 def test_a_stream_of_udp_follows_the_port_to_the_next_pod(host, cluster):
     """Without our help conntrack would send it to the old pod, or to the host, for as long as it flows."""
     with subprocess.Popen(
