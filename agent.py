@@ -1532,7 +1532,7 @@ def ensure_bridge(context):
     wanted = {*gateways, BRIDGE_LINK_LOCAL} if 6 in settings.families else set(gateways)
     lines += plan_addresses(settings.bridge, wanted, bridge) if bridge else []
     apply_lines(lines, context.run, "the bridge: every pod's veth is a port of it, its addresses are the pods' gateways")
-    apply(mncni.plan_no_advertisements(settings.bridge, bridge), context.run)
+    apply(mncni.plan_bridge_sysctls(mncni.look_bridge_sysctls(settings.bridge, bridge)), context.run)
 
 
 def ensure_addresses(context):

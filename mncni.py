@@ -1503,15 +1503,16 @@ def is_in_the_way(other, gateway):
 
 def ensure_bridge(request, conf, bridge, gateways, run):
     """Bring the bridge into its state, and return it. ADDs run side by side: before it changes anything, it looks again under a lock."""
-    if not plan_bridge(conf, bridge, gateways) and not plan_bridge_sysctls(conf["bridge"], bridge, gateways):
+    if not plan_bridge(conf, bridge, gateways) and not look_bridge_sysctls(conf["bridge"], bridge, gateways):
         return bridge
     with Locked(os.path.join(request.run_dir, "bridge.lock")) as lock:
         bridge, _ = look_host(request, conf["bridge"], run, "the same, once more: now a lock keeps other ADDs from changing the bridge")
         refuse_foreign_bridge(conf, bridge)
         lines = plan_bridge(conf, bridge, gateways)
-        plan = plan_forwarding(conf["bridge"], gateways, *look_forwarding(run))
+        wrong = look_bridge_sysctls(conf["bridge"], bridge, gateways)
+        plan = plan_forwarding(gateways, look_forwarding(run))
         plan += [ip_batch(lines, why="the bridge: every pod's link is a port of it, and its address is the pods' gateway")] if lines else []
-        apply(plan + plan_bridge_sysctls(conf["bridge"], bridge, gateways), lock.held(run))
+        apply(plan + plan_bridge_sysctls(wrong), lock.held(run))
         return look_host(request, conf["bridge"], run, "the bridge's MAC, for the result")[0] or {}
 
 
@@ -1520,46 +1521,52 @@ def families_of(addresses):
     return {"inet6" if ":" in address else "inet" for address in addresses}
 
 
-def plan_no_advertisements(name, bridge):
-    """Commands that make a bridge ignore router advertisements: a pod that sends one must not become the host's default route
-    (CVE-2020-10749). Without DAD its link-local address, which older kernels need for neighbours, works at once. bridge is None if it is
-    yet to be made; for one that is there, /proc/sys is read, and only what is wrong is written."""
-    keys = [f"net/ipv6/conf/{name}/{key}" for key in ("accept_ra", "accept_dad")]
-    keys = keys if bridge is None else [key for key in keys if read_file(f"/proc/sys/{key}") not in ("0\n", None)]
-    why = "no router advertisement from a pod may change the host's routes; no duplicate address detection, a wait of a second"
-    return [write_sysctls(keys, 0, why=why)] if keys and os.path.exists("/proc/sys/net/ipv6") else []
+def look_wrong(keys, value):
+    """Those of some sysctls, like "net/ipv4/ip_forward", that are there and have another value."""
+    return [key for key in keys if read_file(f"/proc/sys/{key}") not in (f"{value}\n", None)]
 
 
-def plan_bridge_sysctls(name, bridge, gateways):
-    """Commands that let a bridge, None for one yet to be made, forward, also where new devices of the host do not, and ignore router
-    advertisements."""
-    families = sorted({"ipv6" if ":" in gateway else "ipv4" for gateway in gateways})
-    keys = [f"net/{family}/conf/{name}/forwarding" for family in families]
-    keys = [key for key in keys if bridge is None or read_file(f"/proc/sys/{key}") == "0\n"]
-    why = "the bridge forwards, whatever the host's default for new devices is"
-    return plan_no_advertisements(name, bridge) + ([write_sysctls(keys, 1, why=why)] if keys else [])
+def look_bridge_sysctls(name, bridge, gateways=()):
+    """{value: [sysctl]} that a bridge, None for one yet to be made, lacks: it must forward, also where new devices do not, and
+    ignore router advertisements: a pod that sends one must not become the host's default route (CVE-2020-10749). Without DAD its
+    link-local address, which older kernels need for neighbours, works at once."""
+    quiet = [f"net/ipv6/conf/{name}/{key}" for key in ("accept_ra", "accept_dad")] if os.path.exists("/proc/sys/net/ipv6") else []
+    forwarding = [f"net/{family}/conf/{name}/forwarding" for family in sorted({"ipv6" if ":" in one else "ipv4" for one in gateways})]
+    wrong = {value: keys if bridge is None else look_wrong(keys, value) for value, keys in ((0, quiet), (1, forwarding))}
+    return {value: keys for value, keys in wrong.items() if keys}
+
+
+def plan_bridge_sysctls(wrong):
+    """The commands for what look_bridge_sysctls returned."""
+    whys = {
+        0: "no router advertisement from a pod may change the host's routes; no duplicate address detection, a wait of a second",
+        1: "the bridge forwards, whatever the host's default for new devices is",
+    }
+    return [write_sysctls(keys, value, why=whys[value]) for value, keys in wrong.items()]
 
 
 def look_forwarding(run):
-    """({(family, interface)} that do not forward, where "all" is the host's switch; the devices of its IPv4 default routes)."""
+    """{"off": {(family, interface)} that do not forward, where "all" is the host's switch; "uplinks": the devices of IPv4 default routes;
+    "advertised": [accept_ra sysctl] that are 1, of interfaces that do not forward IPv6}."""
     facts = look_ip(["netconf show", "route show default"], run, why="does the host forward packets?")
     entries = [entry for entry in facts if {"interface", "family"} <= entry.keys()]
     off = {(entry["family"], entry["interface"]) for entry in entries if not entry.get("forwarding")}
-    return off, sorted({entry["dev"] for entry in facts if "dev" in entry})
+    keys = [f"net/ipv6/conf/{name}/accept_ra" for family, name in sorted(off) if family == "inet6" and name not in ("all", "default", "lo")]
+    advertised = [key for key in keys if read_file(f"/proc/sys/{key}") == "1\n"]
+    return {"off": off, "uplinks": sorted({entry["dev"] for entry in facts if "dev" in entry}), "advertised": advertised}
 
 
-def plan_forwarding(bridge, gateways, off, uplinks):
-    """Commands that let the host route for the pods. Only what is off is written: /proc/sys may be read-only and right.
+def plan_forwarding(gateways, facts):
+    """Commands that let the host route for the pods. facts: what look_forwarding returned. Only what is off is written: /proc/sys may be
+    read-only and right.
 
-    off, uplinks: what look_forwarding returned. A host that forwards IPv6 drops its routes from router advertisements where accept_ra is 1,
-    and keeps them where it is 2. 0 stays: there a program, such as systemd-networkd, handles advertisements.
+    A host that forwards IPv6 drops its routes from router advertisements where accept_ra is 1, and keeps them where it is 2. 0 stays: there
+    a program, such as systemd-networkd, handles advertisements.
     """
-    families, keys = families_of(gateways), {"inet": "net/ipv4/ip_forward", "inet6": "net/ipv6/conf/all/forwarding"}
-    closed = [keys[family] for family in sorted(families) if (family, "all") in off]
-    closed += [f"net/ipv4/conf/{name}/forwarding" for name in uplinks if ("inet", name) in off and keys["inet"] not in closed]
-    others = sorted(name for family, name in off if family == "inet6" and name not in ("all", "default", "lo", bridge))
-    advertised = [f"net/ipv6/conf/{name}/accept_ra" for name in others if keys["inet6"] in closed]
-    advertised = [key for key in advertised if read_file(f"/proc/sys/{key}") == "1\n"]
+    off, keys = facts["off"], {"inet": "net/ipv4/ip_forward", "inet6": "net/ipv6/conf/all/forwarding"}
+    closed = [keys[family] for family in sorted(families_of(gateways)) if (family, "all") in off]
+    closed += [f"net/ipv4/conf/{name}/forwarding" for name in facts["uplinks"] if ("inet", name) in off and keys["inet"] not in closed]
+    advertised = facts["advertised"] if keys["inet6"] in closed else []
     plan = [write_sysctls(advertised, 2, why="keep the routes that routers advertise to this host")] if advertised else []
     return plan + ([write_sysctls(closed, 1, why="IP forwarding: the host routes for the pods")] if closed else [])
 
@@ -1756,7 +1763,7 @@ def naivewg_check(request, run):
     gateways = plan_gateways(conf, with_gateways(conf, {"ips": ips})["ips"])
     problems = diff_link(f"bridge {conf['bridge']}", bridge, gateways)
     if gateways:
-        off = look_forwarding(run)[0] & {(family, name) for family in families_of(gateways) for name in ("all", conf["bridge"])}
+        off = look_forwarding(run)["off"] & {(family, name) for family in families_of(gateways) for name in ("all", conf["bridge"])}
         problems += [f"the host does not forward {family} on {name}" for family, name in sorted(off)]
     problems += diff_link(f"link {own_veth(request)} on the host", veth)
     if veth and veth.get("master") != conf["bridge"]:
