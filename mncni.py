@@ -1946,10 +1946,10 @@ def plan_rules(states, node_addresses):
         match = f"{ip} daddr {host_ip}" if host_ip else f"meta nfproto ipv{version}"  # those for a given address come first
         rules.append(("ports", f"{match} {protocol} dport {port} dnat {ip} to {target}:{container_port}", owner))
     given = {host_ip for _, host_ip, _, _ in ports if host_ip and not host_ip.startswith("127.")}  # 127.0.0.0/8 is there as a whole
-    for ip, mark in (("ip", "."), ("ip6", ":")):
-        addresses = ", ".join(sorted(address for address in {*node_addresses, *given} if mark in address))
-        to_host = f"fib daddr type local {ip} daddr {{ {addresses} }} ct label set 109 jump ports"
-        rules += [(chain, to_host, "all") for chain in ("prerouting", "output") if ports and addresses]
+    # A rule per address, no set: a lookup in a set with ranges may miss while a transaction replaces it.
+    for address in sorted({*node_addresses, *given}) if ports else []:
+        to_host = f"fib daddr type local {'ip6' if ':' in address else 'ip'} daddr {address} ct label set 109 jump ports"
+        rules += [(chain, to_host, "all") for chain in ("prerouting", "output")]
     for subnet in sorted({str(own.network) for own, _, _ in ports.values()}):
         ip = "ip6" if ":" in subnet else "ip"
         rules.append(("postrouting", f"ct status dnat ct label 109 {ip} saddr {subnet} {ip} daddr {subnet} masquerade fully-random", "all"))

@@ -67,7 +67,7 @@ NFT_LINES = (
                 "<ID>:<ID>:<NAME>",
             ),
             (
-                "(?:prerouting|output) fib daddr type local <FAMILY> daddr \\{ <ENDS>(?:, <ENDS>)* \\} ct label set 109 jump ports",
+                "(?:prerouting|output) fib daddr type local <FAMILY> daddr <ENDS> ct label set 109 jump ports",
                 "all",
             ),
             ("postrouting ct status dnat ct label 109 <FAMILY> saddr <PREFIX> <FAMILY> daddr <PREFIX> masquerade fully-random", "all"),
