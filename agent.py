@@ -13,9 +13,10 @@ the node in clear.
             10.244.1.1/24       10.244.1.1/32                 169.254.28.84         the WireGuard device; its UDP socket stays in the
     10.244.0.0/16 via 169.254.28.84                                                 host, where the device was created
     10.244.0.0/16 unreachable (the floor)
+    rules: to 10.244.0.0/16 only routes of the main table that are no broader, else unreachable (the floor)
 
 What it owns: the network namespace mncni-wg with the WireGuard device, the veth pair mncni-host / mncni-ns, the bridge mncni0, the routes
-of protocol 201, the nft table "inet mncni" (one in the host, one in the namespace), files below /run/mncni and /var/lib/mncni, and
+and routing rules of protocol 201, the nft table "inet mncni" (one in the host, one in the namespace), files below /run/mncni and /var/lib/mncni, and
 10-mncni.conflist. It changes nothing else, but switches IP forwarding on, and refuses objects of these names that others have made.
 
 What it needs: root (CAP_NET_ADMIN in both namespaces, CAP_SYS_ADMIN to create one), python3, iproute2, nftables, wireguard-tools, and
@@ -69,6 +70,7 @@ CONFLIST = "10-mncni.conflist"
 OK, FAILED, USAGE, RUNNING_ALREADY = 0, 1, 2, 3  # exit codes
 ROUTE_PROTOCOL = 201  # marks the agent's routes, see ip-route(8)
 FLOOR_METRIC = 4278198272  # worse than that of any other route
+RULE_PRIORITY = 284  # of the floor's rules: after the table "local" (0), before what others add
 DEVICE, HOST_VETH, NS_VETH = "mncni-wg0", "mncni-host", "mncni-ns"
 WIREGUARD_GO_SOCKET = f"/var/run/wireguard/{DEVICE}.sock"
 # IPv6 neighbour discovery needs a link-local address on each link; the kernel makes one only when a link comes up.
@@ -79,6 +81,10 @@ EVENT_S = 0.25  # the shortest time between two passes for events: a pass causes
 GLANCE_S = 1.5  # how often the agent looks at peers and at the namespace's firewall, of which no monitor tells
 AUDIT_S = 10  # how often it makes a full pass, whether or not there was an event
 HOLD_S = 60  # how long nodes that vanish in great number are kept
+COUNTERS = {  # of the host's firewall: {name: what it counts}
+    "leaked": "Packets for the cluster that were about to leave in clear, and were dropped.",
+    "refused": "Packets from or to the cluster that came in by neither the bridge nor the tunnel, and were dropped.",
+}
 DOUBT_S = 120  # how long packets wait for a peer before its endpoint is doubted
 SET_BACK_S = 120  # a clock set back by less does no harm: peers that talk shake hands every two minutes (WireGuard, section 6.1)
 TRY_S, RETRY_S = 60, 5  # how often the agent tries the installed plugin, and how often while it does not work
@@ -99,6 +105,7 @@ class Settings:
     kubeconfig: str
     cluster_cidrs: tuple
     pod_cidrs: tuple
+    service_cidrs: tuple
     endpoints: tuple
     ports: tuple
     bridge: str
@@ -160,6 +167,7 @@ FLAGS = (
     ("--kubeconfig", str, "", False, "the Kubernetes cluster that is the node store; in a pod, leave it out to use the pod's own"),
     ("--cluster-cidr", kube.network, None, True, "addresses of all pods; repeatable"),
     ("--pod-cidr", kube.network, None, True, "addresses of this node's pods, inside --cluster-cidr; repeatable"),
+    ("--service-cidr", kube.network, None, True, "addresses of Services; repeatable (default: those of the cluster's ServiceCIDR objects)"),
     ("--endpoint", address, None, True, "where other nodes reach this one; repeatable (default: InternalIPs, else the route's source)"),
     ("--port", port_pair, "28384,28385", False, "UDP ports: the tunnel's, and one reserved for the rotation of keys"),
     ("--bridge", link_name, "mncni0", False, "the pods' bridge"),
@@ -195,7 +203,8 @@ def build_parser(environ):
 def parse_settings(parser, options, environ):
     """Settings from parsed options. Exits with USAGE and a message that names the flag."""
     given = {**vars(options), "ports": options.port}
-    for key, kind in (("cluster_cidr", kube.network), ("pod_cidr", kube.network), ("endpoint", address)):
+    networks = dict.fromkeys(("cluster_cidr", "pod_cidr", "service_cidr"), kube.network)
+    for key, kind in {**networks, "endpoint": address}.items():
         given[f"{key}s"] = kube.parse_list(parser, options, environ, key, kind)
     settings = Settings(**{each.name: given[each.name] for each in fields(Settings)})
     least = smallest_mtu(settings.pod_cidrs)
@@ -924,6 +933,26 @@ def floor_routes(cidrs):
     return [route(cidr, kind="unreachable", metric=FLOOR_METRIC) for cidr in cidrs]
 
 
+def floor_rules(cidrs):
+    """The routing rules of the floor, {IP version: [words for ip-rule(8)]}. `ip route flush` and `nft flush ruleset` leave rules alone.
+
+    For the cluster there are only routes of the main table that are not broader than its CIDR: neither the default route nor a route of
+    the host to a larger network leads there. The floor's routes serve while somebody has removed the rules, as systemd-networkd does.
+    """
+    rules = {4: [], 6: []}
+    for cidr in cidrs:
+        narrow = f"lookup main suppress_prefixlength {cidr.prefixlen - 1}"
+        rules[cidr.version] += [f"to {cidr} priority {RULE_PRIORITY} {narrow}", f"to {cidr} priority {RULE_PRIORITY + 1} unreachable"]
+    return rules
+
+
+def parse_rule(entry):
+    """A rule of `ip -json` in the form of floor_rules()."""
+    dst = ipaddress.ip_network("/".join(str(entry[key]) for key in ("dst", "dstlen") if key in entry))
+    act = entry.get("action") or f"lookup {entry.get('table')} suppress_prefixlength {entry.get('suppress_prefixlen')}"
+    return f"to {dst} priority {entry['priority']} {act}"
+
+
 def host_routes(settings):
     """The routes of the host: the floor, and the cluster through the tunnel, with the pods' gateway as source address."""
     routes = floor_routes([*settings.cluster_cidrs, *settings.pod_cidrs])
@@ -975,79 +1004,94 @@ def route_line(verb, entry):
     return " ".join([*words, *onlink, "proto", str(ROUTE_PROTOCOL)])
 
 
-def nft_set(name, version, cidrs):
-    """A named set of networks as nft text, "" if there are none of that family. Then no rule may name it."""
-    own = list(ipaddress.collapse_addresses(cidr for cidr in cidrs if cidr.version == version))
-    kind = {4: "ipv4_addr", 6: "ipv6_addr"}[version]
-    return f"  set {name}{version} {{ type {kind}; flags interval; elements = {{ {', '.join(map(str, own))} }}; }}\n" if own else ""
+def outside_of(field, cidrs):
+    """Matches packets of which an address is in none of the networks. Rules name networks one by one: while a table with a set of ranges
+    is replaced, the kernel does not find what is in the set."""
+    return " ".join(f"{field} != {cidr}" for cidr in cidrs)
 
 
-def host_firewall(settings, leaked=(0, 0)):
-    """The table "inet mncni" of the host as nft text. leaked: (packets, bytes) that the counter `leaked` starts from.
+def host_firewall(settings, counts=None):
+    """The table "inet mncni" of the host as nft text. counts: {name: (packets, bytes)} that its COUNTERS start from.
 
-    The chain `inbound` runs before connection tracking, which translates the addresses of answers. The chain `outbound` runs last, when
-    interface and addresses are final.
+    The chain `inbound` runs before connection tracking: it sees the addresses that a packet came with, before a host port, a Service or
+    the masquerade changes them. The chain `answers` runs after connection tracking and before any translation. The chain `forward` sees
+    what a packet is routed by. The chain `outbound` runs last, when interface and addresses are final.
+
+    WireGuard authenticates what comes through the tunnel; nothing authenticates what comes by another interface. So that has neither an
+    address of the cluster nor, before the node has translated it, one of a pod or a Service as its target. Without --masquerade, answers
+    to pods do come like that. `forward` lets through what the node itself has translated, and answers: no packet gets to a pod by another
+    way, such as a source route.
 
     Connection tracking translates no packet that it calls invalid, such as a TCP segment beyond the window. One from outside then reaches
     the host instead of the pod, and the host, which knows no such connection, would reset it. A reset that belongs to no connection is
     therefore dropped. The sysctl nf_conntrack_tcp_be_liberal would do as well, but it weakens the host's own firewall.
     """
-    sets, inbound, leaks, nat = "", [], ["tcp flags & rst == rst ct state invalid drop"], []
+    counts = {**dict.fromkeys(COUNTERS, (0, 0)), **(counts or {})}
+    own, refuse = f'{{ "{settings.bridge}", "{HOST_VETH}", "lo" }}', "counter name refused drop"
+    inbound, answers, leaks, nat = [], [], ["tcp flags & rst == rst ct state invalid drop"], []
     for version, ip in ((4, "ip"), (6, "ip6")):
-        cluster = nft_set("cluster", version, settings.cluster_cidrs)
-        pods = nft_set("pods", version, settings.pod_cidrs)
-        sets += cluster + pods
-        if cluster:
-            ways = f'{{ "{settings.bridge}", "{HOST_VETH}", "lo" }}'
-            leaks.append(f"{ip} daddr @cluster{version} oifname != {ways} counter name leaked drop")
-            # With --masquerade, what still has a pod's address here was not translated: it is invalid, or nobody tracks it.
-            leaks += [f"oifname != {ways} {to_outside(version, ip)} drop"] if pods and settings.masquerade else []
-        inbound += inbound_rules(settings.bridge, version, ip) if pods else [f'iifname "{settings.bridge}" meta nfproto ipv{version} drop']
-        nat += nat_rules(settings, version, ip) if pods else []
-    counter = f"  counter leaked {{ packets {leaked[0]} bytes {leaked[1]} }}\n"
+        lists = (settings.cluster_cidrs, settings.pod_cidrs, settings.service_cidrs)
+        cluster, pods, services = ([cidr for cidr in cidrs if cidr.version == version] for cidrs in lists)
+        inbound += [f"iifname != {own} {ip} saddr {cidr} {refuse}" for cidr in cluster]
+        inbound += [f"iifname != {own} {ip} daddr {cidr} {refuse}" for cidr in services + (cluster if settings.masquerade else [])]
+        inbound += inbound_rules(settings, version, pods) if pods else [f'iifname "{settings.bridge}" meta nfproto ipv{version} drop']
+        if not settings.masquerade:
+            answers += [f"iifname != {own} {ip} daddr {cidr} ct direction reply accept" for cidr in cluster]
+            answers += [f"iifname != {own} {ip} daddr {cidr} {refuse}" for cidr in cluster]
+        leaks += [f"oifname != {own} {ip} daddr {cidr} counter name leaked drop" for cidr in cluster]
+        leaks += [f"oifname != {own} {ip} daddr {cidr} drop" for cidr in services]
+        # With --masquerade, what still has a pod's address here was not translated: it is invalid, or nobody tracks it.
+        leaks += [f"oifname != {own} {rule} drop" for rule in to_outside(version, pods, cluster) if settings.masquerade]
+        nat += nat_rules(settings, version, pods, cluster) if pods else []
+    inward = f'iifname != {own} oifname {{ "{settings.bridge}", "{HOST_VETH}" }}'
+    forward = [f"{inward} ct status dnat accept", f"{inward} ct direction reply accept", f"{inward} {refuse}"]
+    counters = "".join(f"  counter {name} {{ packets {count[0]} bytes {count[1]} }}\n" for name, count in counts.items())
     chains = nft_chain("inbound", "filter", "prerouting", "raw", inbound)
+    chains += nft_chain("answers", "filter", "prerouting", "mangle", answers) if answers else ""
+    chains += nft_chain("forward", "filter", "forward", "filter", forward)
     chains += nft_chain("nat", "nat", "postrouting", "srcnat - 10", nat)
     chains += nft_chain("outbound", "filter", "postrouting", "srcnat + 10", leaks)
-    return nft_table(counter + sets + chains)
+    return nft_table(counters + chains)
 
 
-def inbound_rules(bridge, version, ip):
-    """From the bridge comes only what has the address of a pod of this node, from the tunnel only what is for such a pod. IPv6 neighbour
-    discovery is let through."""
+def inbound_rules(settings, version, pods):
+    """From the bridge comes only what has the address of a pod of this node, which the gateway is not; from the tunnel only what is for
+    such a pod. IPv6 neighbour discovery is let through."""
+    ip = {4: "ip", 6: "ip6"}[version]
     sources = {4: "", 6: "ip6 saddr != fe80::/10 ip6 saddr != :: "}[version]
     targets = {4: "", 6: "ip6 daddr != fe80::/10 ip6 daddr != ff02::/16 "}[version]
     return [
-        f'iifname "{bridge}" {ip} saddr != @pods{version} {sources}drop',
-        f'iifname "{HOST_VETH}" {ip} daddr != @pods{version} {targets}drop',
+        f'iifname "{settings.bridge}" {outside_of(f"{ip} saddr", pods)} {sources}drop',
+        *(f'iifname "{settings.bridge}" {ip} saddr {settings.gateways[cidr]} drop' for cidr in pods),
+        f'iifname "{HOST_VETH}" {outside_of(f"{ip} daddr", pods)} {targets}drop',
     ]
 
 
-def nat_rules(settings, version, ip):
+def nat_rules(settings, version, pods, cluster):
     """Into the tunnel, a source address that is not a pod's becomes the gateway's, because peers drop any other. Out of the cluster, the
     address of a pod becomes the node's, if --masquerade says so. fully-random: two pods that use one source port at the same moment would
     get the same port of the node, and one packet would be lost."""
-    gateway = next(gateway for cidr, gateway in settings.gateways.items() if cidr.version == version)
-    rules = [f'oifname "{HOST_VETH}" {ip} saddr != @pods{version} snat {ip} to {gateway} fully-random']
-    return rules + ([f"{to_outside(version, ip)} masquerade fully-random"] if settings.masquerade else [])
+    ip, gateway = {4: "ip", 6: "ip6"}[version], settings.gateways[pods[0]]
+    rules = [f'oifname "{HOST_VETH}" {outside_of(f"{ip} saddr", pods)} snat {ip} to {gateway} fully-random']
+    return rules + [f"{rule} masquerade fully-random" for rule in to_outside(version, pods, cluster) if settings.masquerade]
 
 
-def to_outside(version, ip):
-    """Matches packets from pods of this node to outside the cluster."""
-    multicast = {4: "224.0.0.0/4", 6: "ff00::/8"}[version]
-    return f"{ip} saddr @pods{version} {ip} daddr != @cluster{version} {ip} daddr != {multicast}"
+def to_outside(version, pods, cluster):
+    """Matches packets from pods of this node to outside the cluster, a text for each of the pod CIDRs."""
+    ip, multicast = {4: ("ip", "224.0.0.0/4"), 6: ("ip6", "ff00::/8")}[version]
+    return [f"{ip} saddr {cidr} {outside_of(f'{ip} daddr', [*cluster, multicast])}" for cidr in pods]
 
 
 def ns_firewall(settings):
     """The table "inet mncni" of the namespace. It forwards from the host into the device, and from the device to pods of this node. The
-    namespace itself accepts only neighbour discovery."""
+    namespace itself accepts only neighbour discovery, from the host."""
     rules = [f'iifname "{NS_VETH}" oifname "{DEVICE}" accept']
-    sets = "".join(nft_set("pods", version, settings.pod_cidrs) for version in (4, 6))
-    for version in settings.families:
-        ip = {4: "ip", 6: "ip6"}[version]
-        rules.append(f'iifname "{DEVICE}" oifname "{NS_VETH}" {ip} daddr @pods{version} accept')
-    forward = nft_chain("forward", "filter", "forward", "filter", rules, "drop")
-    neighbours = ["icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"]
-    return nft_table(sets + forward + nft_chain("input", "filter", "input", "filter", neighbours, "drop"))
+    for cidr in settings.pod_cidrs:
+        ip = {4: "ip", 6: "ip6"}[cidr.version]
+        rules.append(f'iifname "{DEVICE}" oifname "{NS_VETH}" {ip} daddr {cidr} accept')
+    neighbours = [f'iifname "{NS_VETH}" icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept']
+    chains = nft_chain("forward", "filter", "forward", "filter", rules, "drop")
+    return nft_table(chains + nft_chain("input", "filter", "input", "filter", neighbours, "drop"))
 
 
 def nft_chain(name, kind, hook, priority, rules, policy="accept"):
@@ -1061,10 +1105,11 @@ def nft_table(body):
 
 
 def parse_nft(text):
-    """(the output of `nft -j list table` without handles and counts, (packets, bytes) of the counter `leaked`)."""
+    """(the output of `nft -j list table` without handles and counts, {name: (packets, bytes)} of its COUNTERS)."""
     items = [item for item in json.loads(text or "{}").get("nftables", []) if "metainfo" not in item]
-    counters = [item["counter"] for item in items if item.get("counter", {}).get("name") == "leaked"]
-    return without_volatile(items), tuple(max(0, int(counters[0][key])) for key in ("packets", "bytes")) if counters else (0, 0)
+    counters = [item["counter"] for item in items if item.get("counter", {}).get("name") in COUNTERS]
+    counts = {counter["name"]: tuple(max(0, int(counter[key])) for key in ("packets", "bytes")) for counter in counters}
+    return without_volatile(items), {**dict.fromkeys(COUNTERS, (0, 0)), **counts}
 
 
 def without_volatile(value):
@@ -1339,21 +1384,35 @@ def ensure_floor(context):
         raise config_error(context.clash)
     lines = missing_routes(floor_routes([*settings.cluster_cidrs, *settings.pod_cidrs]), look_routes(run))
     apply_lines(lines, run, "the floor: without the tunnel, traffic for the cluster goes nowhere")
-    ensure_firewall(context, "host", lambda leaked: host_firewall(settings, leaked))
+    ensure_rules(settings.cluster_cidrs, run, "the floor, for when all routes are gone")
+    ensure_firewall(context, "host", lambda counts: host_firewall(settings, counts))
+
+
+def ensure_rules(cidrs, run, why):
+    """The agent's routing rules are those of the floor for these networks. Rules of others stay, whatever their priority."""
+    rules = floor_rules(cidrs)
+    for version in kernel_families():
+        wanted = rules[version]
+        found = look_ip(["rule show"], run, "", f"-{version}", "the agent's routing rules")
+        present = [parse_rule(entry) for entry in found if entry.get("protocol") == str(ROUTE_PROTOCOL) and "dst" in entry]
+        lines = [f"rule add {rule} protocol {ROUTE_PROTOCOL}" for rule in wanted if rule not in present]
+        lines += [f"rule delete {rule} protocol {ROUTE_PROTOCOL}" for rule in present if rule not in wanted]
+        if lines:
+            apply([Command(["ip", f"-{version}", "-batch", "-"], mncni.guarded(lines), why)], run)
 
 
 def ensure_firewall(context, where, text_of):
-    """Load the table "inet mncni" of the host or the namespace ("ns"), unless it is as it was loaded. text_of(leaked): its text."""
+    """Load the table "inet mncni" of the host or the namespace ("ns"), unless it is as it was loaded. text_of(counts): its text."""
     netns = context.settings.netns if where == "ns" else ""
-    listing, leaked = look_firewall(context.run, netns)
+    listing, counts = look_firewall(context.run, netns)
     text, expected = context.loaded.get(where, ["", None])
-    if listing == expected and text == text_of((0, 0)):
+    if listing == expected and text == text_of({}):
         return
-    if leaked[0]:
-        log.warning("%d packets for the cluster were about to leave in clear and were dropped", leaked[0])
+    if counts["leaked"][0]:
+        log.warning("%d packets for the cluster were about to leave in clear and were dropped", counts["leaked"][0])
     why = f"replace the firewall of the {'namespace' if netns else 'host'}, in one transaction"
-    apply([Command(in_netns(netns, ["nft", "-f", "-"]), text_of(leaked), why)], context.run)
-    context.loaded[where] = [text_of((0, 0)), look_firewall(context.run, netns)[0]]
+    apply([Command(in_netns(netns, ["nft", "-f", "-"]), text_of(counts), why)], context.run)
+    context.loaded[where] = [text_of({}), look_firewall(context.run, netns)[0]]
     write_if_changed(os.path.join(context.settings.run_dir, "firewall.json"), json.dumps(context.loaded) + "\n")
 
 
@@ -1374,7 +1433,7 @@ def ensure_namespace(context):
     lines = [f"link set dev {link['ifname']} up" for link in facts if link.get("ifname") == "lo" and "UP" not in link["flags"]]
     lines += missing_routes([entry for entry in ns_routes(settings) if entry["kind"] == "unreachable"], look_routes(run, settings.netns))
     apply_lines(lines, run, "the floor of the namespace: what has no route goes nowhere", settings.netns)
-    ensure_firewall(context, "ns", lambda leaked: ns_firewall(settings))
+    ensure_firewall(context, "ns", lambda counts: ns_firewall(settings))
 
 
 def refuse_foreign_namespace(settings, facts):
@@ -1775,8 +1834,8 @@ class Monitors:
     the links and routes of the namespace as well; of its nft nothing is printed, see Agent.is_tunnel_changed. They end with the agent.
     """
 
-    COMMANDS = (["ip", "monitor", "all-nsid", "link", "address", "route", "netconf"], ["nft", "monitor"])
-    # In lines about: our links and table, our routes, sysctls of all links, addresses, a link that stops forwarding.
+    COMMANDS = (["ip", "monitor", "all-nsid", "link", "address", "route", "rule", "netconf"], ["nft", "monitor"])
+    # In lines about: our links and table, our routes and rules, sysctls of all links, addresses, a link that stops forwarding.
     WORDS = (b"mn", b"proto 201", b" all ", b" inet", b" forwarding off")
 
     def __init__(self, netns):
@@ -2157,6 +2216,8 @@ def look_status(settings, run):
     except CNIError as error:
         reasons.append(f"the WireGuard device is not there: {error}")
     with_figures(status, present)
+    with contextlib.suppress(CNIError):
+        status["dropped"] = {name: packets for name, (packets, _) in look_firewall(run, "")[1].items()}
     if not status["running"]:
         reasons.append("no agent is running; the network is as the last one left it")
     reasons.append(stranded_text(status.get("stranded", {})))
@@ -2205,6 +2266,7 @@ def format_status(status, now):
     widths = [max(len(row[column]) for row in rows) for column in range(6)] if rows else []
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines += {stranded_text(status.get("stranded", {}))} - {"", status["reason"]}
+    lines += [f"{packets} x {COUNTERS[name].lower()}" for name, packets in status.get("dropped", {}).items() if packets]
     lines += [f"{name}: quarantined: {reason}" for name, reason in sorted(status["quarantine"].items())]
     return "\n".join(lines) + "\n"
 
@@ -2223,7 +2285,7 @@ METRICS = {  # name: (type, help)
     "mncni_peer_last_handshake_seconds": ("gauge", "Unix time of the last handshake, 0 for never. That of an idle peer is long ago."),
     "mncni_peer_receive_bytes_total": ("counter", "Bytes received from a node."),
     "mncni_peer_transmit_bytes_total": ("counter", "Bytes sent to a node."),
-    "mncni_leaked_packets_total": ("counter", "Packets for the cluster that were about to leave in clear, and were dropped."),
+    **{f"mncni_{name}_packets_total": ("counter", text) for name, text in COUNTERS.items()},
     "mncni_leases": ("gauge", "Pods attached to the network."),
     "mncni_stranded_pods": ("gauge", "Running pods without network: their addresses are in no pod CIDR of this node."),
     "mncni_reconcile_seconds_total": ("counter", "Time spent in passes."),
@@ -2235,8 +2297,6 @@ METRICS = {  # name: (type, help)
 def look_figures(agent):
     """The figures for /metrics, see kube.format_metrics."""
     status = look_status(agent.settings, agent.context.run)
-    with contextlib.suppress(CNIError):
-        status["leaked"] = look_firewall(agent.context.run, "")[1][0]
     status["up"] = not agent.reason
     status["leases"] = len(mncni.Leases(mncni.DEFAULT_DATA_DIR, NETWORK, agent.settings.run_dir).attachments())
     requests = {} if agent.settings.nodes_dir else agent.store.api.counts.figures
@@ -2252,7 +2312,7 @@ def plan_metrics(status):
         "mncni_quarantined_nodes": len(status["quarantine"]),
         "mncni_leases": status["leases"],
         "mncni_stranded_pods": len(status.get("stranded", {})),
-        "mncni_leaked_packets_total": status.get("leaked"),
+        **{f"mncni_{name}_packets_total": packets for name, packets in status.get("dropped", {}).items()},
         "mncni_admission_guard": status.get("admission_guard"),
     }
     figures = {(name, ()): figure for name, figure in plain.items() if figure is not None}
@@ -2298,6 +2358,7 @@ def uninstall(settings, run, force):
     for table in ("mncni_portmap", "mncni"):
         run(Command(["nft", "delete", "table", "inet", table], "", "the firewall and the host ports"))
     apply_lines(stale_routes([], look_routes(run)), run, "the floor goes last")
+    ensure_rules([], run, "the floor goes last")
     log.info("uninstalled; looked in --conf-dir %s, --bin-dir %s", settings.conf_dir, settings.bin_dir)
     log.info(SYSCTLS_STAY)
 

@@ -7,11 +7,14 @@ A table "inet probe" counts them: when they come in, and when they are on their 
 import contextlib
 import json
 import os
+import subprocess
 
 import pytest
 
 from deploy import lab as labs
-from tests.e2e.conftest import lab_up, node_sh, wait_well, wg_peers
+from tests.e2e.conftest import OUTSIDE_IP, lab_up, node_sh, outsider, restart_agent, wait_well, wg_peers
+from tests.e2e.test_services import CONNECT as FETCH
+from tests.e2e.test_services import SERVE
 
 pytestmark = pytest.mark.root
 
@@ -255,3 +258,181 @@ def test_a_pod_that_calls_itself_a_router_is_not_believed(lab):
         assert (pod_sh(lab, "pod1", look), node_sh(lab, "node1", look)) == before
     finally:
         labs.del_pod(lab, "node1", "believer")
+
+
+# ---- the underlay ----
+
+NODE1 = {4: "192.0.2.1", 6: "2001:db8::1"}
+SERVICE = {4: "10.96.0.10", 6: "fd00:96::10"}
+SERVICE_CIDRS = ("--service-cidr", "10.96.0.0/16", "--service-cidr", "fd00:96::/112")
+
+
+@pytest.fixture(scope="module")
+def outside(lab):
+    """A machine on the underlay that sends what is for the cluster to node1. No reverse path filter helps node1."""
+    with outsider(lab) as argv:
+        node_sh(lab, "node1", "for key in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 >$key; done")
+        for version, networks in {4: ("10.244.0.0/16", "10.96.0.0/16"), 6: ("fd00:10:244::/48", "fd00:96::/112")}.items():
+            for network in networks:
+                labs.must([*argv, "ip", f"-{version}", "route", "add", network, "via", NODE1[version]])
+        yield argv
+
+
+@contextlib.contextmanager
+def unguarded(lab, node="node1"):
+    """The test of the test: the node without the agent's firewall."""
+    with agent_standing_still(lab, node):
+        node_sh(lab, node, "nft delete table inet mncni")
+        yield
+    listed = [*labs.node_argv(lab, node), "nft", "list", "table", "inet", "mncni"]
+    labs.wait_until(lambda: labs.run(listed)[0] == 0, 20, "the agent's firewall")
+
+
+@contextlib.contextmanager
+def claiming(argv, address):
+    """The outsider has the address, too."""
+    length = {4: 32, 6: 128}[version(address)]
+    labs.must([*argv, "ip", "address", "add", f"{address}/{length}", "dev", "eth0", *(["nodad"] if ":" in address else [])])
+    try:
+        yield
+    finally:
+        labs.must([*argv, "ip", "address", "delete", f"{address}/{length}", "dev", "eth0"])
+
+
+def probe_from_outside(lab, argv, source, target):
+    labs.must([*argv, "ping", "-n", "-c1", "-w5", NODE1[version(target)]])  # neighbours know each other
+    with counting(lab, "node1", "eth0", f"udp dport {PORT}") as counts:
+        labs.must([*argv, labs.PYTHON, "-c", SEND, source, target, str(PORT), str(COUNT)])
+        arrived = [*labs.node_argv(lab, "node1"), "nft", "-j", "list", "counter", "inet", "probe", "came"]
+        labs.wait_until(lambda: f'"packets": {COUNT}' in labs.run(arrived)[1], 10, f"{COUNT} probes for {target}")
+    return counts
+
+
+def refused(lab, node="node1"):
+    """Packets that the agent of a node has counted as refused, as `status` says."""
+    code, text, _ = labs.run([*labs.node_argv(lab, node), labs.PYTHON, "/opt/mncni/agent.py", "status", "--json"])
+    return json.loads(text)["dropped"]["refused"]
+
+
+OUTSIDERS_CLAIM = {
+    "a pod of another node": ("10.244.2.2", "fd00:10:244:2::2"),
+    "an address of no node's pods": ("10.244.77.5", "fd00:10:244:77::5"),
+    "a pod of that node": ("10.244.1.77", "fd00:10:244:1::77"),
+    "the gateway of another node": ("10.244.2.1", "fd00:10:244:2::1"),
+    "nobody but itself": tuple(OUTSIDE_IP.values()),
+}
+
+
+@pytest.mark.parametrize("claim", OUTSIDERS_CLAIM)
+def test_nobody_on_the_underlay_speaks_as_a_pod_nor_to_one(lab, outside, claim):
+    """Neither to a pod, nor to a pod of another node, nor to the gateway or the node."""
+    own = addresses(lab, "node1")
+    for source in OUTSIDERS_CLAIM[claim]:
+        family = version(source)
+        itself = source in OUTSIDE_IP.values()
+        targets = [own[family], {4: "10.244.2.3", 6: "fd00:10:244:2::3"}[family], {4: "10.244.1.1", 6: "fd00:10:244:1::1"}[family]]
+        with contextlib.nullcontext() if itself else claiming(outside, source):
+            before = refused(lab)
+            for target in targets:
+                assert probe_from_outside(lab, outside, source, target) == {"came": COUNT, "went": 0}
+            answer = probe_from_outside(lab, outside, source, NODE1[family])
+            assert answer == {"came": COUNT, "went": COUNT if itself else 0}
+            assert refused(lab) == before + COUNT * (len(targets) + (not itself))
+            with unguarded(lab):
+                for target in targets:
+                    assert probe_from_outside(lab, outside, source, target) == {"came": COUNT, "went": COUNT}
+
+
+@pytest.fixture(scope="module")
+def server(lab):
+    """pod1 of node2 tells whoever connects to port 8080 his address."""
+    argv = [*labs.pod_argv(lab, "node2", "pod1"), labs.PYTHON, "-c", SERVE]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "up\n"
+        yield addresses(lab, "node2")
+        process.kill()
+
+
+def fetch(argv, address, port=8080):
+    """What the server says, "" if it cannot be reached."""
+    return labs.run([*argv, labs.PYTHON, "-c", FETCH, address, str(port)])[1].strip()
+
+
+@pytest.mark.parametrize("family", SERVICE)
+def test_no_node_relays_a_connection_from_the_underlay_into_the_mesh(lab, outside, server, family):
+    """Neither to a pod, nor to a Service, which the node translates; but to a port of its own that leads there."""
+    restart_agent(lab, argv=[*labs.plan_agent(lab, "node1"), *SERVICE_CIDRS])
+    wait_well(lab, "node1")
+    ip, gateway = {4: "ip", 6: "ip6"}[family], {4: "10.244.1.1", 6: "fd00:10:244:1::1"}[family]
+    to = {4: f"{server[4]}:8080", 6: f"[{server[6]}]:8080"}[family]
+    rules = f"{ip} daddr {SERVICE[family]} tcp dport 80 dnat {ip} to {to}; {ip} daddr {NODE1[family]} tcp dport 30080 dnat {ip} to {to};"
+    node_sh(lab, "node1", f"nft 'table inet services {{ chain pre {{ type nat hook prerouting priority -100; {rules} }}; }}'")
+    try:
+        assert fetch(outside, NODE1[family], 30080) == gateway
+        assert fetch(labs.pod_argv(lab, "node1", "pod1"), SERVICE[family], 80) == addresses(lab, "node1")[family]
+        assert fetch(outside, server[family]) == "" == fetch(outside, SERVICE[family], 80)
+        with unguarded(lab):
+            # Without the agent's firewall, nothing gives what enters the tunnel the gateway's address, and the peer drops it.
+            snat = f'oifname "mncni-host" meta nfproto {"ipv" + str(family)} snat {ip} to {gateway}'
+            node_sh(lab, "node1", f"nft 'table inet probe2 {{ chain post {{ type nat hook postrouting priority 90; {snat}; }}; }}'")
+            assert fetch(outside, server[family]) == gateway == fetch(outside, SERVICE[family], 80)
+            node_sh(lab, "node1", "nft delete table inet probe2")
+    finally:
+        node_sh(lab, "node1", "nft delete table inet services")
+        restart_agent(lab)
+        wait_well(lab, "node1")
+
+
+ECHO = """
+import socket, sys
+server = socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET, socket.SOCK_DGRAM)
+server.bind((sys.argv[1], 7000))
+print("up", flush=True)
+while True:
+    text, peer = server.recvfrom(99)
+    server.sendto(peer[0].encode(), peer)
+"""
+ASK = """
+import socket, sys
+own, port, target = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+with socket.socket(socket.AF_INET6 if ":" in own else socket.AF_INET, socket.SOCK_DGRAM) as asker:
+    asker.bind((own, port))
+    asker.settimeout(2)
+    asker.sendto(b"?", (target, 7000))
+    print(asker.recv(99).decode())
+"""
+
+
+@pytest.mark.parametrize("family", SERVICE)
+def test_without_masquerade_answers_reach_pods_and_nothing_else_does(lab, outside, family):
+    """A spoofed answer of a remote pod, to a question that was asked, is no answer."""
+    restart_agent(lab, argv=[*labs.plan_agent(lab, "node1"), "--masquerade", "false"])
+    wait_well(lab, "node1")
+    own, remote = addresses(lab, "node1")[family], addresses(lab, "node2")[family]
+    pod, away = labs.pod_argv(lab, "node1", "pod1"), list(OUTSIDE_IP.values())[family == 6]
+    try:
+        with subprocess.Popen([*outside, labs.PYTHON, "-c", ECHO, away], stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout.readline() == "up\n"
+            assert labs.must([*pod, labs.PYTHON, "-c", ASK, own, str(PORT), away]) == f"{own}\n", "the answer came to the pod's address"
+            server.kill()
+        before = refused(lab)
+        assert probe_from_outside(lab, outside, away, own) == {"came": COUNT, "went": 0}
+        labs.run([*pod, labs.PYTHON, "-c", ASK, own, "7001", remote])  # nobody answers, but the connection is known
+        flow = f"udp sport 7000 udp dport 7001 {'ip6' if family == 6 else 'ip'} saddr {remote}"
+        for guard, went, more in ((contextlib.nullcontext(), 0, 2 * COUNT), (unguarded(lab), COUNT, 0)):
+            with claiming(outside, remote), guard, counting(lab, "node1", "eth0", flow) as counts:
+                for _ in range(COUNT):
+                    labs.must([*outside, labs.PYTHON, "-c", ANSWER, remote, own])
+                assert not more or refused(lab) == before + more
+            assert counts == {"came": COUNT, "went": went}
+    finally:
+        restart_agent(lab)
+        wait_well(lab, "node1")
+
+
+ANSWER = """
+import socket, sys
+with socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET, socket.SOCK_DGRAM) as sender:
+    sender.bind((sys.argv[1], 7000))
+    sender.sendto(b"!", (sys.argv[2], 7001))
+"""
