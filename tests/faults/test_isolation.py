@@ -96,6 +96,7 @@ def reaches(argv, address, port=HTTP):
 # ---- sources ----
 
 SOURCES = {
+    "the gateway's address": ("10.244.1.1", "fd00:10:244:1::1"),
     "an address of another node's pods": ("10.244.2.77", "fd00:10:244:2::77"),
     "an address of no node's pods": ("10.244.77.5", "fd00:10:244:77::5"),
     "an address of the nodes' network": ("192.0.2.55", "2001:db8::55"),
@@ -108,16 +109,20 @@ def test_what_a_pod_sends_from_another_address_dies_at_the_bridge(lab, source):
     """On its way to a remote pod, to the node, and to the world."""
     own = addresses(lab, "node1")
     targets = {4: ["10.244.2.2", "192.0.2.1", "192.0.2.2"], 6: ["fd00:10:244:2::2", "fd00:10:244:1::1"]}
+    mac = node_sh(lab, "node1", "cat /sys/class/net/mncni0/address").strip()
+    for gateway in SOURCES["the gateway's address"]:  # a pod that has its address cannot ask for it
+        pod_sh(lab, "pod1", f"ip neighbour replace {gateway} lladdr {mac} dev eth0")
     for address in SOURCES[source]:
         family = version(address)
         length = {4: 32, 6: 128}[family]
         pod_sh(lab, "pod1", f"ip address add {address}/{length} dev eth0 {'nodad' if family == 6 else ''}")
         try:
-            for target in targets[family]:
+            for target in set(targets[family]) - {address}:
                 assert probe_from_pod(lab, own[family], target) == {"came": COUNT, "went": COUNT}, "from its own address it gets through"
                 assert probe_from_pod(lab, address, target) == {"came": COUNT, "went": 0}
         finally:
             pod_sh(lab, "pod1", f"ip address delete {address}/{length} dev eth0")
+    pod_sh(lab, "pod1", "ip neighbour flush dev eth0 nud permanent")
 
 
 def probe_from_pod(lab, source, target):
@@ -436,3 +441,37 @@ with socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET, so
     sender.bind((sys.argv[1], 7000))
     sender.sendto(b"!", (sys.argv[2], 7001))
 """
+
+
+# ---- the floor ----
+
+FLUSH = "nft flush ruleset; ip route flush proto 201; ip -6 route flush proto 201"
+NO_RULES = "ip rule flush; ip -6 rule flush; ip rule add lookup main; ip -6 rule add lookup main"
+
+
+@pytest.mark.parametrize("more, is_clear", [("", False), (NO_RULES, True)], ids=["rules", "no rules"])
+def test_nothing_goes_in_clear_when_nft_and_all_routes_are_flushed_at_once(lab, outside, more, is_clear):
+    """Nor along a route of the host to a larger network. Without the rules too, it does go."""
+    targets = addresses(lab, "node2")
+    broad = "ip route add 10.0.0.0/8 via 192.0.2.200; ip -6 route add default via 2001:db8::200"
+    node_sh(lab, "node1", f"{broad}; ping -n -c1 -w5 192.0.2.200; ping -n -c1 -w5 2001:db8::200")
+    try:
+        with agent_standing_still(lab, "node1"), labs.sniffing(lab) as counts:
+            node_sh(lab, "node1", f"{FLUSH}; {more}")
+            for family, own in addresses(lab, "node1").items():
+                argv = [*labs.pod_argv(lab, "node1", "pod1"), labs.PYTHON, "-c", SEND, own, targets[family], str(PORT), str(COUNT)]
+                labs.run(argv)
+                labs.run([*labs.node_argv(lab, "node1"), labs.PYTHON, "-c", SEND, NODE1[family], targets[family], str(PORT), str(COUNT)])
+            labs.must([*labs.node_argv(lab, "node1"), "ping", "-n", "-c1", "-w5", "192.0.2.2"])
+        sent = [sample for sample in counts["samples"] if str(PORT) in sample or "10.244." in sample or "fd00:" in sample]
+        assert bool(sent) == is_clear, counts
+        assert counts["dropped"] == 0
+    finally:
+        node_sh(lab, "node1", "ip route delete 10.0.0.0/8; ip -6 route delete default")
+    labs.wait_until(lambda: "proto 201" in node_sh(lab, "node1", "ip rule") and "proto 201" in node_sh(lab, "node1", "ip -6 rule"), 20, "rules")
+    labs.wait_until(lambda: reaches_pod(lab), 20, "way to the remote pod")
+
+
+def reaches_pod(lab):
+    ping = [*labs.pod_argv(lab, "node1", "pod1"), "ping", "-n", "-c1", "-W1"]
+    return all(labs.run([*ping, address])[0] == 0 for address in addresses(lab, "node2").values())

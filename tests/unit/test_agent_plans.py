@@ -333,6 +333,32 @@ def test_a_bridge_keeps_its_gateways_and_loses_those_of_an_earlier_pod_cidr():
     assert ran == ["ip -batch - <<'E'\n" + "".join(f"address {line}\n" for line in lines) + "E"]
 
 
+# ---- the floor's rules ----
+
+RULES = """[{"priority":0,"src":"all","table":"local","protocol":"kernel"},
+{"priority":284,"src":"all","dst":"10.244.0.0","dstlen":16,"table":"main","suppress_prefixlen":15,"protocol":"201"},
+{"priority":285,"src":"all","dst":"10.244.0.0","dstlen":16,"action":"unreachable","protocol":"201"},
+{"priority":285,"src":"all","dst":"10.9.9.9","action":"unreachable","protocol":"201"},
+{"priority":285,"src":"all","dst":"10.8.0.0","dstlen":16,"action":"unreachable","protocol":"static"},
+{"priority":32766,"src":"all","table":"main","protocol":"kernel"}]""".replace("\n", "")
+
+
+def test_rules_that_stand_are_left_alone_and_others_of_the_agent_go():
+    applied = []
+
+    def run(command):
+        if "-json" not in command.argv:
+            applied.append(str(command))
+        return mncni.Reply(0, RULES if command.argv[3:4] == ["-4"] else "[]" if "-json" in command.argv else "", "")
+
+    agent.ensure_rules(BOTH.cluster_cidrs, run, "")
+    new = "to fd00:244::/32 priority 284 lookup main suppress_prefixlength 31", "to fd00:244::/32 priority 285 unreachable"
+    assert applied == [
+        "ip -4 -batch - <<'E'\nrule delete to 10.9.9.9/32 priority 285 unreachable protocol 201\nE",
+        "ip -6 -batch - <<'E'\n" + "".join(f"rule add {rule} protocol 201\n" for rule in new) + "E",
+    ]
+
+
 # ---- firewalls: the whole text ----
 
 HOST_FIREWALL = """\

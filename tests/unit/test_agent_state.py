@@ -104,6 +104,7 @@ def test_every_flag_of_run_has_its_variable_and_the_flag_wins():
         "MNCNI_KUBECONFIG": "/k",
         "MNCNI_CLUSTER_CIDR": "10.0.0.0/8,fd00::/32",
         "MNCNI_POD_CIDR": "10.7.0.0/24,fd00:0:7::/64",
+        "MNCNI_SERVICE_CIDR": "11.0.0.0/16",
         "MNCNI_ENDPOINT": "192.0.2.7,2001:db8::7",
         "MNCNI_PORT": "1,2",
         "MNCNI_BRIDGE": "br7",
@@ -125,6 +126,7 @@ def test_every_flag_of_run_has_its_variable_and_the_flag_wins():
         "kubeconfig": "/k",
         "cluster_cidrs": ["10.0.0.0/8", "fd00::/32"],
         "pod_cidrs": ["10.7.0.0/24", "fd00:0:7::/64"],
+        "service_cidrs": ["11.0.0.0/16"],
         "endpoints": ["192.0.2.7", "2001:db8::7"],
         "ports": ["1", "2"],
         "bridge": "br7",
@@ -1048,6 +1050,7 @@ def test_status_of_a_healthy_node(running):
         "PEER  ENDPOINT           PODS           HANDSHAKE  RECEIVED  SENT\n"
         "n1    198.51.100.9:4711  10.244.1.0/24  never      0 B       0 B\n"
         "n2    192.0.2.2:28384    10.244.2.0/24  never      0 B       0 B\n"
+        "4 x packets from or to the cluster that came in by neither the bridge nor the tunnel, and were dropped.\n"
     )
 
 
