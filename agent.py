@@ -42,6 +42,7 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import select
 import shutil
 import signal
@@ -87,7 +88,11 @@ COUNTERS = {  # of the host's firewall: {name: what it counts}
 }
 DOUBT_S = 120  # how long packets wait for a peer before its endpoint is doubted
 SET_BACK_S = 120  # a clock set back by less does no harm: peers that talk shake hands every two minutes (WireGuard, section 6.1)
+REMAKE_S = 60  # the shortest time between two that a peer is made anew in, see plan_peers
+NEWS_S, NEWS_SHARE = 0.5, 0.1  # news of the store gets so many seconds of passes at once, and this share of the time in the long run
 TRY_S, RETRY_S = 60, 5  # how often the agent tries the installed plugin, and how often while it does not work
+KEY = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")  # 32 bytes in canonical base64
+BROADCAST = ipaddress.ip_address("255.255.255.255")
 UNDERLAY_OVERHEAD = {4: 60, 6: 80}  # bytes of the IP header, the UDP header and WireGuard (32)
 
 
@@ -590,6 +595,10 @@ class Node:
         return {str(cidr) for cidr in self.pod_cidrs}
 
     @functools.cached_property
+    def endpoint_texts(self):
+        return frozenset(map(str, self.endpoints))
+
+    @functools.cached_property
     def spans(self):
         return [span_of(cidr) for cidr in self.pod_cidrs]
 
@@ -687,7 +696,8 @@ def parse_endpoint(text, cluster_cidrs):
         raise BadRecord(f"endpoint {shown(text)} is no IP address")
     address = ipaddress.ip_address(text)
     mapped = address.version == 6 and address.ipv4_mapped
-    if mapped or address.is_unspecified or address.is_loopback or address.is_multicast or address.is_link_local:
+    nobody = address.is_unspecified or address.is_loopback or address.is_multicast or address == BROADCAST
+    if mapped or nobody or address.is_link_local:
         raise BadRecord(f"endpoint {address} cannot be another node's address")
     if is_in(address, cluster_cidrs):
         raise BadRecord(f"endpoint {address} is inside the cluster CIDR: it would be reached through itself")
@@ -696,6 +706,8 @@ def parse_endpoint(text, cluster_cidrs):
 
 def parse_key(text):
     """A WireGuard key, base64 in the one form that encodes it again. BadRecord."""
+    if KEY.fullmatch(text) and text.strip("A="):  # thousands are read in each pass
+        return text
     try:
         key = base64.b64decode(text, validate=True)
     except ValueError:
@@ -728,16 +740,17 @@ def compare_with_facts(node, facts):
 class Roster:
     """Decides which records are believed. It remembers its verdicts, so a record is validated once per content.
 
-    facts: {name: Facts} of the nodes that a cluster knows.
+    facts: {name: Facts} of the nodes that a cluster knows. held: {name: Node} of those believed so far. own_addresses: see
+    host_addresses.
     """
 
     def __init__(self, settings):
         self.settings = settings
         self.memory = {}  # {name: ((record, Facts), verdict)}
-        self.facts = {}
+        self.facts, self.held, self.own_addresses = {}, {}, frozenset()
 
     def judge(self, records, own_key, own_endpoints):
-        """({name: Node}, {name: reason}) of the other nodes' records. Of two nodes that claim one key or address, the older is believed."""
+        """({name: Node}, {name: reason}) of the other nodes' records."""
         usable, quarantine, families = {}, {}, {endpoint.version for endpoint in own_endpoints}
         own_spans = sorted((*span_of(cidr), "") for cidr in self.settings.pod_cidrs)
         self.memory = {name: known for name, known in self.memory.items() if name in records}
@@ -745,13 +758,14 @@ class Roster:
             if name == self.settings.node_name:
                 continue
             verdict = self.verdict(name, text)
-            reason = verdict if isinstance(verdict, str) else clash_with_self(verdict, own_key, own_spans, families)
+            reason = verdict if isinstance(verdict, str) else clash_with_self(verdict, own_key, own_spans, families, self.own_addresses)
             if reason:
                 quarantine[name] = reason
             else:
                 usable[name] = verdict
-        quarantine.update(find_clashes(usable.values()))
-        return {name: node for name, node in usable.items() if name not in quarantine}, quarantine
+        quarantine.update(find_clashes(usable.values(), self.held))
+        self.held = {name: node for name, node in usable.items() if name not in quarantine}
+        return self.held, quarantine
 
     def verdict(self, name, text):
         """The Node of a record, or the reason (text) why it is not believed. Other records play no part."""
@@ -770,10 +784,12 @@ class Roster:
         return {name for name, text in records.items() if isinstance(self.verdict(name, text), Node)}
 
 
-def clash_with_self(node, own_key, own_spans, own_families):
+def clash_with_self(node, own_key, own_spans, own_families, own_addresses):
     """Why a node cannot be a peer of this node, None if it can."""
     if node.key == own_key:
         return "it has this node's key"
+    if not own_addresses.isdisjoint(node.endpoint_texts):
+        return f"one of its endpoints {listed(node.endpoints)} is an address of this node, or a broadcast address"
     for cidr, span in zip(node.pod_cidrs, node.spans):
         if find_overlap(own_spans, span) is not None:
             return f"its pod CIDR {cidr} is this node's"
@@ -782,22 +798,30 @@ def clash_with_self(node, own_key, own_spans, own_families):
     return None
 
 
-def find_clashes(nodes):
-    """{name: reason} of the nodes that have the key or an address of an older node."""
+def find_clashes(nodes, held=None):
+    """{name: reason} of the nodes that claim what is another's. held: {name: Node} of those believed so far. A key or a pod CIDR that a
+    node has held and still claims stays its own, whatever others claim; of those that are new, the oldest node's claim counts."""
     spans = sorted(span for node in nodes for span in node.spans)
     apart = all(one[0] != two[0] or one[2] < two[1] for one, two in zip(spans, spans[1:]))
     if apart and len({node.key for node in nodes}) == len(nodes):
         return {}  # the common case
-    lost, keys, held = {}, {}, []  # held: sorted (*span, name) of the CIDRs believed so far
+    lost, keys, taken = {}, {}, []  # taken: sorted (*span, name)
+    for node in nodes:
+        former = (held or {}).get(node.name)
+        if former:
+            keys.update({node.key: node.name} if node.key == former.key else {})
+            taken += [(*span, node.name) for span in node.spans if span in former.spans]
+    taken.sort()
     for node in sorted(nodes, key=seniority):
-        owner = keys.get(node.key) or next(filter(None, (find_overlap(held, span) for span in node.spans)), None)
-        if owner:
-            what = "key" if node.key in keys else "pod CIDR"
-            lost[node.name] = f"its {what} is that of the older node {owner}"
+        owners = [("key", keys.get(node.key)), *(("pod CIDR", find_overlap(taken, span)) for span in node.spans)]
+        rivals = [(what, owner) for what, owner in owners if owner not in (None, node.name)]
+        if rivals:
+            lost[node.name] = "its {} is that of node {}, which had it before or is older".format(*rivals[0])
             continue
         keys[node.key] = node.name
-        for span in node.spans:
-            bisect.insort(held, (*span, node.name))
+        for span, (_, owner) in zip(node.spans, owners[1:]):
+            if owner is None:
+                bisect.insort(taken, (*span, node.name))
     return lost
 
 
@@ -1302,6 +1326,12 @@ def interfaces_of(link):
     """[(an address of a link with its prefix length, its entry in `ip address`)]."""
     infos = [(f"{info.get('local')}/{info.get('prefixlen')}", info) for info in link.get("addr_info", ())]
     return [(ipaddress.ip_interface(text), info) for text, info in infos if mncni.is_address(text, ipaddress.ip_interface)]
+
+
+def host_addresses(links):
+    """All addresses of the host's links, and broadcast addresses of their networks, as text."""
+    infos = [info for link in links for info in link.get("addr_info", ())]
+    return frozenset(str(info.get(key)) for info in infos for key in ("local", "broadcast"))
 
 
 def ensure_endpoints(context):
@@ -1892,16 +1922,21 @@ class Agent:
         self.tried, self.next_try, self.plugin_trouble = None, 0, ""  # see check_plugin
         self.counts, self.beat = kube.Counts(), clock()  # beat: when the loop last came round
         self.next_pass = self.next_glance = 0
+        self.news, self.debt_s = False, 0.0  # debt_s: what passes for news have cost, less what time has paid off, see NEWS_S
+        self.remade = {}  # {node name: a time of clock, when its peer was made anew}
         self.wall_offset = os.path.getmtime(self.state_path) - uptime() if os.path.exists(self.state_path) else 0
 
     def tick(self, event=False):
         """One turn of the loop: look at the store, and make a pass if something has happened or it is time. Returns whether the network
         is up."""
-        begin = self.beat = self.clock()
-        news = self.is_set_back() or self.store.changed()
-        look = event or bool(self.reason) or self.clock() >= self.next_pass or (not news and self.is_tunnel_changed())
-        if not (news or look or (self.doubt_until is not None and self.clock() >= self.doubt_until)):
+        begin = self.clock()
+        self.debt_s, self.beat = max(0, self.debt_s - NEWS_SHARE * (begin - self.beat)), begin
+        self.news = self.is_set_back() or self.store.changed() or self.news
+        look = event or bool(self.reason) or begin >= self.next_pass or (not self.news and self.is_tunnel_changed())
+        due = (self.news and self.debt_s < NEWS_S) or (self.doubt_until is not None and begin >= self.doubt_until)
+        if not (due or look):
             return not self.reason
+        self.news = False
         try:
             self.reconcile(look)
             self.next_pass = self.clock() + AUDIT_S if look else self.next_pass
@@ -1914,6 +1949,7 @@ class Agent:
                 log.exception(kube.DEFECT)
             self.say(reason)
         self.write_status()
+        self.debt_s = min(self.debt_s + (0 if look else self.clock() - begin), NEWS_S + NEWS_SHARE)  # paid off in a second
         for name, amount in (("passes", 1), ("seconds", self.clock() - begin), ("errors", bool(self.reason))):
             self.counts.add(f"mncni_reconcile_{name}_total", amount)
         return not self.reason
@@ -2066,6 +2102,7 @@ class Agent:
     def judge(self):
         """Decide which records are believed, and log what has changed."""
         context = self.context
+        self.roster.own_addresses = host_addresses(context.links)
         nodes, quarantine = self.roster.judge(self.records, context.public_key, context.endpoints)
         for name in sorted(set(quarantine) | set(self.quarantine)):
             if quarantine.get(name) != self.quarantine.get(name):
@@ -2077,6 +2114,19 @@ class Agent:
             log.info("node %s %s", name, "joined" if name in nodes else "left")
         self.quarantine, context.nodes = quarantine, nodes
         context.peers = desired_peers(nodes, context.endpoints)
+        self.hold_back(context.peers, context.sent or {})
+
+    def hold_back(self, peers, sent):
+        """A peer that was made anew for a clock that was set back is left alone for REMAKE_S, whatever its record says: it is greeted each
+        time, at any address that the record names."""
+        now = self.clock()
+        self.remade = {name: at for name, at in self.remade.items() if now < at + REMAKE_S}
+        for key, peer in peers.items():
+            former = sent.get(key, peer)["set_back"]
+            if peer["set_back"] != former and peer["name"] in self.remade:
+                peer["set_back"] = former
+            elif peer["set_back"] != former:
+                self.remade[peer["name"]] = now
 
     def publish(self):
         """Put this node's record into the store, if it is not there as it should be. StoreError. "gen" grows with each change."""
