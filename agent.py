@@ -748,17 +748,21 @@ class Roster:
         self.settings = settings
         self.memory = {}  # {name: ((record, Facts), verdict)}
         self.facts, self.held, self.own_addresses = {}, {}, frozenset()
+        self.own = None  # what judge() compared the held nodes with
 
     def judge(self, records, own_key, own_endpoints):
         """({name: Node}, {name: reason}) of the other nodes' records."""
         usable, quarantine, families = {}, {}, {endpoint.version for endpoint in own_endpoints}
+        former, self.own = self.own, (own_key, families, self.settings.pod_cidrs, self.own_addresses)
         own_spans = sorted((*span_of(cidr), "") for cidr in self.settings.pod_cidrs)
         self.memory = {name: known for name, known in self.memory.items() if name in records}
         for name, text in sorted(records.items()):
             if name == self.settings.node_name:
                 continue
             verdict = self.verdict(name, text)
-            reason = verdict if isinstance(verdict, str) else clash_with_self(verdict, own_key, own_spans, families, self.own_addresses)
+            reason = verdict if isinstance(verdict, str) else ""
+            if not reason and not (self.own == former and self.held.get(name) is verdict):
+                reason = clash_with_self(verdict, own_key, own_spans, families, self.own_addresses)
             if reason:
                 quarantine[name] = reason
             else:
@@ -1152,8 +1156,8 @@ def desired_peers(nodes, own_endpoints):
     """{key: {"name", "endpoint", "allowed_ips", "set_back"}} of {name: Node}."""
     peers, families = {}, {endpoint.version for endpoint in own_endpoints}
     for name, node in nodes.items():
-        endpoint = next(text for version, text in node.targets.items() if version in families)
-        peers[node.key] = {"name": name, "endpoint": endpoint, "allowed_ips": node.allowed_ips, "set_back": node.set_back}
+        endpoints = [text for version, text in node.targets.items() if version in families]
+        peers[node.key] = {"name": name, "endpoint": endpoints[0], "allowed_ips": node.allowed_ips, "set_back": node.set_back}
     return peers
 
 
@@ -2155,8 +2159,7 @@ class Agent:
     def save_state(self):
         """Keep the last good list of nodes for the next agent. CNIError, which costs nothing else: the network stands without."""
         believed = {name: self.records[name] for name in self.context.nodes}
-        state = {"own": self.state["own"], "records": believed}
-        write_if_changed(self.state_path, json.dumps(state, sort_keys=True) + "\n", mode=0o600)
+        write_if_changed(self.state_path, json.dumps({"own": self.state["own"], "records": believed}) + "\n", mode=0o600)
 
     def say(self, reason):
         """Tell the log, the cluster and the plugin that the network is up ("") or why not."""
