@@ -267,6 +267,7 @@ class Store:
 
     RECORD_LIMIT = 65536  # bytes; a record has some 300
     trouble = ""  # why records() may be out of date
+    service_cidrs = None  # networks of Services as the cluster has them, as text; None: unknown
     guard = None  # whether the cluster stops a node from writing another node's record; None: unknown
 
     def start(self):
@@ -278,6 +279,7 @@ class Store:
     def facts(self):
         """{node name: Facts}: what the cluster says about nodes. A node cannot forge it."""
         return {}
+
 
     def look_again(self):
         """Ask for a new list of all nodes. Returns whether one has been read since it was asked for."""
@@ -350,6 +352,7 @@ class DirectoryStore(Store):
 # Node store: Kubernetes
 # ---------------------------------------------------------------------------------------------------------------------
 
+SERVICE_CIDRS = "/apis/networking.k8s.io/v1/servicecidrs"  # there are some since Kubernetes 1.33
 RECORD = "mncni.dev/node"  # the annotation of a Node that holds its record
 Facts = collections.namedtuple("Facts", "uid created pod_cidrs")  # what a Node says, as text; pod_cidrs: None if only its metadata was read
 Seen = collections.namedtuple("Seen", "text facts")  # what we know of a Node; text: its record, or None
@@ -494,10 +497,20 @@ class KubernetesStore(Store):
             raise ApiError(404, "NotFound", f"the cluster has no node {self.node_name}: is --node-name right?")
 
     def _is_whole(self):
-        """Whether to read whole Nodes, see the class."""
+        """Whether to read whole Nodes, see the class. This is asked before each list of all Nodes."""
+        self._look_services()
         if self.guard is None:
             self.guard = self._test_guard()
         return not self.guard
+
+    def _look_services(self):
+        """Read the networks of Services. What was known stays while they cannot be read; a cluster may have none, or not tell."""
+        with contextlib.suppress(ApiError):
+            items = self.api.request("GET", SERVICE_CIDRS)
+            with api_errors("read", SERVICE_CIDRS):
+                found = sorted({str(cidr) for item in items["items"] for cidr in kube.parse_cidrs(item["spec"]["cidrs"])})
+            changed, self.service_cidrs = found != self.service_cidrs, found
+            self._announce(changed)
 
     def _test_guard(self):
         """Whether an admission policy refuses a change of another node's record; None if that cannot be tested. The test is a dry run of
@@ -928,10 +941,11 @@ def load_state(path):
     """{"own": fields of this node's record, "records": {name: text} of the last good list}."""
     state = load_json(path)
     own, records = (state.get(key) if isinstance(state.get(key), dict) else {} for key in ("own", "records"))
-    kinds = {"uid": str, "created": str, "text": str, "gen": int, "set_back": int, "seen": bool, "podCIDRs": list, "addresses": list}
+    kinds = {"uid": str, "created": str, "text": str, "gen": int, "set_back": int, "seen": bool, "podCIDRs": list, "serviceCIDRs": list, "addresses": list}
     own = {key: value for key, value in own.items() if type(value) is kinds.get(key)}
-    with contextlib.suppress(ValueError, KeyError):
-        own["podCIDRs"] = [str(cidr) for cidr in kube.parse_cidrs(own.pop("podCIDRs"))]
+    for key in ("podCIDRs", "serviceCIDRs"):
+        with contextlib.suppress(ValueError, KeyError):
+            own[key] = [str(cidr) for cidr in kube.parse_cidrs(own.pop(key))]
     return {"own": own, "records": {name: text for name, text in records.items() if isinstance(text, str)}}
 
 
@@ -1913,7 +1927,7 @@ class Agent:
         self.store, self.clock = store, clock
         loaded = load_json(os.path.join(settings.run_dir, "firewall.json"), check_loaded)
         self.context = Context(settings, run, mncni.boot_id(), loaded=loaded)
-        self.roster = Roster(settings)
+        self.roster, self.flagged_services = Roster(settings), settings.service_cidrs
         self.state_path = os.path.join(settings.state_dir, "nodes.json")
         self.state = load_state(self.state_path)
         self.records = dict(self.state["records"])  # {name: text}, the records in use
@@ -2057,7 +2071,7 @@ class Agent:
             return False, ""
         own.update(given)
         former, self.context.internal_ips = self.context.internal_ips, tuple(kube.parse_addresses(own.get("addresses", ())))
-        moved = former != self.context.internal_ips
+        moved = self.adopt_services() or former != self.context.internal_ips
         if not own.get("podCIDRs"):
             waiting = "this node has no pod CIDR yet (spec.podCIDRs), which the controller manager or `nodeipam.py` gives"
             return moved, self.store.trouble or waiting
@@ -2068,6 +2082,18 @@ class Agent:
             return moved, trouble
         self.context.settings = self.roster.settings = replace(self.settings, pod_cidrs=cidrs)
         return True, ""
+
+    def adopt_services(self):
+        """Take over the networks of Services that the cluster names, or the last known ones, unless --service-cidr names them. Returns
+        whether they have changed. One that contains an address of this node is ignored: it would be cut off."""
+        own = self.state["own"]
+        own.update({} if self.store.service_cidrs is None else {"serviceCIDRs": self.store.service_cidrs})
+        cidrs, context = tuple(map(ipaddress.ip_network, own.get("serviceCIDRs", ()))), self.context
+        mine = (*self.settings.endpoints, *context.internal_ips, *context.endpoints)
+        cidrs = self.flagged_services or tuple(cidr for cidr in cidrs if not any(each in cidr for each in mine))
+        changed = cidrs != self.settings.service_cidrs
+        self.context.settings = self.roster.settings = replace(self.settings, service_cidrs=cidrs)
+        return changed
 
     def read_store(self):
         """Take over the records of the store. Returns why not, or "". The last good records stay while the store cannot be read, while it

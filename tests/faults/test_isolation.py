@@ -165,7 +165,7 @@ def test_what_comes_out_of_the_tunnel_for_anything_but_own_pods_dies(lab, hostil
         assert probe_from_tunnel(lab, address) == {"came": COUNT, "went": 0}
 
 
-LIES = ("10.244.1.99", "10.244.77.5", "192.0.2.55", "198.51.100.1", "fd00:10:244:1::99", "fd00:10:244:77::5", "2001:db8::55")
+LIES = ("10.244.1.99", "10.244.1.1", "fd00:10:244:1::1", "169.254.28.84", "10.244.77.5", "192.0.2.55", "198.51.100.1", "fd00:10:244:1::99", "fd00:10:244:77::5", "2001:db8::55")
 
 
 @pytest.mark.parametrize("source", LIES)
@@ -388,6 +388,70 @@ def test_no_node_relays_a_connection_from_the_underlay_into_the_mesh(lab, outsid
         wait_well(lab, "node1")
 
 
+SOURCE_ROUTE = """
+import socket, sys
+way, target, port, count = *sys.argv[1:3], *map(int, sys.argv[3:])
+sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sender.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, bytes([131, 7, 4]) + socket.inet_aton(way) + bytes(1))
+for _ in range(count):
+    sender.sendto(b"probe", (target, port))
+"""
+
+
+def test_a_source_route_through_the_node_leads_to_no_pod(lab, outside):
+    """The packet is addressed to the node, which is to send it on to a pod. Most hosts ignore that, this one does not."""
+    node_sh(lab, "node1", "for name in all eth0; do echo 1 >/proc/sys/net/ipv4/conf/$name/accept_source_route; done")
+    try:
+        for target in (addresses(lab, "node1")[4], addresses(lab, "node2")[4]):
+            for guard, went in ((contextlib.nullcontext(), 0), (unguarded(lab), COUNT)):
+                with guard, counting(lab, "node1", "eth0", f"udp dport {PORT}") as counts:
+                    labs.must([*outside, labs.PYTHON, "-c", SOURCE_ROUTE, NODE1[4], target, str(PORT), str(COUNT)])
+                assert counts == {"came": COUNT, "went": went}
+    finally:
+        node_sh(lab, "node1", "echo 0 >/proc/sys/net/ipv4/conf/all/accept_source_route")
+
+
+FRAGMENTS = SEND.replace('b"probe"', "bytes(4000)")
+
+
+def test_fragments_from_the_underlay_get_no_further(lab, outside):
+    """Later fragments have no ports: all packets from the address are counted."""
+    for source in ("10.244.2.2", "fd00:10:244:2::2"):
+        family = version(source)
+        with claiming(outside, source):
+            for guard, gets_in in ((contextlib.nullcontext(), False), (unguarded(lab), True)):
+                with guard, counting(lab, "node1", "eth0", f"{'ip6' if family == 6 else 'ip'} saddr {source}") as counts:
+                    own = addresses(lab, "node1")[family]
+                    labs.must([*outside, "ping", "-n", "-c1", "-w5", NODE1[family]])  # neighbours know each other
+                    labs.must([*outside, labs.PYTHON, "-c", FRAGMENTS, source, own, str(PORT), str(COUNT)])
+                assert counts["came"] >= COUNT and bool(counts["went"]) == gets_in
+
+
+def test_another_network_of_the_host_is_no_way_to_pods_either(lab):
+    """A bridge of Docker's, or a second network of mncni, whose addresses are in no cluster CIDR. To the world it leads as before."""
+    setup = """
+        ip netns add guest; ip link add docker0 type bridge; ip address add 172.17.0.1/16 dev docker0; ip link set docker0 up
+        ip link add guest type veth peer name eth0 netns guest; ip link set guest master docker0 up
+        ip -n guest address add 172.17.0.2/16 dev eth0; ip -n guest link set eth0 up; ip -n guest route add default via 172.17.0.1
+        for key in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 >$key; done
+    """
+    node_sh(lab, "node1", setup)
+    send = f"ip netns exec guest {labs.PYTHON} -c '{SEND}' 172.17.0.2"
+    try:
+        pods = addresses(lab, "node1")[4], addresses(lab, "node2")[4]
+        with counting(lab, "node1", "docker0", f"udp dport {PORT}") as counts:
+            node_sh(lab, "node1", f"{send} 192.0.2.2 {PORT} {COUNT}")
+        assert counts == {"came": COUNT, "went": COUNT}
+        for guard, went in ((contextlib.nullcontext(), 0), (unguarded(lab), COUNT)):
+            for pod in pods:
+                with guard, counting(lab, "node1", "docker0", f"udp dport {PORT}") as counts:
+                    node_sh(lab, "node1", f"{send} {pod} {PORT} {COUNT}")
+                assert counts == {"came": COUNT, "went": went}
+                guard = unguarded(lab) if went else contextlib.nullcontext()
+    finally:
+        node_sh(lab, "node1", "ip netns delete guest; ip link delete docker0")
+
+
 ECHO = """
 import socket, sys
 server = socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET, socket.SOCK_DGRAM)
@@ -441,6 +505,36 @@ with socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET, so
     sender.bind((sys.argv[1], 7000))
     sender.sendto(b"!", (sys.argv[2], 7001))
 """
+
+
+REWRITE = """
+nft --stateless list table inet mncni >/run/table.listed
+{ echo "table inet mncni"; echo "delete table inet mncni"; cat /run/table.listed; } >/run/table.nft
+while nft -f /run/table.nft; do echo; done
+"""
+
+
+def test_no_packet_gets_in_or_out_while_the_firewall_is_replaced(lab, outside, figure):
+    """Neither from the underlay to a pod, nor from a pod into the underlay, where a route leads."""
+    own, many = addresses(lab, "node1")[4], str(20_000)
+    node_sh(lab, "node1", "ip route replace 10.244.77.0/24 via 192.0.2.200 dev eth0; ping -n -c1 -w5 192.0.2.200")
+    pod = [*labs.pod_argv(lab, "node1", "pod1"), labs.PYTHON, "-c", SEND, own, "10.244.77.5", str(PORT), many]
+    argv = [*outside, labs.PYTHON, "-c", SEND, "10.244.2.2", own, str(PORT), many]
+    try:
+        with agent_standing_still(lab, "node1"), claiming(outside, "10.244.2.2"):
+            with subprocess.Popen([*labs.node_argv(lab, "node1"), "sh", "-c", REWRITE], stdout=subprocess.PIPE, text=True) as writer:
+                with counting(lab, "node1", "eth0", f"udp dport {PORT}") as counts, labs.sniffing(lab) as seen:
+                    with subprocess.Popen(pod) as sender:
+                        labs.must(argv)
+                    assert sender.returncode == 0
+                node_sh(lab, "node1", "rm /run/table.nft")  # which ends the loop
+                times = writer.stdout.read().count("\n")
+        got_out = seen["clear"] - int(many)
+        figure(f"firewall: of {many} packets each way {counts['went']} got in, {got_out} out; it was replaced {times} times meanwhile")
+        assert counts["came"] > 10_000 and counts["went"] == 0 and times > 20
+        assert seen["samples"] == [f"10.244.2.2 > {own} udp"], "what the outsider sent, and nothing else"
+    finally:
+        node_sh(lab, "node1", "ip route delete 10.244.77.0/24")
 
 
 # ---- the floor ----

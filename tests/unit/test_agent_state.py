@@ -5,6 +5,7 @@ Passes run here with a WireGuard device in memory and without the stages that ne
 
 import base64
 import dataclasses
+import ipaddress
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from types import SimpleNamespace
 import pytest
 
 import agent
+import kube
 import mncni
 from tests.unit.agent_data import V4, FakeWireGuard, key_of, make_settings, parse, record, text_of
 
@@ -525,6 +527,43 @@ def test_a_record_that_changes_ten_times_a_second_costs_a_tenth_of_the_time(benc
         bench.write(2, text=text_of(2, gen=number + 2))
         bench.tick(0.1)
     assert passes.count(False) == 5
+
+
+class Services:
+    """An API server that has ServiceCIDR objects, or answers with an error."""
+
+    def __init__(self, *cidrs, error=None):
+        self.items, self.error = [{"spec": {"cidrs": [cidr]}} for cidr in cidrs], error
+
+    def request(self, verb, path):
+        assert (verb, path) == ("GET", "/apis/networking.k8s.io/v1/servicecidrs")
+        if self.error:
+            raise self.error
+        return {"items": self.items}
+
+
+def test_networks_of_services_are_the_clusters_and_stay_while_it_does_not_tell():
+    store = agent.KubernetesStore(Services("fd00:96::/112", "10.96.0.0/12"), "n1")
+    for api in (store.api, Services(error=kube.ApiError(404, "NotFound", "")), Services(None), Services("x")):
+        store.api = api
+        store._look_services()
+        assert store.service_cidrs == ["10.96.0.0/12", "fd00:96::/112"]
+    store.api = Services("10.97.0.0/16")
+    store._look_services()
+    assert store.service_cidrs == ["10.97.0.0/16"] and store.changed()
+
+
+def test_networks_of_services_are_taken_over_and_remembered_unless_flags_name_them(bench):
+    bench.settle()
+    bench.agent.store.service_cidrs = ["10.96.0.0/12", "192.0.2.0/24"]  # the one has this node's address
+    assert bench.agent.adopt_services() and not bench.agent.adopt_services()
+    assert [str(cidr) for cidr in bench.agent.settings.service_cidrs] == ["10.96.0.0/12"]
+    bench.settle()
+    bench.start()
+    assert bench.agent.adopt_services() and [str(cidr) for cidr in bench.agent.settings.service_cidrs] == ["10.96.0.0/12"]
+    bench.settings = dataclasses.replace(bench.settings, service_cidrs=(ipaddress.ip_network("10.7.0.0/16"),))
+    bench.start()
+    assert not bench.agent.adopt_services() and bench.agent.settings.service_cidrs == bench.settings.service_cidrs
 
 
 def test_a_node_that_lies_gains_nothing_by_a_restart_of_the_agent(bench):
