@@ -16,8 +16,9 @@ the node in clear.
     rules: to 10.244.0.0/16 only routes of the main table that are no broader, else unreachable (the floor)
 
 What it owns: the network namespace mncni-wg with the WireGuard device, the veth pair mncni-host / mncni-ns, the bridge mncni0, the routes
-and routing rules of protocol 201, the nft table "inet mncni" (one in the host, one in the namespace), files below /run/mncni and /var/lib/mncni, and
-10-mncni.conflist. It changes nothing else, but switches IP forwarding on, and refuses objects of these names that others have made.
+and routing rules of protocol 201, the nft table "inet mncni" (one in the host, one in the namespace), files below /run/mncni and
+/var/lib/mncni, and 10-mncni.conflist. It changes nothing else, but switches IP forwarding on, and refuses objects of these names that
+others have made.
 
 What it needs: root (CAP_NET_ADMIN in both namespaces, CAP_SYS_ADMIN to create one), python3, iproute2, nftables, wireguard-tools, and
 WireGuard in the kernel or as the program wireguard-go.
@@ -941,7 +942,8 @@ def load_state(path):
     """{"own": fields of this node's record, "records": {name: text} of the last good list}."""
     state = load_json(path)
     own, records = (state.get(key) if isinstance(state.get(key), dict) else {} for key in ("own", "records"))
-    kinds = {"uid": str, "created": str, "text": str, "gen": int, "set_back": int, "seen": bool, "podCIDRs": list, "serviceCIDRs": list, "addresses": list}
+    kinds = {"uid": str, "created": str, "text": str, "gen": int, "set_back": int, "seen": bool}
+    kinds.update(dict.fromkeys(("podCIDRs", "serviceCIDRs", "addresses"), list))
     own = {key: value for key, value in own.items() if type(value) is kinds.get(key)}
     for key in ("podCIDRs", "serviceCIDRs"):
         with contextlib.suppress(ValueError, KeyError):

@@ -95,7 +95,7 @@ NFT_LINES = (
     "    type (?:nat|filter) hook [a-z]+ priority [a-z]+(?: [-+] 10)?; policy (?:accept|drop);",
     f"    [io]ifname != {OWN} <FAMILY> [sd]addr <PREFIX>(?: counter name (?:leaked|refused))? drop",
     f"    iifname != {OWN} <FAMILY> daddr <PREFIX> ct direction reply accept",
-    f'    iifname != {OWN} oifname \\{{ "<NAME>", "mncni-host" \\}} (?:ct status dnat accept|ct direction reply accept|counter name refused drop)',
+    f'    iifname != {OWN} oifname \\{{ "<NAME>", "mncni-host" \\}} (?:ct [a-z]+ (?:dnat|reply) accept|counter name refused drop)',
     '    iifname "<NAME>" (?:meta nfproto ipv[46]|<FAMILY> saddr <ADDRESS>|<FAMILY> [sd]addr(?: != <PREFIX>(?: ip6 [sd]addr)?)+'
     "(?: ip6 [sd]addr != [a-z0-9:/]+)*) drop",
     '    oifname "mncni-host"(?: <FAMILY> saddr != <PREFIX>)+ snat <FAMILY> to <ADDRESS> fully-random',

@@ -165,7 +165,8 @@ def test_what_comes_out_of_the_tunnel_for_anything_but_own_pods_dies(lab, hostil
         assert probe_from_tunnel(lab, address) == {"came": COUNT, "went": 0}
 
 
-LIES = ("10.244.1.99", "10.244.1.1", "fd00:10:244:1::1", "169.254.28.84", "10.244.77.5", "192.0.2.55", "198.51.100.1", "fd00:10:244:1::99", "fd00:10:244:77::5", "2001:db8::55")
+LIES = ("10.244.1.99", "10.244.1.1", "fd00:10:244:1::1", "169.254.28.84", "10.244.77.5", "192.0.2.55",
+        "198.51.100.1", "fd00:10:244:1::99", "fd00:10:244:77::5", "2001:db8::55")
 
 
 @pytest.mark.parametrize("source", LIES)
@@ -315,7 +316,7 @@ def probe_from_outside(lab, argv, source, target):
 
 def refused(lab, node="node1"):
     """Packets that the agent of a node has counted as refused, as `status` says."""
-    code, text, _ = labs.run([*labs.node_argv(lab, node), labs.PYTHON, "/opt/mncni/agent.py", "status", "--json"])
+    _, text, _ = labs.run([*labs.node_argv(lab, node), labs.PYTHON, "/opt/mncni/agent.py", "status", "--json"])
     return json.loads(text)["dropped"]["refused"]
 
 
@@ -562,7 +563,8 @@ def test_nothing_goes_in_clear_when_nft_and_all_routes_are_flushed_at_once(lab, 
         assert counts["dropped"] == 0
     finally:
         node_sh(lab, "node1", "ip route delete 10.0.0.0/8; ip -6 route delete default")
-    labs.wait_until(lambda: "proto 201" in node_sh(lab, "node1", "ip rule") and "proto 201" in node_sh(lab, "node1", "ip -6 rule"), 20, "rules")
+    for family in (4, 6):
+        labs.wait_until(lambda family=family: "proto 201" in node_sh(lab, "node1", f"ip -{family} rule"), 20, "rules")
     labs.wait_until(lambda: reaches_pod(lab), 20, "way to the remote pod")
 
 

@@ -558,6 +558,7 @@ def test_networks_of_services_are_taken_over_and_remembered_unless_flags_name_th
     bench.agent.store.service_cidrs = ["10.96.0.0/12", "192.0.2.0/24"]  # the one has this node's address
     assert bench.agent.adopt_services() and not bench.agent.adopt_services()
     assert [str(cidr) for cidr in bench.agent.settings.service_cidrs] == ["10.96.0.0/12"]
+    bench.write(1)
     bench.settle()
     bench.start()
     assert bench.agent.adopt_services() and [str(cidr) for cidr in bench.agent.settings.service_cidrs] == ["10.96.0.0/12"]
