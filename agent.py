@@ -990,11 +990,16 @@ def floor_rules(cidrs):
     return rules
 
 
-def parse_rule(entry):
-    """A rule of `ip -json` in the form of floor_rules()."""
-    dst = ipaddress.ip_network("/".join(str(entry[key]) for key in ("dst", "dstlen") if key in entry))
-    act = entry.get("action") or f"lookup {entry.get('table')} suppress_prefixlength {entry.get('suppress_prefixlen')}"
-    return f"to {dst} priority {entry['priority']} {act}"
+def parse_rules(entries):
+    """The agent's rules among those of `ip -json`, in the form of floor_rules()."""
+    rules = []
+    for entry in entries:
+        if entry.get("protocol") == str(ROUTE_PROTOCOL) and entry.get("priority") in (RULE_PRIORITY, RULE_PRIORITY + 1):
+            dst = ipaddress.ip_network("/".join(str(entry[key]) for key in ("dst", "dstlen") if key in entry))
+            is_end = entry.get("action") == "unreachable"
+            act = "unreachable" if is_end else f"lookup main suppress_prefixlength {int(entry.get('suppress_prefixlen', 0))}"
+            rules.append(f"to {dst} priority {entry['priority']} {act}")
+    return rules
 
 
 def host_routes(settings):
@@ -1070,32 +1075,33 @@ def host_firewall(settings, counts=None):
     the host instead of the pod, and the host, which knows no such connection, would reset it. A reset that belongs to no connection is
     therefore dropped. The sysctl nf_conntrack_tcp_be_liberal would do as well, but it weakens the host's own firewall.
     """
-    counts = {**dict.fromkeys(COUNTERS, (0, 0)), **(counts or {})}
     own, refuse = f'{{ "{settings.bridge}", "{HOST_VETH}", "lo" }}', "counter name refused drop"
     inbound, answers, leaks, nat = [], [], ["tcp flags & rst == rst ct state invalid drop"], []
     for version, ip in ((4, "ip"), (6, "ip6")):
         lists = (settings.cluster_cidrs, settings.pod_cidrs, settings.service_cidrs)
         cluster, pods, services = ([cidr for cidr in cidrs if cidr.version == version] for cidrs in lists)
+        targets = [f"iifname != {own} {ip} daddr {cidr}" for cidr in cluster]
         inbound += [f"iifname != {own} {ip} saddr {cidr} {refuse}" for cidr in cluster]
-        inbound += [f"iifname != {own} {ip} daddr {cidr} {refuse}" for cidr in services + (cluster if settings.masquerade else [])]
+        inbound += [f"iifname != {own} {ip} daddr {cidr} {refuse}" for cidr in services]
+        if settings.masquerade:
+            inbound += [f"{target} {refuse}" for target in targets]
+        else:
+            answers += [f"{target} {verdict}" for target in targets for verdict in ("ct direction reply accept", refuse)]
         inbound += inbound_rules(settings, version, pods) if pods else [f'iifname "{settings.bridge}" meta nfproto ipv{version} drop']
-        if not settings.masquerade:
-            answers += [f"iifname != {own} {ip} daddr {cidr} ct direction reply accept" for cidr in cluster]
-            answers += [f"iifname != {own} {ip} daddr {cidr} {refuse}" for cidr in cluster]
         leaks += [f"oifname != {own} {ip} daddr {cidr} counter name leaked drop" for cidr in cluster]
         leaks += [f"oifname != {own} {ip} daddr {cidr} drop" for cidr in services]
         # With --masquerade, what still has a pod's address here was not translated: it is invalid, or nobody tracks it.
         leaks += [f"oifname != {own} {rule} drop" for rule in to_outside(version, pods, cluster) if settings.masquerade]
         nat += nat_rules(settings, version, pods, cluster) if pods else []
     inward = f'iifname != {own} oifname {{ "{settings.bridge}", "{HOST_VETH}" }}'
-    forward = [f"{inward} ct status dnat accept", f"{inward} ct direction reply accept", f"{inward} {refuse}"]
-    counters = "".join(f"  counter {name} {{ packets {count[0]} bytes {count[1]} }}\n" for name, count in counts.items())
     chains = nft_chain("inbound", "filter", "prerouting", "raw", inbound)
     chains += nft_chain("answers", "filter", "prerouting", "mangle", answers) if answers else ""
+    forward = [f"{inward} {verdict}" for verdict in ("ct status dnat accept", "ct direction reply accept", refuse)]
     chains += nft_chain("forward", "filter", "forward", "filter", forward)
     chains += nft_chain("nat", "nat", "postrouting", "srcnat - 10", nat)
     chains += nft_chain("outbound", "filter", "postrouting", "srcnat + 10", leaks)
-    return nft_table(counters + chains)
+    counts = {**dict.fromkeys(COUNTERS, (0, 0)), **(counts or {})}
+    return nft_table("".join(f"  counter {name} {{ packets {count[0]} bytes {count[1]} }}\n" for name, count in counts.items()) + chains)
 
 
 def inbound_rules(settings, version, pods):
@@ -1444,7 +1450,7 @@ def ensure_rules(cidrs, run, why):
     for version in kernel_families():
         wanted = rules[version]
         found = look_ip(["rule show"], run, "", f"-{version}", "the agent's routing rules")
-        present = [parse_rule(entry) for entry in found if entry.get("protocol") == str(ROUTE_PROTOCOL) and "dst" in entry]
+        present = mncni.understood("ip", parse_rules, found)
         lines = [f"rule add {rule} protocol {ROUTE_PROTOCOL}" for rule in wanted if rule not in present]
         lines += [f"rule delete {rule} protocol {ROUTE_PROTOCOL}" for rule in present if rule not in wanted]
         if lines:
