@@ -13,10 +13,12 @@ the node in clear.
             10.244.1.1/24       10.244.1.1/32                 169.254.28.84         the WireGuard device; its UDP socket stays in the
     10.244.0.0/16 via 169.254.28.84                                                 host, where the device was created
     10.244.0.0/16 unreachable (the floor)
+    rules: to 10.244.0.0/16 only routes of the main table that are no broader, else unreachable (the floor)
 
 What it owns: the network namespace mncni-wg with the WireGuard device, the veth pair mncni-host / mncni-ns, the bridge mncni0, the routes
-of protocol 201, the nft table "inet mncni" (one in the host, one in the namespace), files below /run/mncni and /var/lib/mncni, and
-10-mncni.conflist. It changes nothing else, but switches IP forwarding on, and refuses objects of these names that others have made.
+and routing rules of protocol 201, the nft table "inet mncni" (one in the host, one in the namespace), files below /run/mncni and
+/var/lib/mncni, and 10-mncni.conflist. It changes nothing else, but switches IP forwarding on, and refuses objects of these names that
+others have made.
 
 What it needs: root (CAP_NET_ADMIN in both namespaces, CAP_SYS_ADMIN to create one), python3, iproute2, nftables, wireguard-tools, and
 WireGuard in the kernel or as the program wireguard-go.
@@ -41,6 +43,7 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import select
 import shutil
 import signal
@@ -69,6 +72,7 @@ CONFLIST = "10-mncni.conflist"
 OK, FAILED, USAGE, RUNNING_ALREADY = 0, 1, 2, 3  # exit codes
 ROUTE_PROTOCOL = 201  # marks the agent's routes, see ip-route(8)
 FLOOR_METRIC = 4278198272  # worse than that of any other route
+RULE_PRIORITY = 284  # of the floor's rules: after the table "local" (0), before what others add
 DEVICE, HOST_VETH, NS_VETH = "mncni-wg0", "mncni-host", "mncni-ns"
 WIREGUARD_GO_SOCKET = f"/var/run/wireguard/{DEVICE}.sock"
 # IPv6 neighbour discovery needs a link-local address on each link; the kernel makes one only when a link comes up.
@@ -79,9 +83,17 @@ EVENT_S = 0.25  # the shortest time between two passes for events: a pass causes
 GLANCE_S = 1.5  # how often the agent looks at peers and at the namespace's firewall, of which no monitor tells
 AUDIT_S = 10  # how often it makes a full pass, whether or not there was an event
 HOLD_S = 60  # how long nodes that vanish in great number are kept
+COUNTERS = {  # of the host's firewall: {name: what it counts}
+    "leaked": "Packets for the cluster that were about to leave in clear, and were dropped.",
+    "refused": "Packets from or to the cluster that came in by neither the bridge nor the tunnel, and were dropped.",
+}
 DOUBT_S = 120  # how long packets wait for a peer before its endpoint is doubted
 SET_BACK_S = 120  # a clock set back by less does no harm: peers that talk shake hands every two minutes (WireGuard, section 6.1)
+REMAKE_S = 60  # the shortest time between two that a peer is made anew in, see plan_peers
+NEWS_S, NEWS_SHARE = 0.5, 0.1  # news of the store gets so many seconds of passes at once, and this share of the time in the long run
 TRY_S, RETRY_S = 60, 5  # how often the agent tries the installed plugin, and how often while it does not work
+KEY = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")  # 32 bytes in canonical base64
+BROADCAST = ipaddress.ip_address("255.255.255.255")
 UNDERLAY_OVERHEAD = {4: 60, 6: 80}  # bytes of the IP header, the UDP header and WireGuard (32)
 
 
@@ -99,6 +111,7 @@ class Settings:
     kubeconfig: str
     cluster_cidrs: tuple
     pod_cidrs: tuple
+    service_cidrs: tuple
     endpoints: tuple
     ports: tuple
     bridge: str
@@ -160,6 +173,7 @@ FLAGS = (
     ("--kubeconfig", str, "", False, "the Kubernetes cluster that is the node store; in a pod, leave it out to use the pod's own"),
     ("--cluster-cidr", kube.network, None, True, "addresses of all pods; repeatable"),
     ("--pod-cidr", kube.network, None, True, "addresses of this node's pods, inside --cluster-cidr; repeatable"),
+    ("--service-cidr", kube.network, None, True, "addresses of Services; repeatable (default: those of the cluster's ServiceCIDR objects)"),
     ("--endpoint", address, None, True, "where other nodes reach this one; repeatable (default: InternalIPs, else the route's source)"),
     ("--port", port_pair, "28384,28385", False, "UDP ports: the tunnel's, and one reserved for the rotation of keys"),
     ("--bridge", link_name, "mncni0", False, "the pods' bridge"),
@@ -195,7 +209,8 @@ def build_parser(environ):
 def parse_settings(parser, options, environ):
     """Settings from parsed options. Exits with USAGE and a message that names the flag."""
     given = {**vars(options), "ports": options.port}
-    for key, kind in (("cluster_cidr", kube.network), ("pod_cidr", kube.network), ("endpoint", address)):
+    networks = dict.fromkeys(("cluster_cidr", "pod_cidr", "service_cidr"), kube.network)
+    for key, kind in {**networks, "endpoint": address}.items():
         given[f"{key}s"] = kube.parse_list(parser, options, environ, key, kind)
     settings = Settings(**{each.name: given[each.name] for each in fields(Settings)})
     least = smallest_mtu(settings.pod_cidrs)
@@ -253,6 +268,7 @@ class Store:
 
     RECORD_LIMIT = 65536  # bytes; a record has some 300
     trouble = ""  # why records() may be out of date
+    service_cidrs = None  # networks of Services as the cluster has them, as text; None: unknown
     guard = None  # whether the cluster stops a node from writing another node's record; None: unknown
 
     def start(self):
@@ -264,6 +280,7 @@ class Store:
     def facts(self):
         """{node name: Facts}: what the cluster says about nodes. A node cannot forge it."""
         return {}
+
 
     def look_again(self):
         """Ask for a new list of all nodes. Returns whether one has been read since it was asked for."""
@@ -336,6 +353,7 @@ class DirectoryStore(Store):
 # Node store: Kubernetes
 # ---------------------------------------------------------------------------------------------------------------------
 
+SERVICE_CIDRS = "/apis/networking.k8s.io/v1/servicecidrs"  # there are some since Kubernetes 1.33
 RECORD = "mncni.dev/node"  # the annotation of a Node that holds its record
 Facts = collections.namedtuple("Facts", "uid created pod_cidrs")  # what a Node says, as text; pod_cidrs: None if only its metadata was read
 Seen = collections.namedtuple("Seen", "text facts")  # what we know of a Node; text: its record, or None
@@ -480,10 +498,20 @@ class KubernetesStore(Store):
             raise ApiError(404, "NotFound", f"the cluster has no node {self.node_name}: is --node-name right?")
 
     def _is_whole(self):
-        """Whether to read whole Nodes, see the class."""
+        """Whether to read whole Nodes, see the class. This is asked before each list of all Nodes."""
+        self._look_services()
         if self.guard is None:
             self.guard = self._test_guard()
         return not self.guard
+
+    def _look_services(self):
+        """Read the networks of Services. What was known stays while they cannot be read; a cluster may have none, or not tell."""
+        with contextlib.suppress(ApiError):
+            items = self.api.request("GET", SERVICE_CIDRS)
+            with api_errors("read", SERVICE_CIDRS):
+                found = sorted({str(cidr) for item in items["items"] for cidr in kube.parse_cidrs(item["spec"]["cidrs"])})
+            changed, self.service_cidrs = found != self.service_cidrs, found
+            self._announce(changed)
 
     def _test_guard(self):
         """Whether an admission policy refuses a change of another node's record; None if that cannot be tested. The test is a dry run of
@@ -579,6 +607,10 @@ class Node:
     @functools.cached_property
     def allowed_ips(self):
         return {str(cidr) for cidr in self.pod_cidrs}
+
+    @functools.cached_property
+    def endpoint_texts(self):
+        return frozenset(map(str, self.endpoints))
 
     @functools.cached_property
     def spans(self):
@@ -678,7 +710,8 @@ def parse_endpoint(text, cluster_cidrs):
         raise BadRecord(f"endpoint {shown(text)} is no IP address")
     address = ipaddress.ip_address(text)
     mapped = address.version == 6 and address.ipv4_mapped
-    if mapped or address.is_unspecified or address.is_loopback or address.is_multicast or address.is_link_local:
+    nobody = address.is_unspecified or address.is_loopback or address.is_multicast or address == BROADCAST
+    if mapped or nobody or address.is_link_local:
         raise BadRecord(f"endpoint {address} cannot be another node's address")
     if is_in(address, cluster_cidrs):
         raise BadRecord(f"endpoint {address} is inside the cluster CIDR: it would be reached through itself")
@@ -687,6 +720,8 @@ def parse_endpoint(text, cluster_cidrs):
 
 def parse_key(text):
     """A WireGuard key, base64 in the one form that encodes it again. BadRecord."""
+    if KEY.fullmatch(text) and text.strip("A="):  # thousands are read in each pass
+        return text
     try:
         key = base64.b64decode(text, validate=True)
     except ValueError:
@@ -719,30 +754,36 @@ def compare_with_facts(node, facts):
 class Roster:
     """Decides which records are believed. It remembers its verdicts, so a record is validated once per content.
 
-    facts: {name: Facts} of the nodes that a cluster knows.
+    facts: {name: Facts} of the nodes that a cluster knows. held: {name: Node} of those believed so far. own_addresses: see
+    host_addresses.
     """
 
     def __init__(self, settings):
         self.settings = settings
         self.memory = {}  # {name: ((record, Facts), verdict)}
-        self.facts = {}
+        self.facts, self.held, self.own_addresses = {}, {}, frozenset()
+        self.own = None  # what judge() compared the held nodes with
 
     def judge(self, records, own_key, own_endpoints):
-        """({name: Node}, {name: reason}) of the other nodes' records. Of two nodes that claim one key or address, the older is believed."""
+        """({name: Node}, {name: reason}) of the other nodes' records."""
         usable, quarantine, families = {}, {}, {endpoint.version for endpoint in own_endpoints}
+        former, self.own = self.own, (own_key, families, self.settings.pod_cidrs, self.own_addresses)
         own_spans = sorted((*span_of(cidr), "") for cidr in self.settings.pod_cidrs)
         self.memory = {name: known for name, known in self.memory.items() if name in records}
         for name, text in sorted(records.items()):
             if name == self.settings.node_name:
                 continue
             verdict = self.verdict(name, text)
-            reason = verdict if isinstance(verdict, str) else clash_with_self(verdict, own_key, own_spans, families)
+            reason = verdict if isinstance(verdict, str) else ""
+            if not reason and not (self.own == former and self.held.get(name) is verdict):
+                reason = clash_with_self(verdict, own_key, own_spans, families, self.own_addresses)
             if reason:
                 quarantine[name] = reason
             else:
                 usable[name] = verdict
-        quarantine.update(find_clashes(usable.values()))
-        return {name: node for name, node in usable.items() if name not in quarantine}, quarantine
+        quarantine.update(find_clashes(usable.values(), self.held))
+        self.held = {name: node for name, node in usable.items() if name not in quarantine}
+        return self.held, quarantine
 
     def verdict(self, name, text):
         """The Node of a record, or the reason (text) why it is not believed. Other records play no part."""
@@ -761,10 +802,12 @@ class Roster:
         return {name for name, text in records.items() if isinstance(self.verdict(name, text), Node)}
 
 
-def clash_with_self(node, own_key, own_spans, own_families):
+def clash_with_self(node, own_key, own_spans, own_families, own_addresses):
     """Why a node cannot be a peer of this node, None if it can."""
     if node.key == own_key:
         return "it has this node's key"
+    if not own_addresses.isdisjoint(node.endpoint_texts):
+        return f"one of its endpoints {listed(node.endpoints)} is an address of this node, or a broadcast address"
     for cidr, span in zip(node.pod_cidrs, node.spans):
         if find_overlap(own_spans, span) is not None:
             return f"its pod CIDR {cidr} is this node's"
@@ -773,22 +816,30 @@ def clash_with_self(node, own_key, own_spans, own_families):
     return None
 
 
-def find_clashes(nodes):
-    """{name: reason} of the nodes that have the key or an address of an older node."""
+def find_clashes(nodes, held=None):
+    """{name: reason} of the nodes that claim what is another's. held: {name: Node} of those believed so far. A key or a pod CIDR that a
+    node has held and still claims stays its own, whatever others claim; of those that are new, the oldest node's claim counts."""
     spans = sorted(span for node in nodes for span in node.spans)
     apart = all(one[0] != two[0] or one[2] < two[1] for one, two in zip(spans, spans[1:]))
     if apart and len({node.key for node in nodes}) == len(nodes):
         return {}  # the common case
-    lost, keys, held = {}, {}, []  # held: sorted (*span, name) of the CIDRs believed so far
+    lost, keys, taken = {}, {}, []  # taken: sorted (*span, name)
+    for node in nodes:
+        former = (held or {}).get(node.name)
+        if former:
+            keys.update({node.key: node.name} if node.key == former.key else {})
+            taken += [(*span, node.name) for span in node.spans if span in former.spans]
+    taken.sort()
     for node in sorted(nodes, key=seniority):
-        owner = keys.get(node.key) or next(filter(None, (find_overlap(held, span) for span in node.spans)), None)
-        if owner:
-            what = "key" if node.key in keys else "pod CIDR"
-            lost[node.name] = f"its {what} is that of the older node {owner}"
+        owners = [("key", keys.get(node.key)), *(("pod CIDR", find_overlap(taken, span)) for span in node.spans)]
+        rivals = [(what, owner) for what, owner in owners if owner not in (None, node.name)]
+        if rivals:
+            lost[node.name] = "its {} is that of node {}, which had it before or is older".format(*rivals[0])
             continue
         keys[node.key] = node.name
-        for span in node.spans:
-            bisect.insort(held, (*span, node.name))
+        for span, (_, owner) in zip(node.spans, owners[1:]):
+            if owner is None:
+                bisect.insort(taken, (*span, node.name))
     return lost
 
 
@@ -891,10 +942,12 @@ def load_state(path):
     """{"own": fields of this node's record, "records": {name: text} of the last good list}."""
     state = load_json(path)
     own, records = (state.get(key) if isinstance(state.get(key), dict) else {} for key in ("own", "records"))
-    kinds = {"uid": str, "created": str, "text": str, "gen": int, "set_back": int, "seen": bool, "podCIDRs": list, "addresses": list}
+    kinds = {"uid": str, "created": str, "text": str, "gen": int, "set_back": int, "seen": bool}
+    kinds.update(dict.fromkeys(("podCIDRs", "serviceCIDRs", "addresses"), list))
     own = {key: value for key, value in own.items() if type(value) is kinds.get(key)}
-    with contextlib.suppress(ValueError, KeyError):
-        own["podCIDRs"] = [str(cidr) for cidr in kube.parse_cidrs(own.pop("podCIDRs"))]
+    for key in ("podCIDRs", "serviceCIDRs"):
+        with contextlib.suppress(ValueError, KeyError):
+            own[key] = [str(cidr) for cidr in kube.parse_cidrs(own.pop(key))]
     return {"own": own, "records": {name: text for name, text in records.items() if isinstance(text, str)}}
 
 
@@ -922,6 +975,31 @@ def route(dst, **fields):
 
 def floor_routes(cidrs):
     return [route(cidr, kind="unreachable", metric=FLOOR_METRIC) for cidr in cidrs]
+
+
+def floor_rules(cidrs):
+    """The routing rules of the floor, {IP version: [words for ip-rule(8)]}. `ip route flush` and `nft flush ruleset` leave rules alone.
+
+    For the cluster there are only routes of the main table that are not broader than its CIDR: neither the default route nor a route of
+    the host to a larger network leads there. The floor's routes serve while somebody has removed the rules, as systemd-networkd does.
+    """
+    rules = {4: [], 6: []}
+    for cidr in cidrs:
+        narrow = f"lookup main suppress_prefixlength {cidr.prefixlen - 1}"
+        rules[cidr.version] += [f"to {cidr} priority {RULE_PRIORITY} {narrow}", f"to {cidr} priority {RULE_PRIORITY + 1} unreachable"]
+    return rules
+
+
+def parse_rules(entries):
+    """The agent's rules among those of `ip -json`, in the form of floor_rules()."""
+    rules = []
+    for entry in entries:
+        if entry.get("protocol") == str(ROUTE_PROTOCOL) and entry.get("priority") in (RULE_PRIORITY, RULE_PRIORITY + 1):
+            dst = ipaddress.ip_network("/".join(str(entry[key]) for key in ("dst", "dstlen") if key in entry))
+            is_end = entry.get("action") == "unreachable"
+            act = "unreachable" if is_end else f"lookup main suppress_prefixlength {int(entry.get('suppress_prefixlen', 0))}"
+            rules.append(f"to {dst} priority {entry['priority']} {act}")
+    return rules
 
 
 def host_routes(settings):
@@ -975,79 +1053,95 @@ def route_line(verb, entry):
     return " ".join([*words, *onlink, "proto", str(ROUTE_PROTOCOL)])
 
 
-def nft_set(name, version, cidrs):
-    """A named set of networks as nft text, "" if there are none of that family. Then no rule may name it."""
-    own = list(ipaddress.collapse_addresses(cidr for cidr in cidrs if cidr.version == version))
-    kind = {4: "ipv4_addr", 6: "ipv6_addr"}[version]
-    return f"  set {name}{version} {{ type {kind}; flags interval; elements = {{ {', '.join(map(str, own))} }}; }}\n" if own else ""
+def outside_of(field, cidrs):
+    """Matches packets of which an address is in none of the networks. Rules name networks one by one: while a table with a set of ranges
+    is replaced, the kernel does not find what is in the set."""
+    return " ".join(f"{field} != {cidr}" for cidr in cidrs)
 
 
-def host_firewall(settings, leaked=(0, 0)):
-    """The table "inet mncni" of the host as nft text. leaked: (packets, bytes) that the counter `leaked` starts from.
+def host_firewall(settings, counts=None):
+    """The table "inet mncni" of the host as nft text. counts: {name: (packets, bytes)} that its COUNTERS start from.
 
-    The chain `inbound` runs before connection tracking, which translates the addresses of answers. The chain `outbound` runs last, when
-    interface and addresses are final.
+    The chain `inbound` runs before connection tracking: it sees the addresses that a packet came with, before a host port, a Service or
+    the masquerade changes them. The chain `answers` runs after connection tracking and before any translation. The chain `forward` sees
+    what a packet is routed by. The chain `outbound` runs last, when interface and addresses are final.
+
+    WireGuard authenticates what comes through the tunnel; nothing authenticates what comes by another interface. So that has neither an
+    address of the cluster nor, before the node has translated it, one of a pod or a Service as its target. Without --masquerade, answers
+    to pods do come like that. `forward` lets through what the node itself has translated, and answers: no packet gets to a pod by another
+    way, such as a source route.
 
     Connection tracking translates no packet that it calls invalid, such as a TCP segment beyond the window. One from outside then reaches
     the host instead of the pod, and the host, which knows no such connection, would reset it. A reset that belongs to no connection is
     therefore dropped. The sysctl nf_conntrack_tcp_be_liberal would do as well, but it weakens the host's own firewall.
     """
-    sets, inbound, leaks, nat = "", [], ["tcp flags & rst == rst ct state invalid drop"], []
+    own, refuse = f'{{ "{settings.bridge}", "{HOST_VETH}", "lo" }}', "counter name refused drop"
+    inbound, answers, leaks, nat = [], [], ["tcp flags & rst == rst ct state invalid drop"], []
     for version, ip in ((4, "ip"), (6, "ip6")):
-        cluster = nft_set("cluster", version, settings.cluster_cidrs)
-        pods = nft_set("pods", version, settings.pod_cidrs)
-        sets += cluster + pods
-        if cluster:
-            ways = f'{{ "{settings.bridge}", "{HOST_VETH}", "lo" }}'
-            leaks.append(f"{ip} daddr @cluster{version} oifname != {ways} counter name leaked drop")
-            # With --masquerade, what still has a pod's address here was not translated: it is invalid, or nobody tracks it.
-            leaks += [f"oifname != {ways} {to_outside(version, ip)} drop"] if pods and settings.masquerade else []
-        inbound += inbound_rules(settings.bridge, version, ip) if pods else [f'iifname "{settings.bridge}" meta nfproto ipv{version} drop']
-        nat += nat_rules(settings, version, ip) if pods else []
-    counter = f"  counter leaked {{ packets {leaked[0]} bytes {leaked[1]} }}\n"
+        lists = (settings.cluster_cidrs, settings.pod_cidrs, settings.service_cidrs)
+        cluster, pods, services = ([cidr for cidr in cidrs if cidr.version == version] for cidrs in lists)
+        targets = [f"iifname != {own} {ip} daddr {cidr}" for cidr in cluster]
+        inbound += [f"iifname != {own} {ip} saddr {cidr} {refuse}" for cidr in cluster]
+        inbound += [f"iifname != {own} {ip} daddr {cidr} {refuse}" for cidr in services]
+        if settings.masquerade:
+            inbound += [f"{target} {refuse}" for target in targets]
+        else:
+            answers += [f"{target} {verdict}" for target in targets for verdict in ("ct direction reply accept", refuse)]
+        inbound += inbound_rules(settings, version, pods) if pods else [f'iifname "{settings.bridge}" meta nfproto ipv{version} drop']
+        leaks += [f"oifname != {own} {ip} daddr {cidr} counter name leaked drop" for cidr in cluster]
+        leaks += [f"oifname != {own} {ip} daddr {cidr} drop" for cidr in services]
+        # With --masquerade, what still has a pod's address here was not translated: it is invalid, or nobody tracks it.
+        leaks += [f"oifname != {own} {rule} drop" for rule in to_outside(version, pods, cluster) if settings.masquerade]
+        nat += nat_rules(settings, version, pods, cluster) if pods else []
+    inward = f'iifname != {own} oifname {{ "{settings.bridge}", "{HOST_VETH}" }}'
     chains = nft_chain("inbound", "filter", "prerouting", "raw", inbound)
+    chains += nft_chain("answers", "filter", "prerouting", "mangle", answers) if answers else ""
+    forward = [f"{inward} {verdict}" for verdict in ("ct status dnat accept", "ct direction reply accept", refuse)]
+    chains += nft_chain("forward", "filter", "forward", "filter", forward)
     chains += nft_chain("nat", "nat", "postrouting", "srcnat - 10", nat)
     chains += nft_chain("outbound", "filter", "postrouting", "srcnat + 10", leaks)
-    return nft_table(counter + sets + chains)
+    counts = {**dict.fromkeys(COUNTERS, (0, 0)), **(counts or {})}
+    return nft_table("".join(f"  counter {name} {{ packets {count[0]} bytes {count[1]} }}\n" for name, count in counts.items()) + chains)
 
 
-def inbound_rules(bridge, version, ip):
-    """From the bridge comes only what has the address of a pod of this node, from the tunnel only what is for such a pod. IPv6 neighbour
-    discovery is let through."""
+def inbound_rules(settings, version, pods):
+    """From the bridge comes only what has the address of a pod of this node, which the gateway is not; from the tunnel only what is for
+    such a pod. IPv6 neighbour discovery is let through."""
+    ip = {4: "ip", 6: "ip6"}[version]
     sources = {4: "", 6: "ip6 saddr != fe80::/10 ip6 saddr != :: "}[version]
     targets = {4: "", 6: "ip6 daddr != fe80::/10 ip6 daddr != ff02::/16 "}[version]
     return [
-        f'iifname "{bridge}" {ip} saddr != @pods{version} {sources}drop',
-        f'iifname "{HOST_VETH}" {ip} daddr != @pods{version} {targets}drop',
+        f'iifname "{settings.bridge}" {outside_of(f"{ip} saddr", pods)} {sources}drop',
+        *(f'iifname "{settings.bridge}" {ip} saddr {settings.gateways[cidr]} drop' for cidr in pods),
+        f'iifname "{HOST_VETH}" {outside_of(f"{ip} daddr", pods)} {targets}drop',
     ]
 
 
-def nat_rules(settings, version, ip):
+def nat_rules(settings, version, pods, cluster):
     """Into the tunnel, a source address that is not a pod's becomes the gateway's, because peers drop any other. Out of the cluster, the
     address of a pod becomes the node's, if --masquerade says so. fully-random: two pods that use one source port at the same moment would
     get the same port of the node, and one packet would be lost."""
-    gateway = next(gateway for cidr, gateway in settings.gateways.items() if cidr.version == version)
-    rules = [f'oifname "{HOST_VETH}" {ip} saddr != @pods{version} snat {ip} to {gateway} fully-random']
-    return rules + ([f"{to_outside(version, ip)} masquerade fully-random"] if settings.masquerade else [])
+    ip, gateway = {4: "ip", 6: "ip6"}[version], settings.gateways[pods[0]]
+    rules = [f'oifname "{HOST_VETH}" {outside_of(f"{ip} saddr", pods)} snat {ip} to {gateway} fully-random']
+    return rules + [f"{rule} masquerade fully-random" for rule in to_outside(version, pods, cluster) if settings.masquerade]
 
 
-def to_outside(version, ip):
-    """Matches packets from pods of this node to outside the cluster."""
-    multicast = {4: "224.0.0.0/4", 6: "ff00::/8"}[version]
-    return f"{ip} saddr @pods{version} {ip} daddr != @cluster{version} {ip} daddr != {multicast}"
+def to_outside(version, pods, cluster):
+    """Matches packets from pods of this node to outside the cluster, a text for each of the pod CIDRs."""
+    ip, multicast = {4: ("ip", "224.0.0.0/4"), 6: ("ip6", "ff00::/8")}[version]
+    return [f"{ip} saddr {cidr} {outside_of(f'{ip} daddr', [*cluster, multicast])}" for cidr in pods]
 
 
 def ns_firewall(settings):
     """The table "inet mncni" of the namespace. It forwards from the host into the device, and from the device to pods of this node. The
-    namespace itself accepts only neighbour discovery."""
+    namespace itself accepts only neighbour discovery, from the host."""
     rules = [f'iifname "{NS_VETH}" oifname "{DEVICE}" accept']
-    sets = "".join(nft_set("pods", version, settings.pod_cidrs) for version in (4, 6))
-    for version in settings.families:
-        ip = {4: "ip", 6: "ip6"}[version]
-        rules.append(f'iifname "{DEVICE}" oifname "{NS_VETH}" {ip} daddr @pods{version} accept')
-    forward = nft_chain("forward", "filter", "forward", "filter", rules, "drop")
-    neighbours = ["icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"]
-    return nft_table(sets + forward + nft_chain("input", "filter", "input", "filter", neighbours, "drop"))
+    for cidr in settings.pod_cidrs:
+        ip = {4: "ip", 6: "ip6"}[cidr.version]
+        rules.append(f'iifname "{DEVICE}" oifname "{NS_VETH}" {ip} daddr {cidr} accept')
+    neighbours = [f'iifname "{NS_VETH}" icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept']
+    chains = nft_chain("forward", "filter", "forward", "filter", rules, "drop")
+    return nft_table(chains + nft_chain("input", "filter", "input", "filter", neighbours, "drop"))
 
 
 def nft_chain(name, kind, hook, priority, rules, policy="accept"):
@@ -1061,10 +1155,11 @@ def nft_table(body):
 
 
 def parse_nft(text):
-    """(the output of `nft -j list table` without handles and counts, (packets, bytes) of the counter `leaked`)."""
+    """(the output of `nft -j list table` without handles and counts, {name: (packets, bytes)} of its COUNTERS)."""
     items = [item for item in json.loads(text or "{}").get("nftables", []) if "metainfo" not in item]
-    counters = [item["counter"] for item in items if item.get("counter", {}).get("name") == "leaked"]
-    return without_volatile(items), tuple(max(0, int(counters[0][key])) for key in ("packets", "bytes")) if counters else (0, 0)
+    counters = [item["counter"] for item in items if item.get("counter", {}).get("name") in COUNTERS]
+    counts = {counter["name"]: tuple(max(0, int(counter[key])) for key in ("packets", "bytes")) for counter in counters}
+    return without_volatile(items), {**dict.fromkeys(COUNTERS, (0, 0)), **counts}
 
 
 def without_volatile(value):
@@ -1083,8 +1178,8 @@ def desired_peers(nodes, own_endpoints):
     """{key: {"name", "endpoint", "allowed_ips", "set_back"}} of {name: Node}."""
     peers, families = {}, {endpoint.version for endpoint in own_endpoints}
     for name, node in nodes.items():
-        endpoint = next(text for version, text in node.targets.items() if version in families)
-        peers[node.key] = {"name": name, "endpoint": endpoint, "allowed_ips": node.allowed_ips, "set_back": node.set_back}
+        endpoints = [text for version, text in node.targets.items() if version in families]
+        peers[node.key] = {"name": name, "endpoint": endpoints[0], "allowed_ips": node.allowed_ips, "set_back": node.set_back}
     return peers
 
 
@@ -1259,6 +1354,12 @@ def interfaces_of(link):
     return [(ipaddress.ip_interface(text), info) for text, info in infos if mncni.is_address(text, ipaddress.ip_interface)]
 
 
+def host_addresses(links):
+    """All addresses of the host's links, and broadcast addresses of their networks, as text."""
+    infos = [info for link in links for info in link.get("addr_info", ())]
+    return frozenset(str(info.get(key)) for info in infos for key in ("local", "broadcast"))
+
+
 def ensure_endpoints(context):
     """Find this node's endpoints, unless --endpoint gives them. CNIError 7 for one inside the cluster CIDR: the floor would cut it off."""
     usable = usable_addresses(context.links)
@@ -1339,21 +1440,35 @@ def ensure_floor(context):
         raise config_error(context.clash)
     lines = missing_routes(floor_routes([*settings.cluster_cidrs, *settings.pod_cidrs]), look_routes(run))
     apply_lines(lines, run, "the floor: without the tunnel, traffic for the cluster goes nowhere")
-    ensure_firewall(context, "host", lambda leaked: host_firewall(settings, leaked))
+    ensure_rules(settings.cluster_cidrs, run, "the floor, for when all routes are gone")
+    ensure_firewall(context, "host", lambda counts: host_firewall(settings, counts))
+
+
+def ensure_rules(cidrs, run, why):
+    """The agent's routing rules are those of the floor for these networks. Rules of others stay, whatever their priority."""
+    rules = floor_rules(cidrs)
+    for version in kernel_families():
+        wanted = rules[version]
+        found = look_ip(["rule show"], run, "", f"-{version}", "the agent's routing rules")
+        present = mncni.understood("ip", parse_rules, found)
+        lines = [f"rule add {rule} protocol {ROUTE_PROTOCOL}" for rule in wanted if rule not in present]
+        lines += [f"rule delete {rule} protocol {ROUTE_PROTOCOL}" for rule in present if rule not in wanted]
+        if lines:
+            apply([Command(["ip", f"-{version}", "-batch", "-"], mncni.guarded(lines), why)], run)
 
 
 def ensure_firewall(context, where, text_of):
-    """Load the table "inet mncni" of the host or the namespace ("ns"), unless it is as it was loaded. text_of(leaked): its text."""
+    """Load the table "inet mncni" of the host or the namespace ("ns"), unless it is as it was loaded. text_of(counts): its text."""
     netns = context.settings.netns if where == "ns" else ""
-    listing, leaked = look_firewall(context.run, netns)
+    listing, counts = look_firewall(context.run, netns)
     text, expected = context.loaded.get(where, ["", None])
-    if listing == expected and text == text_of((0, 0)):
+    if listing == expected and text == text_of({}):
         return
-    if leaked[0]:
-        log.warning("%d packets for the cluster were about to leave in clear and were dropped", leaked[0])
+    if counts["leaked"][0]:
+        log.warning("%d packets for the cluster were about to leave in clear and were dropped", counts["leaked"][0])
     why = f"replace the firewall of the {'namespace' if netns else 'host'}, in one transaction"
-    apply([Command(in_netns(netns, ["nft", "-f", "-"]), text_of(leaked), why)], context.run)
-    context.loaded[where] = [text_of((0, 0)), look_firewall(context.run, netns)[0]]
+    apply([Command(in_netns(netns, ["nft", "-f", "-"]), text_of(counts), why)], context.run)
+    context.loaded[where] = [text_of({}), look_firewall(context.run, netns)[0]]
     write_if_changed(os.path.join(context.settings.run_dir, "firewall.json"), json.dumps(context.loaded) + "\n")
 
 
@@ -1374,7 +1489,7 @@ def ensure_namespace(context):
     lines = [f"link set dev {link['ifname']} up" for link in facts if link.get("ifname") == "lo" and "UP" not in link["flags"]]
     lines += missing_routes([entry for entry in ns_routes(settings) if entry["kind"] == "unreachable"], look_routes(run, settings.netns))
     apply_lines(lines, run, "the floor of the namespace: what has no route goes nowhere", settings.netns)
-    ensure_firewall(context, "ns", lambda leaked: ns_firewall(settings))
+    ensure_firewall(context, "ns", lambda counts: ns_firewall(settings))
 
 
 def refuse_foreign_namespace(settings, facts):
@@ -1775,8 +1890,8 @@ class Monitors:
     the links and routes of the namespace as well; of its nft nothing is printed, see Agent.is_tunnel_changed. They end with the agent.
     """
 
-    COMMANDS = (["ip", "monitor", "all-nsid", "link", "address", "route", "netconf"], ["nft", "monitor"])
-    # In lines about: our links and table, our routes, sysctls of all links, addresses, a link that stops forwarding.
+    COMMANDS = (["ip", "monitor", "all-nsid", "link", "address", "route", "rule", "netconf"], ["nft", "monitor"])
+    # In lines about: our links and table, our routes and rules, sysctls of all links, addresses, a link that stops forwarding.
     WORDS = (b"mn", b"proto 201", b" all ", b" inet", b" forwarding off")
 
     def __init__(self, netns):
@@ -1820,7 +1935,7 @@ class Agent:
         self.store, self.clock = store, clock
         loaded = load_json(os.path.join(settings.run_dir, "firewall.json"), check_loaded)
         self.context = Context(settings, run, mncni.boot_id(), loaded=loaded)
-        self.roster = Roster(settings)
+        self.roster, self.flagged_services = Roster(settings), settings.service_cidrs
         self.state_path = os.path.join(settings.state_dir, "nodes.json")
         self.state = load_state(self.state_path)
         self.records = dict(self.state["records"])  # {name: text}, the records in use
@@ -1833,16 +1948,21 @@ class Agent:
         self.tried, self.next_try, self.plugin_trouble = None, 0, ""  # see check_plugin
         self.counts, self.beat = kube.Counts(), clock()  # beat: when the loop last came round
         self.next_pass = self.next_glance = 0
+        self.news, self.debt_s = False, 0.0  # debt_s: what passes for news have cost, less what time has paid off, see NEWS_S
+        self.remade = {}  # {node name: a time of clock, when its peer was made anew}
         self.wall_offset = os.path.getmtime(self.state_path) - uptime() if os.path.exists(self.state_path) else 0
 
     def tick(self, event=False):
         """One turn of the loop: look at the store, and make a pass if something has happened or it is time. Returns whether the network
         is up."""
-        begin = self.beat = self.clock()
-        news = self.is_set_back() or self.store.changed()
-        look = event or bool(self.reason) or self.clock() >= self.next_pass or (not news and self.is_tunnel_changed())
-        if not (news or look or (self.doubt_until is not None and self.clock() >= self.doubt_until)):
+        begin = self.clock()
+        self.debt_s, self.beat = max(0, self.debt_s - NEWS_SHARE * (begin - self.beat)), begin
+        self.news = self.is_set_back() or self.store.changed() or self.news
+        look = event or bool(self.reason) or begin >= self.next_pass or (not self.news and self.is_tunnel_changed())
+        due = (self.news and self.debt_s < NEWS_S) or (self.doubt_until is not None and begin >= self.doubt_until)
+        if not (due or look):
             return not self.reason
+        self.news = False
         try:
             self.reconcile(look)
             self.next_pass = self.clock() + AUDIT_S if look else self.next_pass
@@ -1855,6 +1975,7 @@ class Agent:
                 log.exception(kube.DEFECT)
             self.say(reason)
         self.write_status()
+        self.debt_s = min(self.debt_s + (0 if look else self.clock() - begin), NEWS_S + NEWS_SHARE)  # paid off in a second
         for name, amount in (("passes", 1), ("seconds", self.clock() - begin), ("errors", bool(self.reason))):
             self.counts.add(f"mncni_reconcile_{name}_total", amount)
         return not self.reason
@@ -1958,7 +2079,7 @@ class Agent:
             return False, ""
         own.update(given)
         former, self.context.internal_ips = self.context.internal_ips, tuple(kube.parse_addresses(own.get("addresses", ())))
-        moved = former != self.context.internal_ips
+        moved = self.adopt_services() or former != self.context.internal_ips
         if not own.get("podCIDRs"):
             waiting = "this node has no pod CIDR yet (spec.podCIDRs), which the controller manager or `nodeipam.py` gives"
             return moved, self.store.trouble or waiting
@@ -1969,6 +2090,18 @@ class Agent:
             return moved, trouble
         self.context.settings = self.roster.settings = replace(self.settings, pod_cidrs=cidrs)
         return True, ""
+
+    def adopt_services(self):
+        """Take over the networks of Services that the cluster names, or the last known ones, unless --service-cidr names them. Returns
+        whether they have changed. One that contains an address of this node is ignored: it would be cut off."""
+        own = self.state["own"]
+        own.update({} if self.store.service_cidrs is None else {"serviceCIDRs": self.store.service_cidrs})
+        cidrs, context = tuple(map(ipaddress.ip_network, own.get("serviceCIDRs", ()))), self.context
+        mine = (*self.settings.endpoints, *context.internal_ips, *context.endpoints)
+        cidrs = self.flagged_services or tuple(cidr for cidr in cidrs if not any(each in cidr for each in mine))
+        changed = cidrs != self.settings.service_cidrs
+        self.context.settings = self.roster.settings = replace(self.settings, service_cidrs=cidrs)
+        return changed
 
     def read_store(self):
         """Take over the records of the store. Returns why not, or "". The last good records stay while the store cannot be read, while it
@@ -2007,6 +2140,7 @@ class Agent:
     def judge(self):
         """Decide which records are believed, and log what has changed."""
         context = self.context
+        self.roster.own_addresses = host_addresses(context.links)
         nodes, quarantine = self.roster.judge(self.records, context.public_key, context.endpoints)
         for name in sorted(set(quarantine) | set(self.quarantine)):
             if quarantine.get(name) != self.quarantine.get(name):
@@ -2018,6 +2152,19 @@ class Agent:
             log.info("node %s %s", name, "joined" if name in nodes else "left")
         self.quarantine, context.nodes = quarantine, nodes
         context.peers = desired_peers(nodes, context.endpoints)
+        self.hold_back(context.peers, context.sent or {})
+
+    def hold_back(self, peers, sent):
+        """A peer that was made anew for a clock that was set back is left alone for REMAKE_S, whatever its record says: it is greeted each
+        time, at any address that the record names."""
+        now = self.clock()
+        self.remade = {name: at for name, at in self.remade.items() if now < at + REMAKE_S}
+        for key, peer in peers.items():
+            former = sent.get(key, peer)["set_back"]
+            if peer["set_back"] != former and peer["name"] in self.remade:
+                peer["set_back"] = former
+            elif peer["set_back"] != former:
+                self.remade[peer["name"]] = now
 
     def publish(self):
         """Put this node's record into the store, if it is not there as it should be. StoreError. "gen" grows with each change."""
@@ -2046,8 +2193,7 @@ class Agent:
     def save_state(self):
         """Keep the last good list of nodes for the next agent. CNIError, which costs nothing else: the network stands without."""
         believed = {name: self.records[name] for name in self.context.nodes}
-        state = {"own": self.state["own"], "records": believed}
-        write_if_changed(self.state_path, json.dumps(state, sort_keys=True) + "\n", mode=0o600)
+        write_if_changed(self.state_path, json.dumps({"own": self.state["own"], "records": believed}) + "\n", mode=0o600)
 
     def say(self, reason):
         """Tell the log, the cluster and the plugin that the network is up ("") or why not."""
@@ -2157,6 +2303,8 @@ def look_status(settings, run):
     except CNIError as error:
         reasons.append(f"the WireGuard device is not there: {error}")
     with_figures(status, present)
+    with contextlib.suppress(CNIError):
+        status["dropped"] = {name: packets for name, (packets, _) in look_firewall(run, "")[1].items()}
     if not status["running"]:
         reasons.append("no agent is running; the network is as the last one left it")
     reasons.append(stranded_text(status.get("stranded", {})))
@@ -2205,6 +2353,7 @@ def format_status(status, now):
     widths = [max(len(row[column]) for row in rows) for column in range(6)] if rows else []
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines += {stranded_text(status.get("stranded", {}))} - {"", status["reason"]}
+    lines += [f"{packets} x {COUNTERS[name].lower()}" for name, packets in status.get("dropped", {}).items() if packets]
     lines += [f"{name}: quarantined: {reason}" for name, reason in sorted(status["quarantine"].items())]
     return "\n".join(lines) + "\n"
 
@@ -2223,7 +2372,7 @@ METRICS = {  # name: (type, help)
     "mncni_peer_last_handshake_seconds": ("gauge", "Unix time of the last handshake, 0 for never. That of an idle peer is long ago."),
     "mncni_peer_receive_bytes_total": ("counter", "Bytes received from a node."),
     "mncni_peer_transmit_bytes_total": ("counter", "Bytes sent to a node."),
-    "mncni_leaked_packets_total": ("counter", "Packets for the cluster that were about to leave in clear, and were dropped."),
+    **{f"mncni_{name}_packets_total": ("counter", text) for name, text in COUNTERS.items()},
     "mncni_leases": ("gauge", "Pods attached to the network."),
     "mncni_stranded_pods": ("gauge", "Running pods without network: their addresses are in no pod CIDR of this node."),
     "mncni_reconcile_seconds_total": ("counter", "Time spent in passes."),
@@ -2235,8 +2384,6 @@ METRICS = {  # name: (type, help)
 def look_figures(agent):
     """The figures for /metrics, see kube.format_metrics."""
     status = look_status(agent.settings, agent.context.run)
-    with contextlib.suppress(CNIError):
-        status["leaked"] = look_firewall(agent.context.run, "")[1][0]
     status["up"] = not agent.reason
     status["leases"] = len(mncni.Leases(mncni.DEFAULT_DATA_DIR, NETWORK, agent.settings.run_dir).attachments())
     requests = {} if agent.settings.nodes_dir else agent.store.api.counts.figures
@@ -2252,7 +2399,7 @@ def plan_metrics(status):
         "mncni_quarantined_nodes": len(status["quarantine"]),
         "mncni_leases": status["leases"],
         "mncni_stranded_pods": len(status.get("stranded", {})),
-        "mncni_leaked_packets_total": status.get("leaked"),
+        **{f"mncni_{name}_packets_total": packets for name, packets in status.get("dropped", {}).items()},
         "mncni_admission_guard": status.get("admission_guard"),
     }
     figures = {(name, ()): figure for name, figure in plain.items() if figure is not None}
@@ -2298,6 +2445,7 @@ def uninstall(settings, run, force):
     for table in ("mncni_portmap", "mncni"):
         run(Command(["nft", "delete", "table", "inet", table], "", "the firewall and the host ports"))
     apply_lines(stale_routes([], look_routes(run)), run, "the floor goes last")
+    ensure_rules([], run, "the floor goes last")
     log.info("uninstalled; looked in --conf-dir %s, --bin-dir %s", settings.conf_dir, settings.bin_dir)
     log.info(SYSCTLS_STAY)
 

@@ -11,6 +11,7 @@ from tests.e2e.flow import Flow
 
 SERVER = "192.0.2.250"  # where cluster_up has its API server
 RECORD = "mncni.dev/node"  # the annotation
+OUTSIDE_IP = {"ipv4": "192.0.2.200", "ipv6": "2001:db8::200"}
 
 
 @contextlib.contextmanager
@@ -81,6 +82,8 @@ for ns in /proc/self/ns/net /run/netns/mncni-wg; do
     nsenter --net=$ns ip -brief address | sed 's/@[^ ]*//; s/^mn[0-9a-f]\{11\} /a pod /'
     nsenter --net=$ns ip route show proto 201
     nsenter --net=$ns ip -6 route show proto 201
+    nsenter --net=$ns ip rule | grep 'proto 201'
+    nsenter --net=$ns ip -6 rule | grep 'proto 201'
     nsenter --net=$ns nft list tables
 done
 ls -d /run/netns/* /run/mncni/* /run/wireguard/* /var/lib/mncni/* /etc/cni/net.d/* /opt/cni/bin/* 2>/dev/null
@@ -99,6 +102,24 @@ def wg_peers(lab, node):
     lines = node_sh(lab, node, "nsenter --net=/run/netns/mncni-wg wg show mncni-wg0 dump").splitlines()[1:]
     rows = [line.split("\t") for line in lines]
     return {row[0]: (row[2], frozenset(row[3].split(","))) for row in rows}
+
+
+@contextlib.contextmanager
+def outsider(lab):
+    """A machine on the underlay that is no node, with the addresses OUTSIDE_IP: its argv prefix. The nodes have addresses of both families
+    there: node 1 also has 2001:db8::1, and so on."""
+    name = f"{lab.name}-outside"
+    for node in lab.nodes():
+        node_sh(lab, node, f"ip address replace 2001:db8::{lab.node(node)['number']}/64 dev eth0 nodad")
+    labs.must(["ip", "netns", "add", name])
+    try:
+        lines = [f"link add outside type veth peer name eth0 netns {name}", f"link set outside master {labs.BRIDGE} up"]
+        labs.must(["ip", "-n", lab.underlay, "-batch", "-"], "\n".join(lines) + "\n")
+        own = [f"address add {OUTSIDE_IP['ipv4']}/24 dev eth0", f"address add {OUTSIDE_IP['ipv6']}/64 dev eth0 nodad"]
+        labs.must(["ip", "-n", name, "-batch", "-"], "\n".join([*own, "link set eth0 up", "link set lo up"]) + "\n")
+        yield ["ip", "netns", "exec", name]
+    finally:
+        labs.must(["ip", "netns", "delete", name])
 
 
 @contextlib.contextmanager

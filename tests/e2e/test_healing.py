@@ -27,6 +27,7 @@ DAMAGES = {
     "device's port changed": f"{INSIDE} wg set mncni-wg0 listen-port 12345",
     "peer removed": f"{INSIDE} wg set mncni-wg0 peer $({INSIDE} wg show mncni-wg0 peers) remove",
     "host's routes flushed": "ip route flush proto 201; ip -6 route flush proto 201",
+    "floor's rules flushed": "ip rule flush proto 201; ip -6 rule flush proto 201",
     "tunnel's routes flushed": f"{INSIDE} ip route flush table main; {INSIDE} ip -6 route flush proto 201",
     "tunnel's addresses flushed": f"{INSIDE} ip address flush dev mncni-ns",
     "gateway addresses flushed": "ip address flush dev mncni0; ip address flush dev mncni-host",

@@ -11,13 +11,12 @@ import subprocess
 import pytest
 
 from deploy import lab as labs
-from tests.e2e.conftest import lab_up, node_sh
+from tests.e2e.conftest import lab_up, node_sh, outsider
 
 pytestmark = pytest.mark.root
 
 CLUSTER_IP = {"ipv4": "10.96.0.10", "ipv6": "fd00:96::10"}
 NODE_IP = {"ipv4": "192.0.2.1", "ipv6": "2001:db8::1"}
-OUTSIDE_IP = {"ipv4": "192.0.2.200", "ipv6": "2001:db8::200"}
 GATEWAY = {"ipv4": "10.244.1.1", "ipv6": "fd00:10:244:1::1"}
 
 SERVE = """
@@ -35,9 +34,6 @@ CONNECT = "import socket, sys; print(socket.create_connection((sys.argv[1], int(
 @pytest.fixture(scope="module")
 def lab():
     with lab_up(f"mncni-svc-{os.getpid()}") as made:
-        for node in made.nodes():
-            number = made.node(node)["number"]
-            node_sh(made, node, f"ip address add 2001:db8::{number}/64 dev eth0 nodad")
         argv = [*labs.pod_argv(made, "node2", "pod1"), labs.PYTHON, "-c", SERVE]
         with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout.readline() == "up\n"
@@ -45,17 +41,10 @@ def lab():
             server.kill()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def outside(lab):
-    """A machine on the underlay that is no node: its network namespace."""
-    name = f"{lab.name}-outside"
-    labs.must(["ip", "netns", "add", name])
-    lines = ["link add outside type veth peer name eth0 netns " + name, "link set outside master underlay0 up"]
-    labs.must(["ip", "-n", lab.underlay, "-batch", "-"], "\n".join(lines) + "\n")
-    own = [f"address add {OUTSIDE_IP['ipv4']}/24 dev eth0", f"address add {OUTSIDE_IP['ipv6']}/64 dev eth0 nodad", "link set eth0 up"]
-    labs.must(["ip", "-n", name, "-batch", "-"], "\n".join(own) + "\n")
-    yield name
-    labs.must(["ip", "netns", "delete", name])
+    with outsider(lab) as argv:
+        yield argv
 
 
 @pytest.fixture(params=["bridge-nf 0", "bridge-nf 1"])
@@ -105,8 +94,7 @@ def test_a_cluster_ip_leads_the_node_to_a_remote_pod(lab, translated, family):
 @pytest.mark.kernel("br_netfilter")
 @pytest.mark.parametrize("family", CLUSTER_IP)
 def test_a_node_port_leads_from_outside_to_a_remote_pod(lab, outside, bridge_nf, translated, family):
-    argv = ["ip", "netns", "exec", outside]
-    assert connect(argv, NODE_IP[family], 30080) == GATEWAY[family]
+    assert connect(outside, NODE_IP[family], 30080) == GATEWAY[family]
 
 
 @pytest.mark.parametrize("family", CLUSTER_IP)

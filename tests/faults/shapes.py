@@ -41,6 +41,8 @@ IP_LINES = (
     "route (?:replace|delete) (?:[A-Za-z]+ )?<PREFIX>(?: via <ADDRESS>)?(?: dev <NAME>)?(?: src "
     "<ADDRESS>)?(?: metric <NUMBER>)?"
     "(?: onlink)? proto 201",
+    "rule show",
+    "rule (?:add|delete) to <PREFIX> priority 28[45] (?:unreachable|lookup main suppress_prefixlength <NUMBER>) protocol 201",
     r"route replace [^\s-][^\n]* dev <NAME> quickack 1",  # in ip's own words
 )
 TC_LINES = (
@@ -50,6 +52,7 @@ TC_LINES = (
         "filter add dev <NAME> ingress protocol all u32 match u32 0 0 action mirred egress redirect dev <NAME>",
     ),
 )
+OWN = '\\{ "<NAME>", "mncni-host", "lo" \\}'  # the interfaces of the cluster's packets
 NFT_LINES = (
     *(
         "table inet mncni_portmap(?: \\{)?",
@@ -88,21 +91,21 @@ NFT_LINES = (
     "add rule inet mncni_masq (?:net|last)_<HASH> <FAMILY> saddr @pods[46]_<HASH> <FAMILY> daddr != @pods[46]_<HASH> <FAMILY> daddr != "
     '\\{ <PREFIX>(?:, <PREFIX>)* \\} (?:masquerade fully-random|drop) comment "<ID> <HASH>"',
     # the agent's
-    *("(?:delete )?table inet mncni(?: \\{)?", "  counter leaked \\{ packets \\d+ bytes \\d+ \\}"),
-    "  set (?:pods|cluster)[46] \\{ type ipv[46]_addr; flags interval; elements = \\{ <PREFIX>(?:, <PREFIX>)* \\}; \\}",
+    *("(?:delete )?table inet mncni(?: \\{)?", "  counter (?:leaked|refused) \\{ packets \\d+ bytes \\d+ \\}"),
     "    type (?:nat|filter) hook [a-z]+ priority [a-z]+(?: [-+] 10)?; policy (?:accept|drop);",
-    '    <FAMILY> daddr @cluster[46] oifname != \\{ "<NAME>", "mncni-host", "lo" \\} counter name leaked drop',
-    '    iifname "<NAME>" (?:meta nfproto ipv[46]|<FAMILY> [sd]addr != @pods[46](?: ip6 [sd]addr != [a-z0-9:/]+)*) drop',
-    '    oifname "mncni-host" <FAMILY> saddr != @pods[46] snat <FAMILY> to <ADDRESS> fully-random',
-    "    <FAMILY> saddr @pods[46] <FAMILY> daddr != @cluster[46] <FAMILY> daddr != <PREFIX> masquerade fully-random",
-    '    oifname != \\{ "<NAME>", "mncni-host", "lo" \\} '
-    "<FAMILY> saddr @pods[46] <FAMILY> daddr != @cluster[46] <FAMILY> daddr != <PREFIX> drop",
+    f"    [io]ifname != {OWN} <FAMILY> [sd]addr <PREFIX>(?: counter name (?:leaked|refused))? drop",
+    f"    iifname != {OWN} <FAMILY> daddr <PREFIX> ct direction reply accept",
+    f'    iifname != {OWN} oifname \\{{ "<NAME>", "mncni-host" \\}} (?:ct [a-z]+ (?:dnat|reply) accept|counter name refused drop)',
+    '    iifname "<NAME>" (?:meta nfproto ipv[46]|<FAMILY> saddr <ADDRESS>|<FAMILY> [sd]addr(?: != <PREFIX>(?: ip6 [sd]addr)?)+'
+    "(?: ip6 [sd]addr != [a-z0-9:/]+)*) drop",
+    '    oifname "mncni-host"(?: <FAMILY> saddr != <PREFIX>)+ snat <FAMILY> to <ADDRESS> fully-random',
+    f"    (?:oifname != {OWN} )?<FAMILY> saddr <PREFIX>(?: <FAMILY> daddr != <PREFIX>)+ (?:masquerade fully-random|drop)",
     "    tcp flags & rst == rst ct state invalid drop",
-    '    iifname "mncni-(?:ns|wg0)" oifname "mncni-(?:wg0|ns)"(?: <FAMILY> daddr @pods[46])? accept',
-    "    icmpv6 type \\{ nd-neighbor-solicit, nd-neighbor-advert \\} accept",
+    '    iifname "mncni-(?:ns|wg0)" oifname "mncni-(?:wg0|ns)"(?: <FAMILY> daddr <PREFIX>)? accept',
+    '    iifname "mncni-ns" icmpv6 type \\{ nd-neighbor-solicit, nd-neighbor-advert \\} accept',
 )
 COMMANDS = (  # the whole argv, its words joined by NUL
-    "ip(?: -force)? -batch -",
+    "ip(?: -force| -[46])? -batch -",
     "ip -json -details(?: -[46])? -force -batch -",
     "tc -batch -",
     "nft -f -",

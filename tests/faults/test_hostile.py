@@ -1011,6 +1011,11 @@ ROUTES = [
     {"type": "unreachable", "dst": "10.99.0.0/16", "dev": "lo", "metric": 4278198272},
     {"dst": "10.98.0.0/16", "dev": "eth0"},
 ]
+RULES = [
+    {"priority": 0, "src": "all", "table": "local", "protocol": "kernel"},
+    {"priority": 284, "src": "all", "dst": "10.99.0.0", "dstlen": 16, "table": "main", "suppress_prefixlen": 15, "protocol": "201"},
+    {"priority": 285, "src": "all", "dst": "10.244.0.0", "dstlen": 16, "action": "unreachable", "protocol": "201"},
+]
 NFT = {
     "nftables": [
         {"metainfo": {"version": "1.0.6"}},
@@ -1031,6 +1036,7 @@ PRINTED = {  # what a node's tools say; which, see Node
     "links": json.dumps(list(LINKS.values())),
     "netconf": json.dumps(NETCONF),
     "routes": json.dumps(ROUTES),
+    "rules": json.dumps(RULES),
     "nft": json.dumps(NFT),
     "dump": DUMP,
     "default": json.dumps([{"dst": "default", "gateway": "fe80::1", "dev": "eth0", "protocol": "ra"}]),
@@ -1060,7 +1066,7 @@ class Node:
 
     def rows(self, words):
         text = self.printed(
-            {"netconf": "netconf", "route": "routes"}.get(words[0], "links").replace(
+            {"netconf": "netconf", "rule": "rules", "route": "routes"}.get(words[0], "links").replace(
                 "routes", "get" if words[1] == "get" else "default" if words[-1] == "default" else "routes"
             )
         )

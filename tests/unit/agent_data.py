@@ -63,8 +63,11 @@ def text_of(number=1, **changes):
     return json.dumps(record(number, **changes))
 
 
+FIREWALL = json.dumps({"nftables": [{"counter": {"name": "refused", "packets": 4, "bytes": 336}}]})
+
+
 class FakeWireGuard:
-    """run() that plays `wg` on a device in memory. log: every command, as its trace would show it."""
+    """run() that plays `wg` on a device in memory, beside a FIREWALL. log: every command, as its trace would show it."""
 
     def __init__(self):
         self.private, self.port, self.peers, self.log, self.broken = "", 0, {}, [], None
@@ -72,6 +75,8 @@ class FakeWireGuard:
     def __call__(self, command):
         if agent.PYTHON in command.argv or command.environ.get("CNI_COMMAND") == "STATUS":
             return mncni.Reply(0, "", "")  # the plugin, which works
+        if command.argv[:3] == ["nft", "-j", "list"]:
+            return mncni.Reply(0, FIREWALL, "")
         self.log.append(str(command))
         assert command.argv[:2] == ["nsenter", "--net=/run/netns/mncni-wg"] and command.argv[2] == "wg", command
         verb, _, *words = command.argv[3:]

@@ -15,7 +15,7 @@ STATUS = {
     "reason": "",
     "store": "",
     "admission_guard": None,
-    "leaked": 3,
+    "dropped": {"leaked": 3, "refused": 4},
     "leases": 2,
     "peers": [{"name": "node2", "handshake": 1700000000, "rx": 10, "tx": 20}],
     "quarantine": {"node3": 'its key is "no\nkey"'},

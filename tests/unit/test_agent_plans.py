@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import ipaddress
 import json
 from pathlib import Path
 
@@ -332,6 +333,32 @@ def test_a_bridge_keeps_its_gateways_and_loses_those_of_an_earlier_pod_cidr():
     assert ran == ["ip -batch - <<'E'\n" + "".join(f"address {line}\n" for line in lines) + "E"]
 
 
+# ---- the floor's rules ----
+
+RULES = """[{"priority":0,"src":"all","table":"local","protocol":"kernel"},
+{"priority":284,"src":"all","dst":"10.244.0.0","dstlen":16,"table":"main","suppress_prefixlen":15,"protocol":"201"},
+{"priority":285,"src":"all","dst":"10.244.0.0","dstlen":16,"action":"unreachable","protocol":"201"},
+{"priority":285,"src":"all","dst":"10.9.9.9","action":"unreachable","protocol":"201"},
+{"priority":285,"src":"all","dst":"10.8.0.0","dstlen":16,"action":"unreachable","protocol":"static"},
+{"priority":32766,"src":"all","table":"main","protocol":"kernel"}]""".replace("\n", "")
+
+
+def test_rules_that_stand_are_left_alone_and_others_of_the_agent_go():
+    applied = []
+
+    def run(command):
+        if "-json" not in command.argv:
+            applied.append(str(command))
+        return mncni.Reply(0, RULES if command.argv[3:4] == ["-4"] else "[]" if "-json" in command.argv else "", "")
+
+    agent.ensure_rules(BOTH.cluster_cidrs, run, "")
+    new = "to fd00:244::/32 priority 284 lookup main suppress_prefixlength 31", "to fd00:244::/32 priority 285 unreachable"
+    assert applied == [
+        "ip -4 -batch - <<'E'\nrule delete to 10.9.9.9/32 priority 285 unreachable protocol 201\nE",
+        "ip -6 -batch - <<'E'\n" + "".join(f"rule add {rule} protocol 201\n" for rule in new) + "E",
+    ]
+
+
 # ---- firewalls: the whole text ----
 
 HOST_FIREWALL = """\
@@ -339,31 +366,40 @@ table inet mncni
 delete table inet mncni
 table inet mncni {
   counter leaked { packets 3 bytes 252 }
-  set cluster4 { type ipv4_addr; flags interval; elements = { 10.244.0.0/16 }; }
-  set pods4 { type ipv4_addr; flags interval; elements = { 10.244.255.0/24 }; }
-  set cluster6 { type ipv6_addr; flags interval; elements = { fd00:244::/32 }; }
-  set pods6 { type ipv6_addr; flags interval; elements = { fd00:244:ffff::/64 }; }
+  counter refused { packets 4 bytes 336 }
   chain inbound {
     type filter hook prerouting priority raw; policy accept;
-    iifname "mncni0" ip saddr != @pods4 drop
-    iifname "mncni-host" ip daddr != @pods4 drop
-    iifname "mncni0" ip6 saddr != @pods6 ip6 saddr != fe80::/10 ip6 saddr != :: drop
-    iifname "mncni-host" ip6 daddr != @pods6 ip6 daddr != fe80::/10 ip6 daddr != ff02::/16 drop
+    iifname != { "mncni0", "mncni-host", "lo" } ip saddr 10.244.0.0/16 counter name refused drop
+    iifname != { "mncni0", "mncni-host", "lo" } ip daddr 10.244.0.0/16 counter name refused drop
+    iifname "mncni0" ip saddr != 10.244.255.0/24 drop
+    iifname "mncni0" ip saddr 10.244.255.1 drop
+    iifname "mncni-host" ip daddr != 10.244.255.0/24 drop
+    iifname != { "mncni0", "mncni-host", "lo" } ip6 saddr fd00:244::/32 counter name refused drop
+    iifname != { "mncni0", "mncni-host", "lo" } ip6 daddr fd00:244::/32 counter name refused drop
+    iifname "mncni0" ip6 saddr != fd00:244:ffff::/64 ip6 saddr != fe80::/10 ip6 saddr != :: drop
+    iifname "mncni0" ip6 saddr fd00:244:ffff::1 drop
+    iifname "mncni-host" ip6 daddr != fd00:244:ffff::/64 ip6 daddr != fe80::/10 ip6 daddr != ff02::/16 drop
+  }
+  chain forward {
+    type filter hook forward priority filter; policy accept;
+    iifname != { "mncni0", "mncni-host", "lo" } oifname { "mncni0", "mncni-host" } ct status dnat accept
+    iifname != { "mncni0", "mncni-host", "lo" } oifname { "mncni0", "mncni-host" } ct direction reply accept
+    iifname != { "mncni0", "mncni-host", "lo" } oifname { "mncni0", "mncni-host" } counter name refused drop
   }
   chain nat {
     type nat hook postrouting priority srcnat - 10; policy accept;
-    oifname "mncni-host" ip saddr != @pods4 snat ip to 10.244.255.1 fully-random
-    ip saddr @pods4 ip daddr != @cluster4 ip daddr != 224.0.0.0/4 masquerade fully-random
-    oifname "mncni-host" ip6 saddr != @pods6 snat ip6 to fd00:244:ffff::1 fully-random
-    ip6 saddr @pods6 ip6 daddr != @cluster6 ip6 daddr != ff00::/8 masquerade fully-random
+    oifname "mncni-host" ip saddr != 10.244.255.0/24 snat ip to 10.244.255.1 fully-random
+    ip saddr 10.244.255.0/24 ip daddr != 10.244.0.0/16 ip daddr != 224.0.0.0/4 masquerade fully-random
+    oifname "mncni-host" ip6 saddr != fd00:244:ffff::/64 snat ip6 to fd00:244:ffff::1 fully-random
+    ip6 saddr fd00:244:ffff::/64 ip6 daddr != fd00:244::/32 ip6 daddr != ff00::/8 masquerade fully-random
   }
   chain outbound {
     type filter hook postrouting priority srcnat + 10; policy accept;
     tcp flags & rst == rst ct state invalid drop
-    ip daddr @cluster4 oifname != { "mncni0", "mncni-host", "lo" } counter name leaked drop
-    oifname != { "mncni0", "mncni-host", "lo" } ip saddr @pods4 ip daddr != @cluster4 ip daddr != 224.0.0.0/4 drop
-    ip6 daddr @cluster6 oifname != { "mncni0", "mncni-host", "lo" } counter name leaked drop
-    oifname != { "mncni0", "mncni-host", "lo" } ip6 saddr @pods6 ip6 daddr != @cluster6 ip6 daddr != ff00::/8 drop
+    oifname != { "mncni0", "mncni-host", "lo" } ip daddr 10.244.0.0/16 counter name leaked drop
+    oifname != { "mncni0", "mncni-host", "lo" } ip saddr 10.244.255.0/24 ip daddr != 10.244.0.0/16 ip daddr != 224.0.0.0/4 drop
+    oifname != { "mncni0", "mncni-host", "lo" } ip6 daddr fd00:244::/32 counter name leaked drop
+    oifname != { "mncni0", "mncni-host", "lo" } ip6 saddr fd00:244:ffff::/64 ip6 daddr != fd00:244::/32 ip6 daddr != ff00::/8 drop
   }
 }
 """
@@ -371,36 +407,37 @@ NS_FIREWALL = """\
 table inet mncni
 delete table inet mncni
 table inet mncni {
-  set pods4 { type ipv4_addr; flags interval; elements = { 10.244.255.0/24 }; }
-  set pods6 { type ipv6_addr; flags interval; elements = { fd00:244:ffff::/64 }; }
   chain forward {
     type filter hook forward priority filter; policy drop;
     iifname "mncni-ns" oifname "mncni-wg0" accept
-    iifname "mncni-wg0" oifname "mncni-ns" ip daddr @pods4 accept
-    iifname "mncni-wg0" oifname "mncni-ns" ip6 daddr @pods6 accept
+    iifname "mncni-wg0" oifname "mncni-ns" ip daddr 10.244.255.0/24 accept
+    iifname "mncni-wg0" oifname "mncni-ns" ip6 daddr fd00:244:ffff::/64 accept
   }
   chain input {
     type filter hook input priority filter; policy drop;
-    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept
+    iifname "mncni-ns" icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept
   }
 }
 """
 
 
+COUNTS = {"leaked": (3, 252), "refused": (4, 336)}
+
+
 def without_family(text, version):
-    """A firewall text less the rules and sets of a family; what pods send of that family is dropped instead."""
-    targets = {4: "ip daddr != @pods4", 6: "ip6 daddr != @pods6 ip6 daddr != fe80::/10 ip6 daddr != ff02::/16"}[version]
-    text = text.replace(f'iifname "mncni-host" {targets} drop', f'iifname "mncni0" meta nfproto ipv{version} drop')
-    return "".join(line for line in text.splitlines(True) if f"pods{version}" not in line and f"cluster{version}" not in line)
+    """A firewall text less the rules of a family; what pods send of that family is dropped instead."""
+    target = {4: "ip daddr != 10.244.255.0/24", 6: "ip6 daddr != fd00:244:ffff::/64 ip6 daddr != fe80::/10 ip6 daddr != ff02::/16"}[version]
+    text = text.replace(f'iifname "mncni-host" {target} drop', f'iifname "mncni0" meta nfproto ipv{version} drop')
+    return "".join(line for line in text.splitlines(True) if {4: "10.244.", 6: "fd00:244:"}[version] not in line)
 
 
 def test_the_hosts_firewall_of_both_families():
-    assert agent.host_firewall(BOTH, (3, 252)) == HOST_FIREWALL
+    assert agent.host_firewall(BOTH, COUNTS) == HOST_FIREWALL
 
 
 @pytest.mark.parametrize("settings, absent", [(ONLY4, 6), (ONLY6, 4)])
 def test_a_node_of_one_family_has_that_familys_rules_and_lets_pods_send_no_other(settings, absent):
-    assert agent.host_firewall(settings, (3, 252)) == without_family(HOST_FIREWALL, absent)
+    assert agent.host_firewall(settings, COUNTS) == without_family(HOST_FIREWALL, absent)
     assert agent.ns_firewall(settings) == without_family(NS_FIREWALL, absent)
 
 
@@ -408,15 +445,39 @@ def test_the_namespaces_firewall_lets_nothing_through_but_pods_traffic():
     assert agent.ns_firewall(BOTH) == NS_FIREWALL
 
 
-def test_masquerade_can_be_left_to_others():
-    text = agent.host_firewall(dataclasses.replace(BOTH, masquerade=False), (3, 252))
-    left_out = ("masquerade", "224.0.0.0/4 drop", "ff00::/8 drop")
-    assert text == "".join(line for line in HOST_FIREWALL.splitlines(True) if not any(words in line for words in left_out))
+ANSWERS = """\
+  chain answers {
+    type filter hook prerouting priority mangle; policy accept;
+    iifname != { "mncni0", "mncni-host", "lo" } ip daddr 10.244.0.0/16 ct direction reply accept
+    iifname != { "mncni0", "mncni-host", "lo" } ip daddr 10.244.0.0/16 counter name refused drop
+    iifname != { "mncni0", "mncni-host", "lo" } ip6 daddr fd00:244::/32 ct direction reply accept
+    iifname != { "mncni0", "mncni-host", "lo" } ip6 daddr fd00:244::/32 counter name refused drop
+  }
+"""
 
 
-def test_adjacent_networks_are_one_element_since_nft_refuses_two():
-    settings = parse("--cluster-cidr", "10.1.0.0/16", "--cluster-cidr", "10.0.0.0/16", "--pod-cidr", "10.0.1.0/24")
-    assert "elements = { 10.0.0.0/15 };" in agent.host_firewall(settings)
+def test_masquerade_can_be_left_to_others_then_answers_come_to_the_pods_addresses():
+    text = agent.host_firewall(dataclasses.replace(BOTH, masquerade=False), COUNTS)
+    left_out = ["masquerade", "224.0.0.0/4 drop", "ff00::/8 drop"]
+    left_out += [f"daddr {cidr} counter name refused" for cidr in BOTH.cluster_cidrs]
+    rest = "".join(line for line in HOST_FIREWALL.splitlines(True) if not any(words in line for words in left_out))
+    assert text == rest.replace("  chain forward {", ANSWERS + "  chain forward {")
+
+
+def test_several_networks_are_told_apart_by_rules_not_by_a_set_of_ranges():
+    several = "--cluster-cidr 10.1.0.0/16 --cluster-cidr 10.0.0.0/16 --pod-cidr 10.0.1.0/24 --pod-cidr 10.1.1.0/24"
+    text = agent.host_firewall(parse(*several.split()))
+    pods = "ip saddr != 10.0.1.0/24 ip saddr != 10.1.1.0/24"
+    assert f'iifname "mncni0" {pods} drop' in text and f'oifname "mncni-host" {pods} snat ip to 10.0.1.1 fully-random' in text
+    for pod in ("10.0.1.0/24", "10.1.1.0/24"):
+        assert f"ip saddr {pod} ip daddr != 10.1.0.0/16 ip daddr != 10.0.0.0/16 ip daddr != 224.0.0.0/4 masquerade fully-random" in text
+    assert "set " not in text
+
+
+def test_services_are_neither_reached_from_the_underlay_nor_looked_for_there():
+    text = agent.host_firewall(dataclasses.replace(ONLY4, service_cidrs=(ipaddress.ip_network("10.96.0.0/12"),)))
+    assert 'iifname != { "mncni0", "mncni-host", "lo" } ip daddr 10.96.0.0/12 counter name refused drop' in text
+    assert 'oifname != { "mncni0", "mncni-host", "lo" } ip daddr 10.96.0.0/12 drop' in text
 
 
 LISTING = """{"nftables": [{"metainfo": {"version": "1.0.6", "release_name": "Lester Gooch #5", "json_schema_version": 1}},
@@ -427,20 +488,21 @@ LISTING = """{"nftables": [{"metainfo": {"version": "1.0.6", "release_name": "Le
 
 
 def test_a_listing_is_compared_without_what_changes_by_itself():
-    objects, leaked = agent.parse_nft(LISTING)
-    assert leaked == (7, 588)
+    objects, counts = agent.parse_nft(LISTING)
+    assert counts == {"leaked": (7, 588), "refused": (0, 0)}
     assert objects == [
         {"table": {"family": "inet", "name": "mncni"}},
         {"counter": {"family": "inet", "name": "leaked", "table": "mncni"}},
         {"rule": {"family": "inet", "table": "mncni", "chain": "forward", "expr": [{"counter": {}}, {"accept": None}]}},
     ]
     later = LISTING.replace('"handle": 4', '"handle": 44').replace('"packets": 7', '"packets": 8')
-    assert agent.parse_nft(later) == (objects, (8, 588))
+    assert agent.parse_nft(later) == (objects, {"leaked": (8, 588), "refused": (0, 0)})
     assert agent.parse_nft(LISTING.replace("accept", "drop"))[0] != objects
 
 
 def test_no_table_is_an_empty_listing():
-    assert agent.parse_nft("") == ([], (0, 0)) == agent.parse_nft('{"nftables": []}')
+    nothing = ([], {"leaked": (0, 0), "refused": (0, 0)})
+    assert agent.parse_nft("") == nothing == agent.parse_nft('{"nftables": []}')
 
 
 # ---- endpoints that nothing comes from ----

@@ -148,6 +148,7 @@ BAD_RECORDS = {
     "endpoint with a scope": (text_of(endpoints=["2001:db8::1%eth0"]), "is no IP address"),
     "endpoint with an octal part": (text_of(endpoints=["192.0.2.010"]), "is no IP address"),
     "endpoint unspecified": (text_of(endpoints=["0.0.0.0"]), "cannot be"),
+    "endpoint broadcast": (text_of(endpoints=["255.255.255.255"]), "cannot be"),
     "endpoint loopback": (text_of(endpoints=["127.0.0.53"]), "cannot be"),
     "endpoint multicast": (text_of(endpoints=["224.0.0.1"]), "cannot be"),
     "endpoint link-local": (text_of(endpoints=["169.254.169.254"]), "cannot be"),
@@ -247,10 +248,10 @@ OLD, YOUNG = "2024-01-01T00:00:00Z", "2024-01-01T00:00:01Z"
 def test_of_two_with_one_key_or_overlapping_pod_cidrs_the_older_wins(names, older, younger):
     first, second = names
     same_key = {first: text_of(1, **older), second: text_of(2, **younger, slots=slot())}
-    assert judge(same_key) == ([first], {second: f"its key is that of the older node {first}"})
+    assert judge(same_key) == ([first], {second: f"its key is that of node {first}, which had it before or is older"})
     for theirs in ("10.244.1.0/24", "10.244.1.128/25", "10.244.0.0/23"):
         overlap = {first: text_of(1, **older), second: text_of(2, **younger, podCIDRs=["10.244.2.0/24", theirs])}
-        assert judge(overlap) == ([first], {second: f"its pod CIDR is that of the older node {first}"})
+        assert judge(overlap) == ([first], {second: f"its pod CIDR is that of node {first}, which had it before or is older"})
 
 
 def test_who_lost_takes_nothing_from_others():
@@ -261,6 +262,62 @@ def test_who_lost_takes_nothing_from_others():
         "c": text_of(3, created="2023-01-01T00:00:00Z"),
     }
     assert judge(records)[0] == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    "lie, what",
+    [
+        ({"slots": slot()}, "key"),
+        ({"podCIDRs": ["10.244.1.0/24"]}, "pod CIDR"),
+        ({"podCIDRs": ["10.244.0.0/22"]}, "pod CIDR"),
+        ({"podCIDRs": ["10.244.2.0/24", "10.244.1.128/25"]}, "pod CIDR"),
+    ],
+)
+@pytest.mark.parametrize("was_there", [True, False], ids=["liar believed before", "liar new"])
+def test_what_a_node_is_known_to_have_no_older_node_takes_from_it(lie, what, was_there):
+    roster, honest = agent.Roster(make_settings()), {"young": text_of(1, created=YOUNG)}
+    assert judge({**honest, **({"old": text_of(2, created=OLD)} if was_there else {})}, roster)[0] == ["old", "young"][not was_there :]
+    lying = {**honest, "old": text_of(2, created=OLD, **lie)}
+    for _ in range(2):
+        assert judge(lying, roster) == (["young"], {"old": f"its {what} is that of node young, which had it before or is older"})
+    assert judge(lying)[0] == ["old"], "of those that nobody knew, the older is believed"
+    assert judge({**honest, "old": text_of(2, created=OLD)}, roster)[0] == ["old", "young"]
+
+
+def test_a_node_that_changes_its_key_keeps_its_pod_cidr_and_the_new_key():
+    roster = agent.Roster(make_settings())
+    assert judge({"young": text_of(1, created=YOUNG), "old": text_of(2, created=OLD)}, roster)[0] == ["old", "young"]
+    changed = {"young": text_of(1, created=YOUNG, slots=slot(key=key_of(3)))}
+    assert judge({**changed, "old": text_of(2, created=OLD, podCIDRs=["10.244.1.0/24"])}, roster)[0] == ["young"]
+    assert judge({**changed, "old": text_of(2, created=OLD, slots=slot(key=key_of(3)))}, roster)[0] == ["young"]
+    former = {"old": text_of(2, created=OLD, slots=slot(key=key_of(1)))}
+    assert judge({**changed, **former}, roster)[0] == ["old", "young"], "nobody has the former key"
+
+
+def test_the_range_of_a_node_that_is_gone_is_anothers():
+    """Whether the news of the two come together, or the new owner comes first and waits."""
+    for between in ([], [{"a": text_of(1), "b": text_of(2, podCIDRs=["10.244.1.0/24"])}]):
+        roster = agent.Roster(make_settings())
+        for records in [{"a": text_of(1)}, *between]:
+            assert judge(records, roster)[0] == ["a"]
+        assert judge({"b": text_of(2, podCIDRs=["10.244.1.0/24"])}, roster) == (["b"], {})
+
+
+def test_two_that_swap_their_ranges_wait_for_each_other_no_longer_than_it_takes():
+    roster = agent.Roster(make_settings())
+    judge({"a": text_of(1), "b": text_of(2)}, roster)
+    swapped = {"a": text_of(1, podCIDRs=["10.244.2.0/24"]), "b": text_of(2, podCIDRs=["10.244.1.0/24"])}
+    assert judge({**swapped, "b": text_of(2)}, roster)[0] == ["b"]
+    assert judge(swapped, roster)[0] == ["a", "b"]
+
+
+@pytest.mark.parametrize("endpoint", ["192.0.2.55", "192.0.2.255"])
+def test_a_node_is_not_at_an_address_of_this_host_nor_at_a_broadcast_address(endpoint):
+    roster = agent.Roster(make_settings())
+    roster.own_addresses = agent.host_addresses([{"addr_info": [{"local": "192.0.2.55", "broadcast": "192.0.2.255"}, {"local": "::1"}]}])
+    believed, quarantine = judge({"a": text_of(1), "b": text_of(2, endpoints=["198.51.100.9", endpoint])}, roster)
+    what = f"one of its endpoints 198.51.100.9, {endpoint} is an address of this node, or a broadcast address"
+    assert (believed, quarantine) == (["a"], {"b": what})
 
 
 def test_neighbouring_pod_cidrs_do_not_clash():
