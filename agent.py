@@ -1581,9 +1581,9 @@ def is_pod_link(link):
 
 
 def ensure_host_ports(context):
-    """The plugin's host ports. Somebody may have flushed nft, or the bridge may be new."""
-    for problem in mncni.restore_portmap(mncni.DEFAULT_RUN_DIR, context.run):
-        log.warning("repaired host ports: %s", problem)
+    """The plugin's host ports, and what pods may send. Somebody may have flushed nft, or the bridge may be new."""
+    for problem in mncni.restore_tables(mncni.DEFAULT_RUN_DIR, context.run):
+        log.warning("repaired: %s", problem)
 
 
 def ensure_forwarding(context):
@@ -1660,6 +1660,7 @@ def conflist(settings, mtu):
         "bridge": settings.bridge,
         "mtu": mtu,
         "ready": os.path.join(settings.run_dir, "ready"),
+        "spoofCheck": True,
         "ipam": {"ranges": [[{"subnet": str(cidr)}] for cidr in settings.pod_cidrs]},
     }
     return json.dumps({"cniVersion": "1.0.0", "cniVersions": ["1.0.0", "1.1.0"], "name": NETWORK, "plugins": [plugin]}, indent=2) + "\n"
