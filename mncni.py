@@ -1509,15 +1509,16 @@ def own_spoof(request, mac, ips):
 
 
 def plan_pod_rules(state):
-    """[(chain, rule)] of one pod: its chain has the name of its veth. A pod without addresses has its link-local one."""
+    """[(chain, rule)] of one pod: its chain has the name of its veth. A pod without addresses has its link-local one. "ether type" is not
+    superfluous: it keeps out what has a VLAN tag before it."""
     chain, mac = host_ifname("mn", *state["owner"]), state["mac"]
     ipv4 = ", ".join(str(address) for address in state["addresses"] if address.version == 4)
     ipv6 = [link_local(mac), *(address for address in state["addresses"] if address.version == 6)]
     targets = ", ".join(f"0x{int(address):032x}" for address in ipv6)
     of_ipv4 = [
-        f"ip saddr {{ {ipv4} }} goto ipv4_of_pod",
-        f"arp saddr ether {mac} arp saddr ip {{ {ipv4} }} accept",
-        f"arp operation request arp saddr ether {mac} arp saddr ip 0.0.0.0 arp daddr ip {{ {ipv4} }} accept",  # is my address in use?
+        f"ether type ip ip saddr {{ {ipv4} }} goto ipv4_of_pod",
+        f"ether type arp arp saddr ether {mac} arp saddr ip {{ {ipv4} }} accept",
+        f"ether type arp arp operation request arp saddr ether {mac} arp saddr ip 0.0.0.0 arp daddr ip {{ {ipv4} }} accept",  # is my address in use?
     ]
     rules = [
         f"ether saddr != {mac} goto refused",
