@@ -2062,7 +2062,8 @@ class Agent:
                 write_if_changed(path, self.ready_text(reason))
 
     def ready_text(self, reason):
-        return json.dumps({"bootID": self.context.boot_id, "device": HOST_VETH, "ok": not reason, "reason": reason}) + "\n"
+        ready = {"bootID": self.context.boot_id, "device": HOST_VETH, "port": self.settings.port, "ok": not reason, "reason": reason}
+        return json.dumps(ready) + "\n"
 
     def write_status(self):
         """Write the file that `agent.py status` reads. It has no secrets, and no figures that change by themselves."""

@@ -87,7 +87,7 @@ class Request:
 
     command, container_id, netns, ifname: the CNI_* variables ("" when absent); netns is the path of the pod's network namespace.
     args: CNI_ARGS ("K=V;K2=V2") as a dict; a part that is no pair is ignored, it must not make a DEL fail. path: the directories of
-    CNI_PATH, where plugins are. run_dir: the directory for state that a reboot ends. conf: the network configuration (dict). network:
+    CNI_PATH, where plugins are. run_dir: the directory for state that a reboot ends. data_dir: the default directory for leases. conf: the network configuration (dict). network:
     its name. attachment: (network, container ID, interface). prev_result: the result of the plugin before this one, as a 1.1.0 dict, or
     None. at_once: independent commands may run at the same time. links: the names of the links on the host that the plugins of this call
     make. new_peer: {"ifname", "mtu"} of the host's end of the pod's interface, if a plugin of this call has just made it.
@@ -101,6 +101,7 @@ class Request:
         self.args = dict(pair.split("=", 1) for pair in environ.get("CNI_ARGS", "").split(";") if "=" in pair)
         self.path = [part for part in environ.get("CNI_PATH", "").split(":") if part]
         self.run_dir = environ.get("MNCNI_RUN_DIR") or DEFAULT_RUN_DIR
+        self.data_dir = environ.get("MNCNI_DATA_DIR") or DEFAULT_DATA_DIR
         self.conf, self.network = conf, conf["name"]
         self.attachment = (self.network, self.container_id, self.ifname)
         self.prev_result, self.at_once = None, at_once
@@ -608,6 +609,11 @@ def look_qdiscs(device, run, netns="", why=""):
     return understood("tc", lambda text: [(row["kind"], row.get("options", {}).get("rate", 0)) for row in parse_json(text)], text)
 
 
+def plan_hook(device, qdiscs):
+    """Lines for `tc -batch` that give a device a hook for filters on what it receives. Another program's serves as well."""
+    return [] if any(kind in ("ingress", "clsact") for kind, _ in qdiscs) else [f"qdisc add dev {device} ingress"]
+
+
 def look_link(name, links):
     """The link of a name among those that look_ip returned, or None."""
     return next((link for link in links if link.get("ifname") == name), None)
@@ -746,7 +752,7 @@ def quickack_check(request, run):
 NETEM = {
     "delay": ("time", "time", "percent"),
     **dict.fromkeys(("loss", "duplicate", "corrupt", "reorder"), ("percent", "percent")),
-    **{"rate": ("rate",), "limit": ("number",), "distribution": ("table",)},
+    **{"rate": ("rate",), "limit": ("packets",), "distribution": ("table",)},
     "slot": ("time", "time"),
 }
 # Kind of value -> its name in messages, its lowest and highest value, and its units as multiples of the first. Beyond these bounds tc
@@ -755,7 +761,7 @@ NETEM_KINDS = {
     "time": ("a time up to 274s", 0, 274e6, dict(us=1, usec=1, usecs=1, ms=1e3, msec=1e3, msecs=1e3, s=1e6, sec=1e6, secs=1e6)),
     "percent": ("a percentage up to 100%", 0, 100, {"%": 1}),
     "rate": ("a rate from 8bit", 8, 1e19, dict(bit=1, kbit=1e3, mbit=1e6, gbit=1e9, bps=8, kbps=8e3, mbps=8e6, gbps=8e9)),
-    "number": ("a number", 0, 1e9, {"": 1}),
+    "packets": ("a number up to 1024: a packet may have 64 KB, and a pod may keep the kernel waiting with 64 MB", 0, 1024, {"": 1}),
     "table": ("one of normal, pareto, paretonormal", 0, 0, ("normal", "pareto", "paretonormal")),
 }
 
@@ -1004,8 +1010,7 @@ def plan_bandwidth(request, limits, peer, qdiscs):
         made = f"link add name {ifb} mtu {mtu} address {mac_of(ifb, '0a:59')} type ifb"
         why = "an ifb, a device that only queues: what the pod sends arrives at the host, and tc limits only what leaves a device"
         plan.append(ip_batch([made, f"link set dev {ifb} alias {link_alias(request)} up"], why=why))
-        if not any(kind in ("ingress", "clsact") for kind, _ in qdiscs):  # a hook for filters; another program's serves as well
-            lines.append(f"qdisc add dev {name} ingress")
+        lines += plan_hook(name, qdiscs)
         lines.append(f"filter add dev {name} ingress protocol all u32 match u32 0 0 action mirred egress redirect dev {ifb}")
         lines.append(f"qdisc replace dev {ifb} root {tbf(*limits['egress'], mtu)}")
     return [*plan, Command(["tc", "-batch", "-"], guarded(lines), "token buckets (tbf) limit; what the pod sends goes through the ifb")]
@@ -1241,7 +1246,7 @@ def ipam_leases(request):
     data_dir = any_case(request.conf.get("ipam"), "dataDir")
     if data_dir is not None and (not isinstance(data_dir, str) or not os.path.isabs(data_dir) or "\0" in data_dir):
         raise config_error(f'"dataDir" must be an absolute path, not {to_json(data_dir)}')
-    return Leases(data_dir or DEFAULT_DATA_DIR, request.network, request.run_dir)
+    return Leases(data_dir or request.data_dir, request.network, request.run_dir)
 
 
 def parse_range_set(ranges):
@@ -1403,9 +1408,13 @@ def ipam_status(request, ipam, run):
 
 
 def delegate_type(conf):
-    """The plugin that "ipam" delegates to; "" if IPAM is built in, or there is none."""
+    """The plugin that "ipam" delegates to; "" if IPAM is built in, or there is none. CNIError 7 for what is no name of a program."""
     kind = any_case(conf.get("ipam"), "type")
-    return kind if isinstance(kind, str) and kind not in ("mncni", "mncni.py") else ""
+    if not isinstance(kind, str) or kind in ("", "mncni", "mncni.py"):
+        return ""
+    if "/" in kind or kind in (".", ".."):
+        raise config_error(f'"type" of "ipam" must be the name of a program, not {kind!r}')
+    return kind
 
 
 def delegate_call(request, run, verb):
@@ -1417,8 +1426,6 @@ def delegate_call(request, run, verb):
     kind = delegate_type(request.conf)
     if not kind:
         return ""
-    if "/" in kind:
-        raise config_error(f'"type" of "ipam" must be the name of a program, not {kind!r}')
     found = [os.path.join(part, kind) for part in request.path if os.path.isfile(os.path.join(part, kind))]
     if not found:
         raise CNIError(BAD_ENVIRONMENT, f'cannot find the IPAM plugin "{kind}" in CNI_PATH {":".join(request.path)!r}')
@@ -2088,6 +2095,7 @@ PORTMAP_CHAINS = f"""\
   chain output {{ type nat hook output priority -100; }}
   chain postrouting {{ type nat hook postrouting priority 100; }}
   chain guard {{ type filter hook prerouting priority -300; }}
+  chain replies {{ type filter hook prerouting priority -150; }}
 }}
 """
 
@@ -2186,6 +2194,8 @@ def plan_rules(states, node_addresses):
     for device in sorted(devices_of(states)):
         rules.append(("postrouting", f'ct status dnat ip saddr 127.0.0.0/8 oifname "{device}" masquerade fully-random', "all"))
         rules += [("guard", f'iifname "{device}" ip {end} 127.0.0.0/8 drop', "all") for end in ("saddr", "daddr")]
+        replies = f'iifname "{device}" ct status dnat ct label 109 ct direction reply'
+        rules.append(("replies", f"{replies} meta mark set meta mark | {LOCALNET_MARK}", "all"))
     return rules
 
 
@@ -2207,14 +2217,14 @@ def plan_portmap(states, node_addresses, before="", after=""):
 
 def write_ports(states, changed, run, is_first=False):
     """Make the table what a list of states says. changed: the states that came or went. is_first: there were none before."""
-    switch_localnet(devices_of(changed) - devices_of(states), 0, run)  # before the guard goes
+    switch_localnet(devices_of(changed) - devices_of(states), False, run)  # before the guard goes
     node_addresses = look_node_addresses(run) if states else []
     # The chains stay, only their rules are replaced: packets meet the old rules or the new ones. New chains beside old ones would let one
     # through now and then. To flush takes the kernel 10 ms; before the first host port there is nothing to flush.
     around = {"before": f"create {PORTMAP}\n"} if is_first else {"after": f"flush {PORTMAP}\n"}
     if run(plan_portmap(states, node_addresses, **around)).exit_code != 0:  # somebody else's table, or an older version's
         apply([plan_portmap(states, node_addresses, before=f"{PORTMAP}\ndelete {PORTMAP}\n")], run)
-    switch_localnet(devices_of(states), 1, run)
+    switch_localnet(devices_of(states), True, run)
     keys = [key for state in changed for key in state["ports"]]
     udp = sorted({f"{host_ip}/{port}" if host_ip else str(port) for _, host_ip, protocol, port in keys if protocol == "udp"})
     if udp:
@@ -2222,13 +2232,62 @@ def write_ports(states, changed, run, is_first=False):
         best_effort(run, Command(["mncni.py", "forget-flows", *udp], "", why))
 
 
-def switch_localnet(devices, value, run):
-    """Let devices accept packets to and from 127.0.0.1, or not. A device that is gone is no error."""
-    keys = [f"net/ipv4/conf/{device}/route_localnet" for device in sorted(devices)]
-    keys = [key for key in keys if read_file(f"/proc/sys/{key}") != f"{value}\n"]
-    why = "let 127.0.0.1 of the host reach host ports, too" if value else "no host port needs 127.0.0.1 on this device any more"
+LOCALNET_PREF = 127  # the preference of tc's filter that keeps pods away from 127.0.0.1
+LOCALNET_MARK = 0x1270000  # the bits of the mark by which nft lets replies pass it
+LOCALNET_FILTER = (  # for `tc ... bpf bytecode`, see tc-bpf(8): code, steps if true, steps if false, value
+    (0x20, 0, 0, 0xFFF0000C),  # the source address
+    (0x54, 0, 0, 0xFF000000),  # its first byte
+    (0x15, 6, 0, 0x7F000000),  # 127: match
+    (0x20, 0, 0, 0xFFF00010),  # the destination
+    (0x54, 0, 0, 0xFF000000),
+    (0x15, 0, 2, 0x7F000000),  # not 127: no match
+    (0x20, 0, 0, 0xFFFFF014),  # the mark
+    (0x45, 0, 1, LOCALNET_MARK),  # has one of these bits: no match
+    (0x06, 0, 0, 0),
+    (0x06, 0, 0, 0xFFFFFFFF),
+)
+
+
+def switch_localnet(devices, is_open, run):
+    """Let devices accept packets to and from 127.0.0.1, or not. Returns the devices that were switched; those that are gone are no error.
+
+    A filter of tc keeps out what pods send there. It is there as long as the switch is on, so `nft flush ruleset` opens no way; and after
+    `tc filter delete` there is the chain `guard`. Where tc cannot do that, 127.0.0.1 of the host stays without host ports. Replies carry
+    127.0.0.1 already where br_netfilter translates them on the bridge, so nft marks them; what pods send comes without a mark.
+    """
+    keys = {device: f"net/ipv4/conf/{device}/route_localnet" for device in sorted(devices)}
+    keys = {device: key for device, key in keys.items() if read_file(f"/proc/sys/{key}") == f"{int(not is_open)}\n"}
+    if is_open:
+        keys = {device: key for device, key in keys.items() if close_localnet(device, run)}
+    why = "let 127.0.0.1 of the host reach host ports, too" if is_open else "no host port needs 127.0.0.1 on this device any more"
     if keys:
-        run(write_sysctls(keys, value, why=why))
+        run(write_sysctls(keys.values(), int(is_open), why=why))
+    for device in [] if is_open else keys:
+        run(Command(["tc", "filter", "delete", "dev", device, "ingress", "pref", f"{LOCALNET_PREF}"], "", "nor the filter against pods"))
+    return list(keys)
+
+
+def close_localnet(device, run):
+    """Drop what comes in by a device to or from 127.0.0.1; whether that worked. Such packets are sent back out of the device, which a bridge
+    does not do: they end there. tc's own word for it, drop, needs a module more than bandwidth does."""
+    qdiscs = look_qdiscs(device, run, why="has the pods' device a hook for arriving packets already?")
+    hook = plan_hook(device, qdiscs)
+    plan = [Command(["tc", "-batch", "-"], guarded(hook), "a hook for arriving packets")] if hook else []
+    bytecode = ",".join([str(len(LOCALNET_FILTER)), *(" ".join(map(str, step)) for step in LOCALNET_FILTER)])
+    argv = ["tc", "filter", "replace", "dev", device, "ingress", "pref", f"{LOCALNET_PREF}", "handle", "1", "protocol", "ip"]
+    argv += ["bpf", "bytecode", bytecode, "action", "mirred", "egress", "redirect", "dev", device]
+    try:
+        apply([*plan, Command(argv, "", "no pod is to reach 127.0.0.1 of the host, whatever becomes of nft's rules")], run)
+    except CNIError as error:
+        tell(f"host ports do not work on 127.0.0.1 of the host: nothing would keep the pods behind {device} from it: {error}")
+        return False
+    return True
+
+
+def is_localnet_closed(device, run):
+    """Whether the filter of close_localnet is there."""
+    argv = ["tc", "-json", "filter", "show", "dev", device, "ingress", "pref", f"{LOCALNET_PREF}"]
+    return "mirred" in run(Command(argv, "", "are pods kept away from 127.0.0.1 of the host?")).stdout
 
 
 def own_asked(request):
@@ -2238,11 +2297,23 @@ def own_asked(request):
     return {**state, "ports": parse_ports(mappings, ips)}
 
 
+def refuse_tunnel_port(request, ports):
+    """CNIError 7 for a host port that would take the packets of the tunnel between the nodes: the agent's ready file names its UDP port."""
+    path = typed(request.conf, "ready", str, "")
+    udp = [(host_ip, port) for _, host_ip, protocol, port in ports if protocol == "udp" and not host_ip.startswith("127.")]
+    if udp and path:
+        tunnel = parse_json_object(read_file(path) or "{}", f"the agent's ready file {path}").get("port")
+        if tunnel in [port for _, port in udp]:
+            what = f"host port {tunnel}/udp is the port of the tunnel between the nodes"
+            raise config_error(f"{what}: give the pod another, or the agents another --port")
+
+
 def portmap_add(request, run):
     """ADD: lead host ports to the pod. Returns prevResult."""
     state = own_asked(request)
     if not state["ports"]:
         return request.prev_result
+    refuse_tunnel_port(request, state["ports"])
     path = state_path(request, "portmap")
     with states_lock(request.run_dir, "portmap") as lock:
         others = look_ports(request.run_dir)
@@ -2298,11 +2369,15 @@ def restore_portmap(run_dir, run):
     with states_lock(run_dir, "portmap") as lock:
         states = list(look_ports(run_dir).values())
         missing, extra = diff_portmap(states, run)
-        closed = [device for device in sorted(devices_of(states)) if read_file(f"/proc/sys/net/ipv4/conf/{device}/route_localnet") == "0\n"]
-        problems = missing + extra + [f"{device} does not accept 127.0.0.1 (route_localnet)" for device in closed]
-        if problems:
-            write_ports(states, states, lock.held(run))
-    return problems
+        run, devices = lock.held(run), sorted(devices_of(states))
+        opened = [device for device in devices if read_file(f"/proc/sys/net/ipv4/conf/{device}/route_localnet") == "1\n"]
+        lost = [device for device in opened if not is_localnet_closed(device, run)]
+        lost = [device for device in lost if close_localnet(device, run)]
+        switched = switch_localnet(devices, True, run)
+        if missing + extra:
+            write_ports(states, states, run)
+    problems = missing + extra + [f"nothing but nft kept pods behind {device} from 127.0.0.1" for device in lost]
+    return problems + [f"{device} does not accept 127.0.0.1 (route_localnet)" for device in switched]
 
 
 def restore_tables(run_dir, run):
@@ -2322,7 +2397,7 @@ def naivewg_tools(request):
 
 
 def portmap_tools(request):
-    return ["ip", "nft", "tee"] if request.command == "STATUS" or runtime_config(request, "portMappings", list, []) else []
+    return ["ip", "nft", "tc", "tee"] if request.command == "STATUS" or runtime_config(request, "portMappings", list, []) else []
 
 
 def bandwidth_tools(request):
@@ -2853,6 +2928,7 @@ LAUNCHER = f"""#!/usr/bin/python3 -IS
 {LAUNCHER_MARK}. Python compiles a script at every start, an imported module only once.
 import gc, os, sys
 gc.disable()  # a call ends before there is much to collect
+os.umask(os.umask(0o077) | 0o022)  # before the import, which writes what it has compiled: nobody else may change that
 sys.path.append(os.path.dirname(os.path.realpath(__file__)))
 import mncni
 mncni.main()
@@ -3041,9 +3117,8 @@ def explain_plugin(conf, prev_result, command, root):
     conf["runtimeConfig"] = {name: value for name, value in EXPLAINED.items() if any_case(conf.get("capabilities"), name)}
     if conf["runtimeConfig"]:
         print(f"# The runtime asks for {to_json(conf['runtimeConfig'])}.")
-    delegate = delegate_type(conf)
-    if typed(conf, "ipam", dict, {}) and not delegate:
-        conf["ipam"] = {**conf["ipam"], "dataDir": root}
+    delegate, ipam = delegate_type(conf), typed(conf, "ipam", dict, {})
+    conf["ipam"] = {key: value for key, value in ipam.items() if key.lower() != "datadir"}
     os.makedirs(f"{root}/run/netns")
     os.symlink("/proc/self/ns/net", f"{root}/run/netns/c1")
     if delegate:
@@ -3051,6 +3126,7 @@ def explain_plugin(conf, prev_result, command, root):
         write_file(f"{root}{DEFAULT_BIN_DIR}/{delegate}", "")
     names = {"CNI_CONTAINERID": "c1", "CNI_NETNS": f"{root}/run/netns/c1", "CNI_NETNS_OVERRIDE": "1", "CNI_IFNAME": "eth0"}
     environ, result = {**names, "CNI_PATH": root + DEFAULT_BIN_DIR, "MNCNI_RUN_DIR": root + DEFAULT_RUN_DIR}, prev_result
+    environ["MNCNI_DATA_DIR"] = root + DEFAULT_DATA_DIR
     for verb in dict.fromkeys(("ADD", command)):  # the other commands need the result of an ADD
         run, stdin = Explainer(result), to_json({**conf, "prevResult": result})
         exit_code, stdout = answer({**environ, "CNI_COMMAND": verb}, stdin, run, called_as=conf.get("type"))
