@@ -609,11 +609,6 @@ def look_qdiscs(device, run, netns="", why=""):
     return understood("tc", lambda text: [(row["kind"], row.get("options", {}).get("rate", 0)) for row in parse_json(text)], text)
 
 
-def plan_hook(device, qdiscs):
-    """Lines for `tc -batch` that give a device a hook for filters on what it receives. Another program's serves as well."""
-    return [] if any(kind in ("ingress", "clsact") for kind, _ in qdiscs) else [f"qdisc add dev {device} ingress"]
-
-
 def look_link(name, links):
     """The link of a name among those that look_ip returned, or None."""
     return next((link for link in links if link.get("ifname") == name), None)
@@ -1010,7 +1005,8 @@ def plan_bandwidth(request, limits, peer, qdiscs):
         made = f"link add name {ifb} mtu {mtu} address {mac_of(ifb, '0a:59')} type ifb"
         why = "an ifb, a device that only queues: what the pod sends arrives at the host, and tc limits only what leaves a device"
         plan.append(ip_batch([made, f"link set dev {ifb} alias {link_alias(request)} up"], why=why))
-        lines += plan_hook(name, qdiscs)
+        if not any(kind in ("ingress", "clsact") for kind, _ in qdiscs):  # a hook for filters; another program's serves as well
+            lines.append(f"qdisc add dev {name} ingress")
         lines.append(f"filter add dev {name} ingress protocol all u32 match u32 0 0 action mirred egress redirect dev {ifb}")
         lines.append(f"qdisc replace dev {ifb} root {tbf(*limits['egress'], mtu)}")
     return [*plan, Command(["tc", "-batch", "-"], guarded(lines), "token buckets (tbf) limit; what the pod sends goes through the ifb")]
@@ -1472,8 +1468,7 @@ table {SPOOF} {{
   chain ipv4_of_pod {{ }}
   chain ipv6_of_pod {{ }}
   chain prerouting {{ type filter hook prerouting priority -300; }}
-}}
-"""
+}}"""
 # What is the same for all pods. Not from a pod: multicast routers (PIM, IGMP and MLD queries), IPv6 routers and redirects. A first fragment
 # without the whole ICMPv6 header matches no rule, so nothing hides in the second. ipv6_of_pod returns what is about neighbours, which
 # stands alone in its packet and has one option at most.
@@ -2195,7 +2190,7 @@ def plan_rules(states, node_addresses):
         rules.append(("postrouting", f'ct status dnat ip saddr 127.0.0.0/8 oifname "{device}" masquerade fully-random', "all"))
         rules += [("guard", f'iifname "{device}" ip {end} 127.0.0.0/8 drop', "all") for end in ("saddr", "daddr")]
         replies = f'iifname "{device}" ct status dnat ct label 109 ct direction reply'
-        rules.append(("replies", f"{replies} meta mark set meta mark | {LOCALNET_MARK}", "all"))
+        rules.append(("replies", f"{replies} meta mark set meta mark | {LOCALNET_MARK:#x}", "all"))
     return rules
 
 
@@ -2256,7 +2251,7 @@ def switch_localnet(devices, is_open, run):
     127.0.0.1 already where br_netfilter translates them on the bridge, so nft marks them; what pods send comes without a mark.
     """
     keys = {device: f"net/ipv4/conf/{device}/route_localnet" for device in sorted(devices)}
-    keys = {device: key for device, key in keys.items() if read_file(f"/proc/sys/{key}") == f"{int(not is_open)}\n"}
+    keys = {device: key for device, key in keys.items() if read_file(f"/proc/sys/{key}") != f"{int(is_open)}\n"}
     if is_open:
         keys = {device: key for device, key in keys.items() if close_localnet(device, run)}
     why = "let 127.0.0.1 of the host reach host ports, too" if is_open else "no host port needs 127.0.0.1 on this device any more"
@@ -2270,14 +2265,12 @@ def switch_localnet(devices, is_open, run):
 def close_localnet(device, run):
     """Drop what comes in by a device to or from 127.0.0.1; whether that worked. Such packets are sent back out of the device, which a bridge
     does not do: they end there. tc's own word for it, drop, needs a module more than bandwidth does."""
-    qdiscs = look_qdiscs(device, run, why="has the pods' device a hook for arriving packets already?")
-    hook = plan_hook(device, qdiscs)
-    plan = [Command(["tc", "-batch", "-"], guarded(hook), "a hook for arriving packets")] if hook else []
+    run(Command(["tc", "qdisc", "add", "dev", device, "ingress"], "", "a hook for filters; it fails if there is one, which serves as well"))
     bytecode = ",".join([str(len(LOCALNET_FILTER)), *(" ".join(map(str, step)) for step in LOCALNET_FILTER)])
     argv = ["tc", "filter", "replace", "dev", device, "ingress", "pref", f"{LOCALNET_PREF}", "handle", "1", "protocol", "ip"]
     argv += ["bpf", "bytecode", bytecode, "action", "mirred", "egress", "redirect", "dev", device]
     try:
-        apply([*plan, Command(argv, "", "no pod is to reach 127.0.0.1 of the host, whatever becomes of nft's rules")], run)
+        apply([Command(argv, "", "no pod is to reach 127.0.0.1 of the host, whatever becomes of nft's rules")], run)
     except CNIError as error:
         tell(f"host ports do not work on 127.0.0.1 of the host: nothing would keep the pods behind {device} from it: {error}")
         return False
