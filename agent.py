@@ -1696,9 +1696,9 @@ def is_pod_link(link):
 
 
 def ensure_host_ports(context):
-    """The plugin's host ports. Somebody may have flushed nft, or the bridge may be new."""
-    for problem in mncni.restore_portmap(mncni.DEFAULT_RUN_DIR, context.run):
-        log.warning("repaired host ports: %s", problem)
+    """The plugin's host ports, and what pods may send. Somebody may have flushed nft, or the bridge may be new."""
+    for problem in mncni.restore_tables(mncni.DEFAULT_RUN_DIR, context.run):
+        log.warning("repaired: %s", problem)
 
 
 def ensure_forwarding(context):
@@ -1775,6 +1775,7 @@ def conflist(settings, mtu):
         "bridge": settings.bridge,
         "mtu": mtu,
         "ready": os.path.join(settings.run_dir, "ready"),
+        "spoofCheck": True,
         "ipam": {"ranges": [[{"subnet": str(cidr)}] for cidr in settings.pod_cidrs]},
     }
     return json.dumps({"cniVersion": "1.0.0", "cniVersions": ["1.0.0", "1.1.0"], "name": NETWORK, "plugins": [plugin]}, indent=2) + "\n"
@@ -2207,7 +2208,8 @@ class Agent:
                 write_if_changed(path, self.ready_text(reason))
 
     def ready_text(self, reason):
-        return json.dumps({"bootID": self.context.boot_id, "device": HOST_VETH, "ok": not reason, "reason": reason}) + "\n"
+        ready = {"bootID": self.context.boot_id, "device": HOST_VETH, "port": self.settings.port, "ok": not reason, "reason": reason}
+        return json.dumps(ready) + "\n"
 
     def write_status(self):
         """Write the file that `agent.py status` reads. It has no secrets, and no figures that change by themselves."""

@@ -27,7 +27,8 @@ Both backends give the same events. An event is a tuple (kind, time in ns, proce
     ("begin", ts, pid, owner, parent, comm)    The process wants to execute a program. owner: the nearest process above it, itself
                                                included, of which an "exec" was reported; 0 if there is none.
     ("word", ts, pid, number, text)            A string of that program: number 0 is the path, 1 to 1023 are the arguments, from ENV on
-                                               come the CNI_* variables. Each has 8 numbers, because a long one comes in parts.
+                                               come the CNI_* variables. Each has 8 numbers, because a long one comes in parts. The 17th is "uid=N",
+                                               whose process it is, from bpftrace alone.
     ("exec", ts, pid, error, in, out, err)     error 0: the program runs, and its descriptors 0, 1 and 2 stand for these streams. A stream
                                                is 8 * PID of the process whose stdin, stdout or stderr it is, plus 1, 2 or 3; 4 more
                                                if that process put it there after its first program. Else error is minus the errno:
@@ -44,6 +45,7 @@ import argparse
 import base64
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -51,6 +53,7 @@ import select
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -137,6 +140,7 @@ tracepoint:syscalls:sys_enter_CALL {
   if ($cni || @in[pid]) {
     @try[tid] = 1;
     printf("begin|%llu|%d|%d|%d|%s", nsecs, pid, @in[pid], @parent[pid], comm);
+    if ($cni) { printf("word|%llu|%d|%d|uid=%d", nsecs, pid, ENV + 128, uid); }
     printf("word|%llu|%d|0|%s", nsecs, pid, str(uptr(args->filename)));
     $p = (uint64)args->argv; $i = 0;
     while ($i < 32) {
@@ -419,7 +423,9 @@ class Process:
     def caller(self):
         """The process of the CNI call that this process belongs to, or None."""
         above = self.above
-        return above if not above or above.is_call else above.caller()
+        while above and not above.is_call:
+            above = above.above
+        return above
 
     def is_plugin(self):
         """Whether it is a plugin. A program outside CNI_PATH is one if it reads or writes JSON: a shell in which somebody has set
@@ -438,7 +444,7 @@ class Calls:
     A call is a dict:
       command, plugin, path, argv, env           what was called; env holds the CNI_* variables only
       container_id, netns, ifname, network       for which container and interface, from env, and the name of its network from stdin
-      pid, parent                                parent: {pid, comm, elsewhere}, see look_parent
+      pid, parent                                parent: {pid, comm, elsewhere}, see look_parent; uid, of a caller that is not root
       time, duration_ms                          time: of the begin, in seconds since 1970
       stdin, stdout, stderr                      texts; beside each NAME_size, and NAME_base64 where it is not UTF-8
       exit, signal, error                        exit: None if unknown; signal: a name, or ""; error: why it was not executed, or ""
@@ -471,6 +477,8 @@ class Calls:
         if not attempt:
             return None  # its "begin" was lost
         attempt["path"], attempt["argv"], attempt["env"] = read_words(attempt["words"])
+        uid = int(attempt["env"].pop("uid", 0))
+        attempt["parent"].update({"uid": uid} if uid else {})
         if error:
             return self.refuse(ts, pid, error, attempt, process)
         if not process or not attempt["owner"]:  # a known process without an owner: the number is used again, the first "exit" was lost
@@ -482,7 +490,7 @@ class Calls:
         is_place = not caller or is_in_cni_path(attempt["path"], attempt["env"]) or directory == os.path.dirname(caller.path)
         process.is_call = is_place and bool(attempt["env"].get("CNI_COMMAND")) and os.path.basename(attempt["path"]) not in WRAPPERS
         if process.is_call and not caller:
-            attempt["parent"].update(self.look_parent(attempt["parent"]["pid"]))
+            attempt["parent"] = {**attempt["parent"], **self.look_parent(attempt["parent"]["pid"])}
         return None
 
     def refuse(self, ts, pid, error, attempt, known):
@@ -692,6 +700,7 @@ def format_call(call, is_full=False, replay="error", is_coloured=False, caller=N
         who = " ".join(filter(None, (pod_of(call), call["container_id"][:13], call["ifname"])))
         network = f"network {call['network']}" if call["network"] else ""
         parent = f"by {call['parent']['comm'] or '?'}[{call['parent']['pid']}]"
+        parent += f", uid {call['parent']['uid']}" if call["parent"].get("uid") else ""
         head += map(printable, filter(None, (who, network, parent)))
     end_colour = RED if is_failed(call, False) else YELLOW if call["running"] else GREEN
     lines = ["  ".join([*head, f"{call['duration_ms']:.1f} ms", style(printable(verdict(call)), end_colour)])]
@@ -765,10 +774,13 @@ def objects_in(value):
 
 
 def look_parent(pid):
-    """{comm, elsewhere} of a process. elsewhere: it sees other files or another network than we do. {} if the process is gone."""
+    """{comm, elsewhere} of a process, and uid if it is not root's. elsewhere: it sees other files or another network than we do. {} if the
+    process is gone."""
     with contextlib.suppress(OSError):
         spaces = [os.readlink(f"/proc/{where}/ns/{kind}") for where in (pid, "self") for kind in ("mnt", "net")]
-        return {"comm": read_text(f"/proc/{pid}/comm").strip(), "elsewhere": spaces[:2] != spaces[2:]}
+        uid = os.stat(f"/proc/{pid}").st_uid
+        own = {"comm": read_text(f"/proc/{pid}/comm").strip(), "elsewhere": spaces[:2] != spaces[2:]}
+        return {**own, "uid": uid} if uid else own
     return {}
 
 
@@ -834,6 +846,23 @@ def describe_changes(balance):
     return "; ".join(filter(None, (sides[0], sides[1] and f"gone: {sides[1]}")))
 
 
+def open_netns(path):
+    """A descriptor of the network namespace at a path; None for anything else. Any user can name any path: to open a FIFO would wait, and
+    to open a device may do something."""
+    with contextlib.suppress(OSError, ValueError):
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            if stat.S_ISREG(os.fstat(place).st_mode):
+                handle = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                with contextlib.suppress(OSError):
+                    if fcntl.ioctl(handle, 0xB703) == 0x40000000:  # NS_GET_NSTYPE, CLONE_NEWNET: ioctl_ns(2)
+                        return handle
+                os.close(handle)
+        finally:
+            os.close(place)
+    return None
+
+
 class Changes:
     """What calls change. early(event) has to be called with every event as soon as it arrives, of(call) when a call has ended.
 
@@ -880,8 +909,8 @@ class Changes:
             self.starts.append((ts + self.epoch) / 1e9)
             netns = read_words(words)[2].get("CNI_NETNS", "")
             paths = [path for path in (f"/proc/{parent}/root{netns}", netns) if netns.startswith("/") and os.path.exists(path)]
-            with contextlib.suppress(OSError, IndexError):
-                handle = os.open(paths[0], os.O_RDONLY)  # keeps the namespace until the call has ended, even if its file is deleted
+            handle = open_netns(paths[0]) if paths else None
+            if handle is not None:  # it keeps the namespace until the call has ended, even if its file is deleted
                 self.opened[pid] = (handle, self.look_pod(handle))
         elif kind == "exit" and pid in self.opened:
             handle, before = self.opened.pop(pid)
@@ -892,7 +921,7 @@ class Changes:
 
     def look_pod(self, handle):
         _, stdout, _ = run(["nsenter", f"--net=/proc/{os.getpid()}/fd/{handle}", "sh", "-c", POD_SCRIPT])
-        with contextlib.suppress(ValueError, KeyError):
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
             return parse_pod(stdout)
         return set()
 
@@ -1017,8 +1046,9 @@ class Tracer:
         while data != b"" and not (self.stopped_at and self.now() - self.stopped_at > 15 * 10**9):
             data = os.read(out, 1 << 20) if select.select([out], [], [], 0.1)[0] else None
             *lines, rest = (rest + (data or b"")).split(b"\n")
-            for event in (event for line in lines for event in self.parse(line)):
-                self.collect(event, waiting)
+            for line in lines:
+                for event in survive(lambda line=line: list(self.parse(line))) or ():
+                    survive(self.collect, event, waiting)
             settled = float("inf") if self.name == "strace" else self.settle(waiting, data is None)
             yield from take(waiting, settled)
             yield None
@@ -1114,6 +1144,17 @@ def tell(text):
     print(f"cnisnoop: {text}", file=sys.stderr, flush=True)
 
 
+def survive(act, *arguments):
+    """act(*arguments), or None after an error. Any user of the machine can make a call of any shape: it must not end the trace."""
+    try:
+        return act(*arguments)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        tell(printable(f"left out what cannot be read: {type(error).__name__}: {error}")[:300])
+        return None
+
+
 def trace(options):
     """Show calls until Ctrl-C. Returns the exit status."""
     name, argv, environ, parse = choose_backend(options)
@@ -1127,7 +1168,7 @@ def trace(options):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: tracer.stop())
         for call in watch(tracer, calls):
-            show({**call, "changes": changes.of(call)} if changes else call, options, counts, file)
+            survive(lambda call=call: show({**call, "changes": changes.of(call)} if changes else call, options, counts, file))
     if tracer.process.returncode and not tracer.stopped_at:
         raise SnoopError(f"{name} ended: {tracer.said()}")
     tell(f"{counts['calls']} calls, {counts['failed']} failed" + f", {calls.lost} events lost" * bool(calls.lost))
@@ -1138,7 +1179,7 @@ def watch(tracer, calls):
     """Yield calls until the backend ends. Tells the user, once each, what to know meanwhile."""
     told = set()
     for event in tracer.events():
-        call = calls.feed(event) if event else None
+        call = survive(calls.feed, event) if event else None
         if call:
             yield call
         if event is None and tracer.is_ready:

@@ -87,7 +87,7 @@ class Request:
 
     command, container_id, netns, ifname: the CNI_* variables ("" when absent); netns is the path of the pod's network namespace.
     args: CNI_ARGS ("K=V;K2=V2") as a dict; a part that is no pair is ignored, it must not make a DEL fail. path: the directories of
-    CNI_PATH, where plugins are. run_dir: the directory for state that a reboot ends. conf: the network configuration (dict). network:
+    CNI_PATH, where plugins are. run_dir: the directory for state that a reboot ends. data_dir: the default directory for leases. conf: the network configuration (dict). network:
     its name. attachment: (network, container ID, interface). prev_result: the result of the plugin before this one, as a 1.1.0 dict, or
     None. at_once: independent commands may run at the same time. links: the names of the links on the host that the plugins of this call
     make. new_peer: {"ifname", "mtu"} of the host's end of the pod's interface, if a plugin of this call has just made it.
@@ -101,6 +101,7 @@ class Request:
         self.args = dict(pair.split("=", 1) for pair in environ.get("CNI_ARGS", "").split(";") if "=" in pair)
         self.path = [part for part in environ.get("CNI_PATH", "").split(":") if part]
         self.run_dir = environ.get("MNCNI_RUN_DIR") or DEFAULT_RUN_DIR
+        self.data_dir = environ.get("MNCNI_DATA_DIR") or DEFAULT_DATA_DIR
         self.conf, self.network = conf, conf["name"]
         self.attachment = (self.network, self.container_id, self.ifname)
         self.prev_result, self.at_once = None, at_once
@@ -582,11 +583,22 @@ def look_ip(arguments, run, netns="", family="", why=""):
     return understood("ip", parse_ip, ask(Command(in_netns(netns, argv), guarded(arguments), why), run).stdout)
 
 
-def look_rules(what, run, why=""):
-    """The comments of the rules in an nft table or chain, for example of ["table", "inet", "t"]; [] if it does not exist. nft(8), JSON."""
+def look_nft(what, run, why=""):
+    """The objects in an nft table or chain, for example of ["table", "inet", "t"], like {"rule": {...}}; [] if it does not exist. nft(8),
+    JSON."""
     text = ask(Command(["nft", "-j", "list", *what], "", why), run).stdout or "{}"
-    items = understood("nft", lambda text: [item.get("rule") for item in parse_json(text).get("nftables", [])], text)
-    return [str(rule.get("comment", "a rule without a comment")) for rule in items if isinstance(rule, dict)]
+    return understood("nft", lambda text: [dict(item) for item in parse_json(text).get("nftables", [])], text)
+
+
+def comments_of(items):
+    """The comments of the rules among objects that look_nft returned."""
+    rules = [item["rule"] for item in items if isinstance(item.get("rule"), dict)]
+    return [str(rule.get("comment", "a rule without a comment")) for rule in rules]
+
+
+def look_rules(what, run, why=""):
+    """The comments of the rules in an nft table or chain, see look_nft."""
+    return comments_of(look_nft(what, run, why))
 
 
 def look_qdiscs(device, run, netns="", why=""):
@@ -735,7 +747,7 @@ def quickack_check(request, run):
 NETEM = {
     "delay": ("time", "time", "percent"),
     **dict.fromkeys(("loss", "duplicate", "corrupt", "reorder"), ("percent", "percent")),
-    **{"rate": ("rate",), "limit": ("number",), "distribution": ("table",)},
+    **{"rate": ("rate",), "limit": ("packets",), "distribution": ("table",)},
     "slot": ("time", "time"),
 }
 # Kind of value -> its name in messages, its lowest and highest value, and its units as multiples of the first. Beyond these bounds tc
@@ -744,7 +756,7 @@ NETEM_KINDS = {
     "time": ("a time up to 274s", 0, 274e6, dict(us=1, usec=1, usecs=1, ms=1e3, msec=1e3, msecs=1e3, s=1e6, sec=1e6, secs=1e6)),
     "percent": ("a percentage up to 100%", 0, 100, {"%": 1}),
     "rate": ("a rate from 8bit", 8, 1e19, dict(bit=1, kbit=1e3, mbit=1e6, gbit=1e9, bps=8, kbps=8e3, mbps=8e6, gbps=8e9)),
-    "number": ("a number", 0, 1e9, {"": 1}),
+    "packets": ("a number up to 1024: a packet may have 64 KB, and a pod may keep the kernel waiting with 64 MB", 0, 1024, {"": 1}),
     "table": ("one of normal, pareto, paretonormal", 0, 0, ("normal", "pareto", "paretonormal")),
 }
 
@@ -888,6 +900,55 @@ def delete_stale_links(request, kind, prefix, run):
             stale.append(name)
     if stale:
         delete_links(stale, run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# States: what an attachment has in a table of nft                                                for spoofCheck and portmap
+# ---------------------------------------------------------------------------------------------------------------------
+# nft knows no attachments. A file <run_dir>/KIND/KEY says what an attachment has in the table of that kind. It is written before the table
+# is changed and removed after it, so what a crash leaves is found by the next DEL or GC; and after `nft flush ruleset` the table is
+# written again from the files.
+
+
+def state_path(request, kind):
+    """The file with this attachment's state."""
+    return os.path.join(request.run_dir, kind, short_hash(*request.attachment))
+
+
+def states_lock(run_dir, kind):
+    """Held by whoever changes the states and the table."""
+    return Locked(os.path.join(run_dir, kind, "lock"))
+
+
+def look_states(run_dir, kind, parse):
+    """All states of a kind: {path of its file: state}. A state is {"owner": [network, container ID, interface], ...}; parse checks the
+    rest, for what it holds goes to nft. Files that are no states are left out."""
+    directory, states = os.path.join(run_dir, kind), {}
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    for path in [os.path.join(directory, name) for name in sorted(names) if len(name) == 16]:
+        try:
+            state = parse_json_object(read_state(path))
+            network, container_id, ifname = typed(state, "owner", list, [])
+            if not (is_identifier(network) and is_identifier(container_id) and is_ifname(ifname)):
+                raise ValueError
+            states[path] = parse(state)
+        except (CNIError, ValueError, TypeError, LookupError):
+            tell(f"{path} is no state of {kind}: left out")
+    return states
+
+
+def gc_states(request, kind, parse, drop, run):
+    """GC: drop(all states, paths of the stale, run) for the states of this network that belong to none of the attachments to keep."""
+    keep, directory = valid_attachments(request), os.path.join(request.run_dir, kind)
+    if keep is None or not os.path.isdir(directory):
+        return
+    with states_lock(request.run_dir, kind) as lock:
+        states = look_states(request.run_dir, kind, parse)
+        own = [path for path, state in states.items() if state["owner"][0] == request.network]
+        stale = [path for path in own if tuple(states[path]["owner"][1:]) not in keep]
+        if stale:
+            drop(states, stale, lock.held(run))
+        remove_unfinished(directory)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1118,9 +1179,7 @@ class Leases:
                 remove_file(path)  # torn, or of an earlier boot: its leases count as free
             elif owner not in keep:
                 self.release(*owner)
-        for name in os.listdir(self.dir):
-            if name.startswith("."):  # half written by a killed process: only the holder of the lock writes
-                remove_file(os.path.join(self.dir, name))
+        remove_unfinished(self.dir)
 
     def attachments(self):
         """[(container ID, interface)] of all attachments of this boot that hold leases."""
@@ -1183,7 +1242,7 @@ def ipam_leases(request):
     data_dir = any_case(request.conf.get("ipam"), "dataDir")
     if data_dir is not None and (not isinstance(data_dir, str) or not os.path.isabs(data_dir) or "\0" in data_dir):
         raise config_error(f'"dataDir" must be an absolute path, not {to_json(data_dir)}')
-    return Leases(data_dir or DEFAULT_DATA_DIR, request.network, request.run_dir)
+    return Leases(data_dir or request.data_dir, request.network, request.run_dir)
 
 
 def parse_range_set(ranges):
@@ -1345,9 +1404,13 @@ def ipam_status(request, ipam, run):
 
 
 def delegate_type(conf):
-    """The plugin that "ipam" delegates to; "" if IPAM is built in, or there is none."""
+    """The plugin that "ipam" delegates to; "" if IPAM is built in, or there is none. CNIError 7 for what is no name of a program."""
     kind = any_case(conf.get("ipam"), "type")
-    return kind if isinstance(kind, str) and kind not in ("mncni", "mncni.py") else ""
+    if not isinstance(kind, str) or kind in ("", "mncni", "mncni.py"):
+        return ""
+    if "/" in kind or kind in (".", ".."):
+        raise config_error(f'"type" of "ipam" must be the name of a program, not {kind!r}')
+    return kind
 
 
 def delegate_call(request, run, verb):
@@ -1359,8 +1422,6 @@ def delegate_call(request, run, verb):
     kind = delegate_type(request.conf)
     if not kind:
         return ""
-    if "/" in kind:
-        raise config_error(f'"type" of "ipam" must be the name of a program, not {kind!r}')
     found = [os.path.join(part, kind) for part in request.path if os.path.isfile(os.path.join(part, kind))]
     if not found:
         raise CNIError(BAD_ENVIRONMENT, f'cannot find the IPAM plugin "{kind}" in CNI_PATH {":".join(request.path)!r}')
@@ -1390,6 +1451,186 @@ def delegate_add(request, kind, run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# naivewg: spoofCheck                                                          a pod speaks for itself alone, nft(8), family bridge
+# ---------------------------------------------------------------------------------------------------------------------
+#
+# Pods on a bridge are neighbours: each could answer for the others' addresses, or for the gateway's, and read what is meant for them. So
+# what comes in from a pod's veth must carry the pod's MAC and one of its addresses; also where it says whose address is at which MAC, in
+# ARP and in its IPv6 counterpart, neighbour discovery. The rules act before the bridge learns from a frame. Every packet costs one lookup
+# of its device in the map `pods`, which leads to a chain of that pod's own.
+
+SPOOF = "bridge mncni_spoof"
+SPOOF_CHAINS = f"""\
+table {SPOOF} {{
+  counter dropped {{ }}
+  map pods {{ type ifname : verdict; }}
+  chain refused {{ }}
+  chain ipv4_of_pod {{ }}
+  chain ipv6_of_pod {{ }}
+  chain prerouting {{ type filter hook prerouting priority -300; }}
+}}"""
+# What is the same for all pods. Not from a pod: multicast routers (PIM, IGMP and MLD queries), IPv6 routers and redirects. A first fragment
+# without the whole ICMPv6 header matches no rule, so nothing hides in the second. ipv6_of_pod returns what is about neighbours, which
+# stands alone in its packet and has one option at most.
+SPOOF_RULES = (
+    ("refused", "counter name dropped drop"),
+    ("ipv4_of_pod", "ip protocol 103 goto refused"),
+    ("ipv4_of_pod", "igmp type { 0x11, 0x30 } goto refused"),
+    ("ipv4_of_pod", "accept"),
+    ("ipv6_of_pod", "ip6 saddr != :: meta l4proto != { 58, 103 } accept"),
+    ("ipv6_of_pod", "ip6 saddr != :: frag frag-off != 0 accept"),
+    ("ipv6_of_pod", "icmpv6 type { 131, 132, 143 } accept"),
+    ("ipv6_of_pod", "ip6 saddr != :: icmpv6 type { 1, 2, 3, 4, 128, 129 } accept"),
+    ("ipv6_of_pod", "ip6 nexthdr 58 ip6 length <= 32 icmpv6 type { 135, 136 } return"),
+    ("ipv6_of_pod", "goto refused"),
+    ("prerouting", "iifname vmap @pods"),
+)
+
+
+def link_local(mac):
+    """The IPv6 address that an interface gives itself by its MAC (EUI-64). RFC 4291, appendix A."""
+    octets = [int(part, 16) for part in mac.split(":")]
+    tail = bytes([octets[0] ^ 2, *octets[1:3], 0xFF, 0xFE, *octets[3:]])
+    return ipaddress.IPv6Address(b"\xfe\x80" + bytes(6) + tail)
+
+
+def parse_spoof(state):
+    """A state: {"owner", "mac", "addresses"}, the addresses parsed. CNIError, TypeError or LookupError if it is none."""
+    addresses = [parse_address(text, ipaddress.ip_address, "an address") for text in state["addresses"]]
+    return {"owner": state["owner"], "mac": parse_mac(state["mac"], "the MAC"), "addresses": addresses}
+
+
+def look_spoofs(run_dir):
+    """What all pods may send, as look_states returns it."""
+    return look_states(run_dir, "spoof", parse_spoof)
+
+
+def own_spoof(request, mac, ips):
+    """The state of this attachment."""
+    return parse_spoof({"owner": request.attachment, "mac": mac, "addresses": [ip["address"].partition("/")[0] for ip in ips]})
+
+
+def plan_pod_rules(state):
+    """[(chain, rule)] of one pod: its chain has the name of its veth. A pod without addresses has its link-local one. "ether type" is not
+    superfluous: it keeps out what has a VLAN tag before it."""
+    chain, mac = host_ifname("mn", *state["owner"]), state["mac"]
+    ipv4 = ", ".join(str(address) for address in state["addresses"] if address.version == 4)
+    ipv6 = [link_local(mac), *(address for address in state["addresses"] if address.version == 6)]
+    targets = ", ".join(f"0x{int(address):032x}" for address in ipv6)
+    of_ipv4 = [
+        f"ether type ip ip saddr {{ {ipv4} }} goto ipv4_of_pod",
+        f"ether type arp arp saddr ether {mac} arp saddr ip {{ {ipv4} }} accept",
+        f"ether type arp arp operation request arp saddr ether {mac} arp saddr ip 0.0.0.0 arp daddr ip {{ {ipv4} }} accept",  # is my address in use?
+    ]
+    rules = [
+        f"ether saddr != {mac} goto refused",
+        *(of_ipv4 if ipv4 else []),
+        f"ip6 saddr != {{ ::, {', '.join(map(str, ipv6))} }} goto refused",
+        "ether type ip6 jump ipv6_of_pod",
+        f"ether type ip6 @th,192,8 {{ 1, 2 }} @th,208,48 != 0x{mac.replace(':', '')} goto refused",  # the MAC in the option
+        f"ether type ip6 @th,64,128 {{ {targets} }} accept",  # the address in question: "mine is", or "is mine in use?"
+        "ip6 saddr != :: icmpv6 type 135 accept",  # who has that address?
+        "goto refused",
+    ]
+    return [(chain, rule) for rule in rules]
+
+
+def plan_spoof(states, is_whole=False):
+    """The command that lets pods send what their states say, in one transaction. It fails if the table is not there. is_whole: it makes
+    the table anew, and there is nothing but these states."""
+    lines = [f"table {SPOOF}", f"delete table {SPOOF}", SPOOF_CHAINS] if is_whole else []
+    rules = list(SPOOF_RULES) if is_whole else []
+    for state in states:
+        pod = plan_pod_rules(state)
+        lines += [f"add chain {SPOOF} {pod[0][0]}", f"flush chain {SPOOF} {pod[0][0]}"]
+        rules += pod
+    lines += [f'add rule {SPOOF} {chain} {rule} comment "{short_hash(chain, rule)}"' for chain, rule in rules]
+    lines += [f'add element {SPOOF} pods {{ "{name}" : jump {name} }}' for name in spoof_devices(states)]
+    return Command(["nft", "-f", "-"], "\n".join(lines) + "\n", "spoofCheck: a pod sends from its own MAC and addresses alone")
+
+
+def spoof_devices(states):
+    """The veths of a list of states."""
+    return [host_ifname("mn", *state["owner"]) for state in states]
+
+
+def plan_unspoof(devices, is_last):
+    """The command that takes devices out of the table, in one transaction, whether they are in it or not. is_last: the whole table goes."""
+    lines = [f"table {SPOOF} {{ map pods {{ type ifname : verdict; }}; }}"]
+    for name in devices:
+        element = f'element {SPOOF} pods {{ "{name}"'
+        lines += [f"add chain {SPOOF} {name}", f"add {element} : jump {name} }}", f"delete {element} }}"]
+        lines += [f"flush chain {SPOOF} {name}", f"delete chain {SPOOF} {name}"]
+    lines = [f"table {SPOOF}", f"delete table {SPOOF}"] if is_last else lines
+    return Command(["nft", "-f", "-"], "\n".join(lines) + "\n", "the veth is gone, and with it what it may send")
+
+
+def spoof_add(request, mac, ips, run):
+    """Let the pod send from its MAC and addresses, and from no others."""
+    state, path = own_spoof(request, mac, ips), state_path(request, "spoof")
+    with states_lock(request.run_dir, "spoof") as lock:
+        is_first = not has_others(path)
+        write_file(path, to_json({**state, "addresses": [str(address) for address in state["addresses"]]}))
+        run = lock.held(run)
+        if is_first or run(plan_spoof([state])).exit_code != 0:  # somebody flushed the table
+            apply([plan_spoof(look_spoofs(request.run_dir).values(), is_whole=True)], run)
+
+
+def has_others(*paths):
+    """Whether there are states beside those at some paths, which are of one kind."""
+    directory = os.path.dirname(paths[0])
+    return any(len(name) == 16 and os.path.join(directory, name) not in paths for name in os.listdir(directory))
+
+
+def spoof_del(request, run):
+    """Take the pod out of the table. One that is not in it costs no command."""
+    path = state_path(request, "spoof")
+    if not os.path.lexists(path):
+        return remove_file(path)  # what an ADD left that was killed while it wrote
+    with states_lock(request.run_dir, "spoof") as lock:
+        apply([plan_unspoof([own_veth(request)], not has_others(path))], lock.held(run))
+        remove_file(path)
+
+
+def drop_spoofs_of(states, stale, run):
+    """Take the states at some paths out of the table, then remove them."""
+    apply([plan_unspoof(spoof_devices(states[path] for path in stale), not has_others(*stale))], run)
+    for path in stale:
+        remove_file(path)
+
+
+def spoof_check(request, ips, run):
+    """What is wrong with the pod's rules, as a list of messages."""
+    [mac] = [link["mac"] for link in own_links(request).values() if link.get("mac")][:1] or [""]
+    return diff_spoof([own_spoof(request, mac, ips)], run)[0]
+
+
+def diff_spoof(states, run):
+    """(what the table lacks, what it has too much), as two lists of messages."""
+    items = look_nft(["table", *SPOOF.split()], run, "do the rules of spoofCheck stand?")
+    found = {("rule", comment) for comment in comments_of(items)}
+    found |= {("device", element[0]) for item in items for element in item.get("map", {}).get("elem", [])}
+    rules = [*SPOOF_RULES, *(rule for state in states for rule in plan_pod_rules(state))]
+    wanted = {("rule", short_hash(*rule)): f"the rule {rule[0]}: {rule[1]}" for rule in rules}
+    wanted.update({("device", name): f"the pod behind {name}" for name in spoof_devices(states)})
+    missing = [f"nft table {SPOOF} lacks {what}" for key, what in wanted.items() if key not in found]
+    return missing, [f"nft table {SPOOF} has a {kind} of no pod: {name}" for kind, name in sorted(found - wanted.keys())]
+
+
+def restore_spoof(run_dir, run):
+    """Write the table again if anything is wrong with it, for example after `nft flush ruleset`. Returns what was wrong, a list of messages.
+    Without states it starts no command."""
+    if not look_spoofs(run_dir):
+        return []
+    with states_lock(run_dir, "spoof") as lock:
+        states = look_spoofs(run_dir).values()
+        missing, extra = diff_spoof(states, run)
+        if missing + extra:
+            apply([plan_spoof(states, is_whole=True)], lock.held(run))
+    return missing + extra
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # naivewg: a bridge, a veth pair, addresses, routes
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1398,7 +1639,7 @@ def parse_naivewg(request):
     """naivewg's configuration, every key checked; README.md says what each means. CNIError 7."""
     conf = request.conf
     defaults = {"bridge": "mncni0", "ready": "", "dns": {}, "hairpinMode": True, "isDefaultGateway": True}
-    defaults.update({"forceAddress": False, "adoptBridge": False, "ipMasq": False})
+    defaults.update({"forceAddress": False, "adoptBridge": False, "ipMasq": False, "spoofCheck": False})
     parsed = {key: typed(conf, key, type(default), default) for key, default in defaults.items()}
     if not is_ifname(parsed["bridge"]):
         raise config_error(f'"bridge" {parsed["bridge"]!r} cannot name an interface')
@@ -1476,8 +1717,11 @@ def plan_bridge(conf, bridge, gateways, keeps_mtu=False):
     name, mtu, lines, own = conf["bridge"], conf["mtu"], [], bridge is None or is_own(bridge)
     if bridge is None:
         mac = mac_of(gateways[0].partition("/")[0] if gateways else name)
-        lines.append(f"link add name {name} {f'mtu {mtu + 1} ' if mtu else ''}address {mac} type bridge")
+        lines.append(f"link add name {name} {f'mtu {mtu + 1} ' if mtu else ''}address {mac} type bridge no_linklocal_learn 1")
         bridge = {}
+    # The bridge would learn the source of such frames (LLDP, LACP) without asking the firewall, so a pod could fill its table by them.
+    if (own or conf.get("spoofCheck")) and bridge.get("linkinfo", {}).get("info_data", {}).get("no_linklocal_learn") == 0:
+        lines.append(f"link set dev {name} type bridge no_linklocal_learn 1")
     if own and "ifalias" not in bridge:
         lines.append(f"link set dev {name} alias {OWNER_ALIAS}")
     if own and mtu and bridge.get("mtu") != mtu and (keeps_mtu or "ifalias" not in bridge):
@@ -1597,13 +1841,17 @@ def plan_attach(request, conf, ipam, mac):
         f"link add name {veth} {mtu}address {mac_of(veth, '0a:59')} type veth peer name {ifname} netns {request.netns} {mtu}address {mac}",
         f"link set dev {veth} alias {link_alias(request)} master {conf['bridge']} up",
     ]
-    if conf["hairpinMode"]:
-        host.append(f"link set dev {veth} type bridge_slave hairpin on")
+    slave = [*(["hairpin on"] if conf["hairpinMode"] else []), *(["guard on"] if conf["spoofCheck"] else [])]  # guard: against BPDUs
+    if slave:
+        host.append(f"link set dev {veth} type bridge_slave {' '.join(slave)}")
     pod = [f"address add {ip['address']} dev {ifname} {'nodad' if ':' in ip['address'] else 'brd +'}" for ip in ipam["ips"]]
     pod.append(f"link set dev {ifname} up")
     pod += [route_line(route, ifname) for route in plan_routes(conf, ipam)]
     plan = [ip_batch(host, why="a veth pair is a cable: one end in the pod, the other a port of the bridge; hairpin: a pod reaches itself")]
     keys, why = [f"net/ipv6/conf/{ifname}/accept_ra"], "no router but the gateway: another pod may send router advertisements"
+    if conf["spoofCheck"]:
+        keys.append(f"net/ipv6/conf/{ifname}/addr_gen_mode")
+        why += "; the link-local address that its MAC gives, see spoofCheck"
     if any(":" in ip["address"] for ip in ipam["ips"]):
         keys += [f"net/ipv6/conf/{ifname}/disable_ipv6", f"net/ipv6/conf/{ifname}/accept_dad"]
         keys.append("net/ipv6/conf/lo/disable_ipv6")  # packets to the pod's own address come in through lo
@@ -1719,6 +1967,8 @@ def naivewg_add(request, run):
         mac = conf["mac"] or mac_of(first)
         bridge = ensure_bridge(request, conf, bridge, plan_gateways(conf, ipam["ips"]), run)
         ensure_masq(request, conf, ipam["ips"], masq_stamp, run)
+        if conf["spoofCheck"]:  # before the pod's interface is there
+            spoof_add(request, mac, ipam["ips"], run)
         apply(plan_attach(request, conf, ipam, mac), run)
         request.new_peer = {"ifname": own_veth(request), "mtu": conf["mtu"] or 1500}
         return merge_results(request.prev_result, naivewg_result(request, conf, ipam, bridge.get("address", ""), mac))
@@ -1750,9 +2000,10 @@ def with_gateways(conf, ipam):
 
 
 def naivewg_del(request, run):
-    """DEL: delete the veth pair, then release the addresses: none may be given out again while it is in use. It needs neither the
-    namespace nor prevResult."""
-    delete_links(request.links, run)
+    """DEL: delete the veth pair and its rules, then release the addresses: none may be given out again while it is in use. It needs neither
+    the namespace nor prevResult."""
+    # At the same time, because for both the kernel waits 10 to 20 ms. Nothing sends by now: runtimes call DEL when the pod's programs are dead.
+    all_of([(delete_links, (request.links, run)), (spoof_del, (request, run))], request.at_once)
     ipam_del(request, run)
 
 
@@ -1772,6 +2023,7 @@ def naivewg_check(request, run):
     problems += ipam_check(request, conf["ipam"], run)
     if conf["ipMasq"] and ips and not look_masq(request, conf, run):
         problems.append("the masquerade rules in nft table inet mncni_masq are not whole")
+    problems += spoof_check(request, ips, run) if conf["spoofCheck"] else []
     report(request, problems)
 
 
@@ -1804,7 +2056,8 @@ def is_route(route, present):
 
 def naivewg_gc(request, run):
     """GC: delete the network's veths and leases that belong to none of the attachments to keep."""
-    all_of([(delete_stale_links, (request, "veth", "mn", run)), (ipam_gc, (request, run))])
+    drop_spoofs = (gc_states, (request, "spoof", parse_spoof, drop_spoofs_of, run))
+    all_of([(delete_stale_links, (request, "veth", "mn", run)), drop_spoofs, (ipam_gc, (request, run))])
 
 
 def naivewg_status(request, run):
@@ -1837,6 +2090,7 @@ PORTMAP_CHAINS = f"""\
   chain output {{ type nat hook output priority -100; }}
   chain postrouting {{ type nat hook postrouting priority 100; }}
   chain guard {{ type filter hook prerouting priority -300; }}
+  chain replies {{ type filter hook prerouting priority -150; }}
 }}
 """
 
@@ -1877,40 +2131,19 @@ def parse_ports(mappings, ips):
     return ports
 
 
-def ports_path(request):
-    """The file with this attachment's state, see look_ports."""
-    return os.path.join(request.run_dir, "portmap", short_hash(*request.attachment))
-
-
-def ports_lock(run_dir):
-    """Held by whoever changes the states and the table."""
-    return Locked(os.path.join(run_dir, "portmap", "lock"))
-
-
-def parse_state(text):
-    """The state in a file's text, see look_ports. CNIError, ValueError, TypeError or LookupError for any other text: what it holds goes to
-    nft."""
-    state = parse_json_object(text)
-    network, container_id, ifname = typed(state, "owner", list, [])
+def parse_asked(state):
+    """The rest of a state of portmap, see look_ports. CNIError, ValueError, TypeError or LookupError if it is none."""
     device = typed(state, "device", str, "")
-    well_formed = is_identifier(network) and is_identifier(container_id) and is_ifname(ifname) and is_ifname(device or "none")
-    if not well_formed or type(state["since"]) is not int:
+    if not is_ifname(device or "none") or type(state["since"]) is not int:
         raise ValueError
     return {**state, "device": device, "ports": parse_ports(state["mappings"], state["ips"])}
 
 
 def look_ports(run_dir):
-    """The states, what all attachments ask for: {path of its file: state}. A state is {"owner": [network, container ID, interface],
-    "since": nanoseconds, "device": the one that the pods' packets come in by, by convention the first of prevResult's interfaces on the
-    host, "mappings" and "ips" as the runtime gave them, "ports": as parse_ports returns them}. Files that are no states are left out."""
-    directory, states = os.path.join(run_dir, "portmap"), {}
-    names = os.listdir(directory) if os.path.isdir(directory) else []
-    for path in [os.path.join(directory, name) for name in sorted(names) if len(name) == 16]:
-        try:
-            states[path] = parse_state(read_state(path))
-        except (CNIError, ValueError, TypeError, LookupError):
-            tell(f"{path} is no state of portmap: left out")
-    return states
+    """What all attachments ask for, as look_states returns it. A state is {"owner", "since": nanoseconds, "device": the one that the pods'
+    packets come in by, by convention the first of prevResult's interfaces on the host, "mappings" and "ips" as the runtime gave them,
+    "ports": as parse_ports returns them}."""
+    return look_states(run_dir, "portmap", parse_asked)
 
 
 def devices_of(states):
@@ -1956,6 +2189,8 @@ def plan_rules(states, node_addresses):
     for device in sorted(devices_of(states)):
         rules.append(("postrouting", f'ct status dnat ip saddr 127.0.0.0/8 oifname "{device}" masquerade fully-random', "all"))
         rules += [("guard", f'iifname "{device}" ip {end} 127.0.0.0/8 drop', "all") for end in ("saddr", "daddr")]
+        replies = f'iifname "{device}" ct status dnat ct label 109 ct direction reply'
+        rules.append(("replies", f"{replies} meta mark set meta mark | {LOCALNET_MARK:#x}", "all"))
     return rules
 
 
@@ -1977,14 +2212,14 @@ def plan_portmap(states, node_addresses, before="", after=""):
 
 def write_ports(states, changed, run, is_first=False):
     """Make the table what a list of states says. changed: the states that came or went. is_first: there were none before."""
-    switch_localnet(devices_of(changed) - devices_of(states), 0, run)  # before the guard goes
+    switch_localnet(devices_of(changed) - devices_of(states), False, run)  # before the guard goes
     node_addresses = look_node_addresses(run) if states else []
     # The chains stay, only their rules are replaced: packets meet the old rules or the new ones. New chains beside old ones would let one
     # through now and then. To flush takes the kernel 10 ms; before the first host port there is nothing to flush.
     around = {"before": f"create {PORTMAP}\n"} if is_first else {"after": f"flush {PORTMAP}\n"}
     if run(plan_portmap(states, node_addresses, **around)).exit_code != 0:  # somebody else's table, or an older version's
         apply([plan_portmap(states, node_addresses, before=f"{PORTMAP}\ndelete {PORTMAP}\n")], run)
-    switch_localnet(devices_of(states), 1, run)
+    switch_localnet(devices_of(states), True, run)
     keys = [key for state in changed for key in state["ports"]]
     udp = sorted({f"{host_ip}/{port}" if host_ip else str(port) for _, host_ip, protocol, port in keys if protocol == "udp"})
     if udp:
@@ -1992,29 +2227,88 @@ def write_ports(states, changed, run, is_first=False):
         best_effort(run, Command(["mncni.py", "forget-flows", *udp], "", why))
 
 
-def switch_localnet(devices, value, run):
-    """Let devices accept packets to and from 127.0.0.1, or not. A device that is gone is no error."""
-    keys = [f"net/ipv4/conf/{device}/route_localnet" for device in sorted(devices)]
-    keys = [key for key in keys if read_file(f"/proc/sys/{key}") != f"{value}\n"]
-    why = "let 127.0.0.1 of the host reach host ports, too" if value else "no host port needs 127.0.0.1 on this device any more"
+LOCALNET_PREF = 127  # the preference of tc's filter that keeps pods away from 127.0.0.1
+LOCALNET_MARK = 0x1270000  # the bits of the mark by which nft lets replies pass it
+LOCALNET_FILTER = (  # for `tc ... bpf bytecode`, see tc-bpf(8): code, steps if true, steps if false, value
+    (0x20, 0, 0, 0xFFF0000C),  # the source address
+    (0x54, 0, 0, 0xFF000000),  # its first byte
+    (0x15, 6, 0, 0x7F000000),  # 127: match
+    (0x20, 0, 0, 0xFFF00010),  # the destination
+    (0x54, 0, 0, 0xFF000000),
+    (0x15, 0, 2, 0x7F000000),  # not 127: no match
+    (0x20, 0, 0, 0xFFFFF014),  # the mark
+    (0x45, 0, 1, LOCALNET_MARK),  # has one of these bits: no match
+    (0x06, 0, 0, 0),
+    (0x06, 0, 0, 0xFFFFFFFF),
+)
+
+
+def switch_localnet(devices, is_open, run):
+    """Let devices accept packets to and from 127.0.0.1, or not. Returns the devices that were switched; those that are gone are no error.
+
+    A filter of tc keeps out what pods send there. It is there as long as the switch is on, so `nft flush ruleset` opens no way; and after
+    `tc filter delete` there is the chain `guard`. Where tc cannot do that, 127.0.0.1 of the host stays without host ports. Replies carry
+    127.0.0.1 already where br_netfilter translates them on the bridge, so nft marks them; what pods send comes without a mark.
+    """
+    keys = {device: f"net/ipv4/conf/{device}/route_localnet" for device in sorted(devices)}
+    keys = {device: key for device, key in keys.items() if read_file(f"/proc/sys/{key}") != f"{int(is_open)}\n"}
+    if is_open:
+        keys = {device: key for device, key in keys.items() if close_localnet(device, run)}
+    why = "let 127.0.0.1 of the host reach host ports, too" if is_open else "no host port needs 127.0.0.1 on this device any more"
     if keys:
-        run(write_sysctls(keys, value, why=why))
+        run(write_sysctls(keys.values(), int(is_open), why=why))
+    for device in [] if is_open else keys:
+        run(Command(["tc", "filter", "delete", "dev", device, "ingress", "pref", f"{LOCALNET_PREF}"], "", "nor the filter against pods"))
+    return list(keys)
 
 
-def parse_asked(request):
+def close_localnet(device, run):
+    """Drop what comes in by a device to or from 127.0.0.1; whether that worked. Such packets are sent back out of the device, which a bridge
+    does not do: they end there. tc's own word for it, drop, needs a module more than bandwidth does."""
+    run(Command(["tc", "qdisc", "add", "dev", device, "ingress"], "", "a hook for filters; it fails if there is one, which serves as well"))
+    bytecode = ",".join([str(len(LOCALNET_FILTER)), *(" ".join(map(str, step)) for step in LOCALNET_FILTER)])
+    argv = ["tc", "filter", "replace", "dev", device, "ingress", "pref", f"{LOCALNET_PREF}", "handle", "1", "protocol", "ip"]
+    argv += ["bpf", "bytecode", bytecode, "action", "mirred", "egress", "redirect", "dev", device]
+    try:
+        apply([Command(argv, "", "no pod is to reach 127.0.0.1 of the host, whatever becomes of nft's rules")], run)
+    except CNIError as error:
+        tell(f"host ports do not work on 127.0.0.1 of the host: nothing would keep the pods behind {device} from it: {error}")
+        return False
+    return True
+
+
+def is_localnet_closed(device, run):
+    """Whether the filter of close_localnet is there."""
+    argv = ["tc", "-json", "filter", "show", "dev", device, "ingress", "pref", f"{LOCALNET_PREF}"]
+    return "mirred" in run(Command(argv, "", "are pods kept away from 127.0.0.1 of the host?")).stdout
+
+
+def own_asked(request):
     """The state of this attachment, see look_ports. CNIError 7."""
     mappings, ips, device = runtime_config(request, "portMappings", list, []), own_ips(request), (host_links(request) or [""])[0]
     state = {"owner": list(request.attachment), "since": time.monotonic_ns(), "device": device, "mappings": mappings, "ips": ips}
     return {**state, "ports": parse_ports(mappings, ips)}
 
 
+def refuse_tunnel_port(request, ports):
+    """CNIError 7 for a host port that would take the packets of the tunnel between the nodes: the agent's ready file names its UDP port."""
+    path = typed(request.conf, "ready", str, "")
+    udp = [(host_ip, port) for _, host_ip, protocol, port in ports if protocol == "udp" and not host_ip.startswith("127.")]
+    if udp and path:
+        tunnel = parse_json_object(read_file(path) or "{}", f"the agent's ready file {path}").get("port")
+        if tunnel in [port for _, port in udp]:
+            what = f"host port {tunnel}/udp is the port of the tunnel between the nodes"
+            raise config_error(f"{what}: give the pod another, or the agents another --port")
+
+
 def portmap_add(request, run):
     """ADD: lead host ports to the pod. Returns prevResult."""
-    state = parse_asked(request)
+    state = own_asked(request)
     if not state["ports"]:
         return request.prev_result
-    path = ports_path(request)
-    with ports_lock(request.run_dir) as lock:
+    refuse_tunnel_port(request, state["ports"])
+    path = state_path(request, "portmap")
+    with states_lock(request.run_dir, "portmap") as lock:
         others = look_ports(request.run_dir)
         changed = [state, *([others.pop(path)] if path in others else [])]  # the second: of an ADD that was killed
         write_file(path, to_json(without(state, "ports")))
@@ -2024,10 +2318,10 @@ def portmap_add(request, run):
 
 def portmap_del(request, run):
     """DEL: give the host ports back. A pod without host ports costs no command and waits for no lock."""
-    path = ports_path(request)
+    path = state_path(request, "portmap")
     if not os.path.lexists(path):
         return remove_file(path)  # what an ADD left that was killed while it wrote
-    with ports_lock(request.run_dir) as lock:
+    with states_lock(request.run_dir, "portmap") as lock:
         drop_ports(look_ports(request.run_dir), [path], lock.held(run))
 
 
@@ -2040,25 +2334,14 @@ def drop_ports(states, stale, run):
 
 def portmap_gc(request, run):
     """GC: drop the host ports of this network that belong to none of the attachments to keep, and remove what crashes left."""
-    keep, directory = valid_attachments(request), os.path.join(request.run_dir, "portmap")
-    if keep is None or not os.path.isdir(directory):
-        return
-    with ports_lock(request.run_dir) as lock:
-        states = look_ports(request.run_dir)
-        own = [path for path, state in states.items() if state["owner"][0] == request.network]
-        stale = [path for path in own if tuple(states[path]["owner"][1:]) not in keep]
-        if stale:
-            drop_ports(states, stale, lock.held(run))
-        for name in os.listdir(directory):
-            if name.startswith("."):  # half written by a killed process: only the holder of the lock writes
-                remove_file(os.path.join(directory, name))
+    gc_states(request, "portmap", parse_asked, drop_ports, run)
 
 
 def portmap_check(request, run):
     """CHECK: the host ports lead to the pod."""
-    state = parse_asked(request)
+    state = own_asked(request)
     if state["ports"]:
-        others = without(look_ports(request.run_dir), ports_path(request))
+        others = without(look_ports(request.run_dir), state_path(request, "portmap"))
         report(request, diff_portmap([*others.values(), state], run)[0])
 
 
@@ -2076,14 +2359,23 @@ def restore_portmap(run_dir, run):
     Returns what was wrong, a list of messages. Without host ports it starts no command."""
     if not look_ports(run_dir):
         return []
-    with ports_lock(run_dir) as lock:
+    with states_lock(run_dir, "portmap") as lock:
         states = list(look_ports(run_dir).values())
         missing, extra = diff_portmap(states, run)
-        closed = [device for device in sorted(devices_of(states)) if read_file(f"/proc/sys/net/ipv4/conf/{device}/route_localnet") == "0\n"]
-        problems = missing + extra + [f"{device} does not accept 127.0.0.1 (route_localnet)" for device in closed]
-        if problems:
-            write_ports(states, states, lock.held(run))
-    return problems
+        run, devices = lock.held(run), sorted(devices_of(states))
+        opened = [device for device in devices if read_file(f"/proc/sys/net/ipv4/conf/{device}/route_localnet") == "1\n"]
+        lost = [device for device in opened if not is_localnet_closed(device, run)]
+        lost = [device for device in lost if close_localnet(device, run)]
+        switched = switch_localnet(devices, True, run)
+        if missing + extra:
+            write_ports(states, states, run)
+    problems = missing + extra + [f"nothing but nft kept pods behind {device} from 127.0.0.1" for device in lost]
+    return problems + [f"{device} does not accept 127.0.0.1 (route_localnet)" for device in switched]
+
+
+def restore_tables(run_dir, run):
+    """Write the tables of host ports and of spoofCheck again if anything is wrong with them. Returns what was wrong."""
+    return [problem for problems in all_of([(restore_spoof, (run_dir, run)), (restore_portmap, (run_dir, run))]) for problem in problems]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2094,11 +2386,11 @@ def restore_portmap(run_dir, run):
 
 
 def naivewg_tools(request):
-    return ["ip", "nsenter", "tee", *(["nft"] if request.conf.get("ipMasq") else [])]
+    return ["ip", "nsenter", "tee", *(["nft"] if request.conf.get("ipMasq") or request.conf.get("spoofCheck") else [])]
 
 
 def portmap_tools(request):
-    return ["ip", "nft", "tee"] if request.command == "STATUS" or runtime_config(request, "portMappings", list, []) else []
+    return ["ip", "nft", "tc", "tee"] if request.command == "STATUS" or runtime_config(request, "portMappings", list, []) else []
 
 
 def bandwidth_tools(request):
@@ -2481,6 +2773,13 @@ def lock_file(path, mode):
         os.close(fd)  # the process that had the lock has renamed the file, or removed it
 
 
+def remove_unfinished(directory):
+    """Remove the files of a directory that killed processes were writing. The caller has its lock: only who has it writes."""
+    for name in os.listdir(directory):
+        if name.startswith("."):
+            remove_file(os.path.join(directory, name))
+
+
 def remove_file(path):
     """Remove a file, and what a killed writer left of it. Nothing there is fine."""
     for each in (unfinished(path), path):
@@ -2622,6 +2921,7 @@ LAUNCHER = f"""#!/usr/bin/python3 -IS
 {LAUNCHER_MARK}. Python compiles a script at every start, an imported module only once.
 import gc, os, sys
 gc.disable()  # a call ends before there is much to collect
+os.umask(os.umask(0o077) | 0o022)  # before the import, which writes what it has compiled: nobody else may change that
 sys.path.append(os.path.dirname(os.path.realpath(__file__)))
 import mncni
 mncni.main()
@@ -2810,9 +3110,8 @@ def explain_plugin(conf, prev_result, command, root):
     conf["runtimeConfig"] = {name: value for name, value in EXPLAINED.items() if any_case(conf.get("capabilities"), name)}
     if conf["runtimeConfig"]:
         print(f"# The runtime asks for {to_json(conf['runtimeConfig'])}.")
-    delegate = delegate_type(conf)
-    if typed(conf, "ipam", dict, {}) and not delegate:
-        conf["ipam"] = {**conf["ipam"], "dataDir": root}
+    delegate, ipam = delegate_type(conf), typed(conf, "ipam", dict, {})
+    conf["ipam"] = {key: value for key, value in ipam.items() if key.lower() != "datadir"}
     os.makedirs(f"{root}/run/netns")
     os.symlink("/proc/self/ns/net", f"{root}/run/netns/c1")
     if delegate:
@@ -2820,6 +3119,7 @@ def explain_plugin(conf, prev_result, command, root):
         write_file(f"{root}{DEFAULT_BIN_DIR}/{delegate}", "")
     names = {"CNI_CONTAINERID": "c1", "CNI_NETNS": f"{root}/run/netns/c1", "CNI_NETNS_OVERRIDE": "1", "CNI_IFNAME": "eth0"}
     environ, result = {**names, "CNI_PATH": root + DEFAULT_BIN_DIR, "MNCNI_RUN_DIR": root + DEFAULT_RUN_DIR}, prev_result
+    environ["MNCNI_DATA_DIR"] = root + DEFAULT_DATA_DIR
     for verb in dict.fromkeys(("ADD", command)):  # the other commands need the result of an ADD
         run, stdin = Explainer(result), to_json({**conf, "prevResult": result})
         exit_code, stdout = answer({**environ, "CNI_COMMAND": verb}, stdin, run, called_as=conf.get("type"))
@@ -2838,7 +3138,7 @@ def explain_plugin(conf, prev_result, command, root):
 
 def portmap_restore_command(options, run):
     """`mncni.py portmap-restore`: prints what was wrong."""
-    for problem in restore_portmap(os.environ.get("MNCNI_RUN_DIR") or DEFAULT_RUN_DIR, run):
+    for problem in restore_tables(os.environ.get("MNCNI_RUN_DIR") or DEFAULT_RUN_DIR, run):
         print(f"restored: {problem}")
 
 
@@ -2862,7 +3162,7 @@ def command_line(arguments):
     command.add_argument("conflist", metavar="CONFLIST", help="a CNI configuration, as in /etc/cni/net.d")
     command.add_argument("--command", default="ADD", choices=VERBS, help="(default ADD)")
     command.set_defaults(act=explain_command)
-    command = commands.add_parser("portmap-restore", help="write the nft table of the host ports again, as after nft flush ruleset")
+    command = commands.add_parser("portmap-restore", help="write the nft tables of host ports and spoofCheck again, as after nft flush ruleset")
     command.set_defaults(act=portmap_restore_command)
     command = commands.add_parser("forget-flows", help="delete conntrack's UDP entries to host ports; portmap does it by itself")
     command.add_argument("ports", metavar="[ADDRESS/]PORT", nargs="+", help="as in 53 or 192.0.2.1/53")

@@ -5,6 +5,7 @@
 A pod here has masquerade, a host port and bandwidth limits both ways ("full"), or the masquerade alone ("alone"). Compared are
 
     ours        the launcher that `mncni.py install` writes, "plugin": ["naivewg", "portmap", "bandwidth"]
+    unchecked   the same without "spoofCheck"
     plain file  the same with mncni.py itself, which is compiled at each start
     reference   Debian's containernetworking-plugins, chained as a runtime does: bridge with host-local, portmap, bandwidth
     floor       the commands that change the kernel for ours, in a shell script: no Python, no look, no lease, one after another
@@ -136,6 +137,7 @@ def make_chains(world, kind, before):
     ours = our_conf(world, kind) if kind == "full" else our_conf(world, kind, plugin="naivewg", runtimeConfig={})
     chains = {"ours": Chain(world, [(f"{world.tmp}/bin/mncni", ours)])}
     if kind == "full":
+        chains["unchecked"] = Chain(world, [(f"{world.tmp}/bin/mncni", {**ours, "spoofCheck": False})])
         chains["plain file"] = Chain(world, [(f"{world.tmp}/bin/mncni.py", ours)])
     if before:
         subprocess.run([sys.executable, before, "install", "--bin-dir", f"{world.tmp}/before"], check=True, stdout=subprocess.DEVNULL)
@@ -145,7 +147,7 @@ def make_chains(world, kind, before):
 
 
 def our_conf(world, name="ours", **keys):
-    conf = {"cniVersion": "1.0.0", "name": name, "plugin": ["naivewg", "portmap", "bandwidth"], "bridge": f"{name}0", "ipMasq": True}
+    conf = {"cniVersion": "1.0.0", "name": name, "plugin": ["naivewg", "portmap", "bandwidth"], "bridge": f"{name}0", "ipMasq": True, "spoofCheck": True}
     conf["ipam"] = {"dataDir": f"{world.tmp}/leases", "ranges": [[{"subnet": "10.88.0.0/16"}]]}
     return {**conf, "runtimeConfig": ASKED, **keys}
 
@@ -258,7 +260,7 @@ def bench_bursts(chains, sizes, rounds=3):
     for size in sizes:
         for _ in range(rounds):
             for who, chain in chains.items():
-                if who == "plain file":
+                if who in ("plain file", "unchecked"):
                     continue
                 [chain.world.pod(number) for number in range(size)]
                 with ThreadPoolExecutor(size) as pool:

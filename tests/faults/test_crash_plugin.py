@@ -42,7 +42,7 @@ class Node:
     def conf(self, plugin, **keys):
         ipam = {"dataDir": f"{self.host.tmp}/data", "ranges": RANGES}
         asked = {**ASKED, **(LAT if kernel_has("netem") else {})}
-        return self.host.conf(**{"plugin": plugin, "ipMasq": True, "ipam": ipam, "runtimeConfig": asked, **keys})
+        return self.host.conf(**{"plugin": plugin, "ipMasq": True, "spoofCheck": True, "ipam": ipam, "runtimeConfig": asked, **keys})
 
     def child(self, command, conf, container_id=ONE, at=None):
         """A call that ends at a step. GC is to keep the second pod alone."""
@@ -213,20 +213,20 @@ def test_what_a_killed_change_of_host_ports_leaves_harms_no_other_pod(node, what
     survived(f"{what} of host ports, then another pod comes", len(killed["steps"]))
 
 
-def test_a_killed_restore_of_the_host_ports_is_finished_by_the_next(node, survived):
+def test_a_killed_restore_of_host_ports_and_spoof_check_is_finished_by_the_next(node, survived):
     conf, run = node.conf(["naivewg", "portmap"]), mncni.make_run({"PATH": TOOLS})
     node.call("ADD", conf)
     whole, state = node.snapshot(), f"{node.host.tmp}/run"
 
     def restore(at=None):
-        return Child(node.enter, lambda: mncni.restore_portmap(state, run), at)
+        return Child(node.enter, lambda: mncni.restore_tables(state, run), at)
 
     for child in each_step(lambda at: restore(at)):
         restore().outcome()
         killed = child.outcome()
         assert diff(whole, node.snapshot()) == "", killed
-        node.host.sh("nft delete table inet mncni_portmap; echo 0 > /proc/sys/net/ipv4/conf/mncni0/route_localnet")
-    survived("restore of host ports", len(killed["steps"]))
+        node.host.sh("nft delete table inet mncni_portmap; nft delete table bridge mncni_spoof; tc qdisc delete dev mncni0 ingress; echo 0 > /proc/sys/net/ipv4/conf/mncni0/route_localnet")
+    survived("restore of host ports and spoofCheck", len(killed["steps"]))
 
 
 # ---- install: files alone ----

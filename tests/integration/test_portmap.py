@@ -421,7 +421,15 @@ def test_pods_do_not_reach_the_hosts_loopback(host, cluster):
     assert "packets 0 " in host.sh("nft list chain ip probe i")
     host.sh("nft flush chain inet mncni_portmap guard")
     assert cluster.who(pod, *ask) == "nothing"
-    assert "packets 3 " in host.sh("nft list chain ip probe i")  # so it was the guard
+    assert "packets 0 " in host.sh("nft list chain ip probe i"), "tc's filter stands, too"
+    host.sh("tc filter delete dev mncni0 ingress pref 127")
+    assert cluster.who(pod, *ask) == "nothing"
+    assert "packets 3 " in host.sh("nft list chain ip probe i"), "without both it would get there"
+    assert restore(host).count("restored: ") == 3
+    host.sh("nft delete table inet mncni_portmap")
+    host.sh("nft flush chain ip probe i; nft add rule ip probe i iifname mncni0 ip daddr 127.0.0.1 counter")
+    assert cluster.who(pod, *ask) == "nothing"
+    assert "packets 0 " in host.sh("nft list chain ip probe i")
 
 
 def test_the_way_to_the_hosts_loopback_closes_with_the_last_host_port(host, cluster):
