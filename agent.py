@@ -1838,7 +1838,7 @@ class Agent:
     def tick(self, event=False):
         """One turn of the loop: look at the store, and make a pass if something has happened or it is time. Returns whether the network
         is up."""
-        begin = self.beat = self.clock()
+        begin = self.clock()
         news = self.is_set_back() or self.store.changed()
         look = event or bool(self.reason) or self.clock() >= self.next_pass or (not news and self.is_tunnel_changed())
         if not (news or look or (self.doubt_until is not None and self.clock() >= self.doubt_until)):
@@ -2093,24 +2093,24 @@ def run_agent(settings, environ):
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)
-    stopping = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stopping.append(number))
     run = mncni.make_run(environ, trace=lambda command: log.debug("%s", command.explained("+ ")))
     if shutil.which("setpriv", path=mncni.search_path(os.environ)) is None:
         raise mncni.missing_tool("setpriv")
     store = make_store(settings, environ, run, lambda: wake(writer))
     store.start()
     agent, monitors, event = Agent(settings, store, run), Monitors(settings.netns), False
-    start_thread(kube.serve_http, settings.listen, kube.pages(agent, look_figures, METRICS))
-    while not stopping:
+
+    def turn():
+        nonlocal event
         agent.tick(event)
         for daemon in agent.context.daemons:
             daemon.poll()  # reaps a wireguard-go that has ended
         changed = monitors.tend()
         event = monitors.wait(reader, 0 if changed else POLL_S) or changed
-        if event and not stopping:
+        if event:
             select.select([reader], [], [], EVENT_S)
+
+    kube.run_loop(agent, turn, settings.listen, look_figures, METRICS)
     monitors.stop()
     log.info("stopping; the network stays as it is")
 

@@ -25,7 +25,6 @@ import contextlib
 import logging
 import os
 import queue
-import signal
 import socket
 import sys
 import threading
@@ -451,20 +450,15 @@ def look_figures(ipam):
 def run_nodeipam(options, pools, environ):
     """Give out ranges until SIGTERM or SIGINT. CNIError 7 without a cluster."""
     patient = kube.open_api(options.kubeconfig, environ, mncni.make_run(environ), MANAGER, cidrs_of(pools))
-    quick, stopping = kube.Api(patient.access, MANAGER), []
+    quick = kube.Api(patient.access, MANAGER)
     quick.READ_S = RENEW_S / 2  # a request that takes longer must not cost us the Lease
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stopping.append(number))
 
     def follow(put, stopping):
         kube.start_thread(kube.follow_nodes, patient, parse_claim, put, ipam.tell, stopping)
 
     election = Election(quick, options.lease, f"{socket.gethostname()}_{uuid.uuid4()}", kube.uptime)
     ipam = NodeIpam(quick, pools, election, kube.uptime, follow)
-    kube.start_thread(kube.serve_http, options.listen_nodeipam, kube.pages(ipam, look_figures, METRICS))
-    while not stopping:
-        ipam.beat = kube.uptime()
-        ipam.tick(POLL_S)
+    kube.run_loop(ipam, lambda: ipam.tick(POLL_S), options.listen_nodeipam, look_figures, METRICS)
     election.release()
     log.info("stopping; nodes keep the pod CIDRs that they have")
 
