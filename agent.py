@@ -251,9 +251,10 @@ class Store:
     whether records() may differ from the last time. The methods below are what only a cluster can do; these are their defaults.
     """
 
-    RECORD_LIMIT = 65536  # bytes; a record has some 300
     trouble = ""  # why records() may be out of date
-    guard = None  # whether the cluster stops a node from writing another node's record; None: unknown
+    guard = None  # whether the cluster refuses wrong records, and another node's; None: unknown
+    unguarded = ()  # what it does not refuse, as texts
+    RECORD_LIMIT = 65536  # bytes; a record has some 300
 
     def start(self):
         """Start the threads that follow the store."""
@@ -350,6 +351,8 @@ class KubernetesStore(Store):
     """
 
     EVENT_PAUSE_S = 5  # between two Kubernetes Events; at most 20 wait
+    GUARD_S = 3600  # how often the admission policies are tested
+    POLICY_LIMIT = 4096  # characters of a record, in deploy/naivewg/policy.yaml
 
     def __init__(self, api, node_name, wake=lambda: None):
         self.api, self.node_name, self.wake = api, node_name, wake
@@ -362,6 +365,7 @@ class KubernetesStore(Store):
         self.record, self.condition = None, None  # what this Node is to say; condition: (status, reason, message)
         self.notes = collections.deque(maxlen=20)  # (node name, reason, message) of Events to send
         self.said = ""  # why the network is not up, as the last Event said it
+        self.test_at = 0  # when to test the admission policies again
         self.looking = None  # of look_again: True: asked for, False: done
 
     def start(self):
@@ -481,25 +485,40 @@ class KubernetesStore(Store):
 
     def _is_whole(self):
         """Whether to read whole Nodes, see the class."""
-        if self.guard is None:
-            self.guard = self._test_guard()
+        if self.guard is None or time.monotonic() >= self.test_at:
+            self._test_guard()
         return not self.guard
 
     def _test_guard(self):
-        """Whether an admission policy refuses a change of another node's record; None if that cannot be tested. The test is a dry run of
-        a harmless change: one more space at the end of the record."""
+        """Try, by dry runs, what the admission policies must refuse: a change of another node's record, a wrong record of our own, and a
+        long one. Sets guard (whether all are refused; as it was if that cannot be told) and unguarded (what is not)."""
+        own = (self.own or {}).get("record") or ""
         try:
             items = self.api.request("GET", NODES, params={"limit": 2}, accept=kube.METADATA_LIST)
             with api_errors("read", NODES):
                 nodes = dict(map(self._parse_node, items["items"]))
-            others = [name for name in nodes if name != self.node_name]
-            if not others:
-                return None
-            body = {"metadata": {"annotations": {RECORD: (nodes[others[0]].text or "") + " "}}}
-            self.api.request("PATCH", f"{NODES}/{others[0]}", body, {"dryRun": "All"}, kube.MERGE_PATCH)
-            return False
+            other = next(name for name in nodes if name != self.node_name)
+            tries = {
+                "any node can write another's record": (other, (nodes[other].text or "") + " "),
+                "a node's record can claim the pods of others": (self.node_name, " "),
+                "a node's record can have any length": (self.node_name, own + " " * self.POLICY_LIMIT),
+            }
+            unguarded = [what for what, attempt in tries.items() if not self._is_refused(*attempt)]
+        except (StopIteration, ApiError):  # there is no other node, or no answer
+            return
+        for what in set(unguarded) - set(self.unguarded):
+            log.error("an admission policy or its binding is missing, see deploy/naivewg/policy.yaml: %s", what)
+        self.guard, self.unguarded, self.test_at = not unguarded, unguarded, time.monotonic() + self.GUARD_S
+
+    def _is_refused(self, name, text):
+        """Whether a dry run of writing a node's record is refused. ApiError if there is no answer to that."""
+        try:
+            self.api.request("PATCH", f"{NODES}/{name}", {"metadata": {"annotations": {RECORD: text}}}, {"dryRun": "All"}, kube.MERGE_PATCH)
         except ApiError as error:
-            return True if error.status in (403, 422) else None
+            if error.status not in (403, 422):
+                raise
+            return True
+        return False
 
     def _write(self):
         """Thread: write this Node when what it is to say differs from what it says, read the list that look_again asks for, send Events."""
@@ -2071,7 +2090,7 @@ class Agent:
             "ok": not self.reason,
             "reason": self.reason,
             "store": self.store_trouble,
-            **({} if self.store.identity() is None else {"admission_guard": self.store.guard}),
+            **({} if self.store.identity() is None else {"admission_guard": self.store.guard, "unguarded": list(self.store.unguarded)}),
             "pid": os.getpid(),
             "publicKey": context.public_key,
             "podCIDRs": [str(cidr) for cidr in settings.pod_cidrs],
@@ -2192,8 +2211,9 @@ def format_status(status, now):
     if status.get("store"):
         lines.append(f"node store: {status['store']}")
     if "admission_guard" in status:
-        words = {True: "refuses that one node writes another's record", False: "MISSING: any node can write another's record"}
-        lines.append(f"admission policy: {words.get(status['admission_guard'], 'unknown')}")
+        missing = f"MISSING: {'; '.join(status.get('unguarded') or ['any node can write any record'])}"
+        words = {True: "refuses wrong records, and those of other nodes", False: missing}
+        lines.append(f"admission policies: {words.get(status['admission_guard'], 'unknown')}")
     if status.get("podCIDRs"):
         endpoints = ", ".join(status["endpoints"])
         lines.append(f"pods {', '.join(status['podCIDRs'])}, MTU {status['mtu']}, endpoint {endpoints}, key {status['publicKey']}")
@@ -2215,7 +2235,7 @@ def format_status(status, now):
 
 METRICS = {  # name: (type, help)
     "mncni_network_up": ("gauge", "Whether this node's pod network is up."),
-    "mncni_admission_guard": ("gauge", "Whether the cluster refuses that one node writes another's record."),
+    "mncni_admission_guard": ("gauge", "Whether the cluster refuses wrong records, and that one node writes another's."),
     "mncni_store_trouble": ("gauge", "Whether something is wrong with the node store; the last good list of nodes is in use then."),
     "mncni_peers": ("gauge", "Other nodes whose record is believed."),
     "mncni_quarantined_nodes": ("gauge", "Nodes whose record is not believed."),

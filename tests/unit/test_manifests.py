@@ -110,8 +110,16 @@ def test_the_policies_name_the_record_as_the_agent_does_and_know_how_it_begins()
     assert policies.record(node)[len(beginning)] == ","
 
 
+@rendering
+def test_the_lease_is_still_the_one_in_what_kustomize_makes_of_it():
+    """It takes a resourceName that is the name of a generated ConfigMap for that, and adds its hash."""
+    rules = find(manifests.render(), "Role", "mncni-nodeipam", "kube-system")["rules"]
+    assert [(rule["resourceNames"], rule["verbs"]) for rule in rules] == [(["mncni-nodeipam"], ["get", "update"])]
+
+
 def test_the_lease_that_nodeipam_wants_is_the_one_that_it_has_rights_on():
     lease = {row[0]: row[2] for row in nodeipam.FLAGS}["--lease"]
+    assert find(load(NODEIPAM_FILES[0]), "Lease", lease.partition("/")[2], "kube-system").keys() == {"apiVersion", "kind", "metadata"}
     role = find(load(NODEIPAM_FILES[0]), "Role", namespace="kube-system")
     assert {f"kube-system/{name}" for rule in role["rules"] for name in rule.get("resourceNames", [])} == {lease}
     assert find(load(NODEIPAM_FILES[2]), "Deployment")["metadata"]["name"] == nodeipam.MANAGER
@@ -126,14 +134,46 @@ def test_every_setting_is_a_flag_and_both_programs_accept_them_all():
     assert nodeipam.parse_pools(parser, parser.parse_args([]), manifests.settings())
 
 
-def test_the_probes_ask_where_the_agent_listens():
-    flags = {row[0]: row[2] for row in agent.FLAGS}
-    if "--listen" not in flags:
-        pytest.skip("agent.py has no --listen yet")
-    container = pod_of(AGENT_FILES[2], "DaemonSet")["containers"][0]
-    probes = [container[key]["httpGet"] for key in ("startupProbe", "livenessProbe", "readinessProbe")]
-    assert {f"{probe['host']}:{probe['port']}" for probe in probes} == {flags["--listen"]}
-    assert {probe["path"] for probe in probes} == {"/healthz", "/readyz"}
+def test_the_probes_ask_where_the_programs_listen_and_none_of_them_kills():
+    flags = {row[0]: row[2] for row in (*agent.FLAGS, *nodeipam.FLAGS)}
+    listens = {(AGENT_FILES[2], "DaemonSet"): flags["--listen"], (NODEIPAM_FILES[2], "Deployment"): flags["--listen-nodeipam"]}
+    for workload, listen in listens.items():
+        container = pod_of(*workload)["containers"][0]
+        get = container["readinessProbe"]["httpGet"]
+        assert (f"{get['host']}:{get['port']}", get["path"]) == (listen, "/readyz")
+        assert not {"livenessProbe", "startupProbe"} & set(container), "whoever keeps the port busy could have it killed"
+
+
+# ---- what containers may do -----------------------------------------------------------------------------------------------
+
+PODS = [
+    (path, each["metadata"]["name"], each["spec"]["template"]["spec"])
+    for path in YAML
+    for each in ([] if manifests.yaml_missing() else load(path))
+    if each["kind"] in ("DaemonSet", "Deployment")
+]
+PRIVILEGED = {("mncni-agent", "agent"), ("mncni-uninstall", "uninstall")}
+
+
+@pytest.mark.parametrize("path, name, pod", PODS, ids=[name for _, name, _ in PODS])
+def test_a_container_that_is_not_privileged_has_what_the_restricted_standard_asks_of_it(path, name, pod):
+    """But for the user: some write files of root's on the node."""
+    for container in [*pod.get("initContainers", []), *pod["containers"]]:
+        context = container["securityContext"]
+        if (name, container["name"]) in PRIVILEGED:
+            assert context["privileged"] is True
+            continue
+        assert (context["allowPrivilegeEscalation"], context["readOnlyRootFilesystem"]) == (False, True)
+        assert context["capabilities"]["drop"] == ["ALL"] and len(context["capabilities"].get("add", [])) <= 1
+        assert {**pod.get("securityContext", {}), **context}["seccompProfile"] == {"type": "RuntimeDefault"}
+
+
+@pytest.mark.parametrize("path, name, pod", PODS, ids=[name for _, name, _ in PODS])
+def test_only_the_agents_containers_see_where_the_key_is(path, name, pod):
+    key_dir = {row[0]: row[2] for row in agent.FLAGS}["--state-dir"]
+    paths = [volume["hostPath"]["path"] for volume in pod["volumes"] if "hostPath" in volume]
+    seen = [each for each in paths if os.path.commonpath([each, key_dir]) == each]
+    assert bool(seen) == (name in {owner for owner, _ in PRIVILEGED}), seen
 
 
 # ---- rights ---------------------------------------------------------------------------------------------------------------
@@ -144,8 +184,7 @@ def api():
     """A double with the rights and the policies of the manifests."""
     with ApiServer() as api:
         api.rbac = manifests.rights(AGENT_FILES[0], NODEIPAM_FILES[0])
-        for name, hook in policies.HOOKS.items():
-            api.add_policy(hook, name, name)
+        policies.install(api)
         for node in policies.nodes():
             api.create_node(node)
         yield api
@@ -179,6 +218,7 @@ def test_the_agent_needs_no_other_rights_and_uses_all_that_it_has(api, tmp_path)
 
 def test_nodeipam_needs_no_other_rights_and_uses_all_that_it_has(api, tmp_path):
     api.create_node("foreign")
+    api.put("leases", find(load(NODEIPAM_FILES[0]), "Lease"))
     config = api.kubeconfig(tmp_path / "kubeconfig", policies.NODEIPAM)
     argv = [sys.executable, str(ROOT / "nodeipam.py"), "--kubeconfig", config, "--cluster-cidr", "10.200.0.0/23"]
     with open(tmp_path / "log", "w+") as log:
