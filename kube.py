@@ -667,7 +667,7 @@ def serve_http(listen, pages):
     One thread serves all clients and waits for none of them. A client, whatever it does, costs a descriptor and some KB of memory, until
     PATIENCE_S are over or CLIENTS newer ones have come. What a new client has already sent is read before that can happen.
     """
-    listener, poll, clients = open_listener(listen), select.epoll(), {}  # clients: {descriptor: (until when, socket, talk())}, oldest first
+    listener, poll, clients = open_listener(listen), select.epoll(), {}  # clients: {descriptor: (until when, talk())}, oldest first
     poll.register(listener, select.EPOLLIN)
     while True:
         for descriptor, _ in poll.poll(1):
@@ -675,15 +675,12 @@ def serve_http(listen, pages):
                 if descriptor == listener.fileno():
                     client, address = listener.accept()
                     descriptor, exchange = client.fileno(), talk(client, address[0], pages)
-                    clients[descriptor] = (time.monotonic() + PATIENCE_S, client, exchange)
+                    clients[descriptor] = (time.monotonic() + PATIENCE_S, exchange)
                     poll.register(client, next(exchange))
                 else:
-                    poll.modify(descriptor, next(clients[descriptor][2]))
+                    poll.modify(descriptor, next(clients[descriptor][1]))
             except (OSError, StopIteration):  # the client is gone, or has its answer
-                if descriptor in clients:
-                    clients.pop(descriptor)[1].close()
-                else:
-                    time.sleep(0.1)  # this process has no descriptor left for a new client
+                clients.pop(descriptor, None)
         while clients and (len(clients) > CLIENTS or next(iter(clients.values()))[0] < time.monotonic()):
             clients.pop(next(iter(clients)))[1].close()
 
@@ -691,31 +688,34 @@ def serve_http(listen, pages):
 def open_listener(listen):
     for failures in itertools.count():
         try:
-            return socket.create_server(listen, family=socket.AF_INET6 if ":" in listen[0] else socket.AF_INET, backlog=128)
+            family, both = (socket.AF_INET6, socket.has_dualstack_ipv6()) if ":" in listen[0] else (socket.AF_INET, False)
+            return socket.create_server(listen, family=family, backlog=128, dualstack_ipv6=both)
         except OSError as error:
             if failures == 0:
-                log.error("cannot serve --listen %s port %d: %s; trying again every 5 s", *listen, error.strerror)
+                log.error("cannot serve --listen: %s; trying again every 5 s", error.strerror)
             time.sleep(5)
 
 
 def talk(client, address, pages):
-    """A coroutine that answers one request of a connection. It yields the event (see epoll) that it waits for. OSError."""
-    client.setblocking(False)
-    heard = b""
-    while b"\r\n\r\n" not in heard and len(heard) < LONGEST_REQUEST:
-        yield select.EPOLLIN
-        data = client.recv(LONGEST_REQUEST)
-        if not data:
-            return
-        heard += data
-    unsent = answer_request(heard, address, pages)
-    while unsent:
-        yield select.EPOLLOUT
-        unsent = unsent[client.send(unsent) :]
-    client.shutdown(socket.SHUT_WR)
-    while data:  # closing at once, with something unread, could take the answer away from the client
-        yield select.EPOLLIN
-        data = client.recv(LONGEST_REQUEST)
+    """A coroutine that answers one request and closes the connection, also when it is closed itself. It yields the event (see epoll) that
+    it waits for. OSError."""
+    with client:
+        client.setblocking(False)
+        heard = b""
+        while b"\r\n\r\n" not in heard and len(heard) < LONGEST_REQUEST:
+            yield select.EPOLLIN
+            data = client.recv(LONGEST_REQUEST)
+            if not data:
+                return
+            heard += data
+        unsent = answer_request(heard, address, pages)
+        while unsent:
+            yield select.EPOLLOUT
+            unsent = unsent[client.send(unsent) :]
+        client.shutdown(socket.SHUT_WR)
+        while data:  # closing at once, with something unread, could take the answer away from the client
+            yield select.EPOLLIN
+            data = client.recv(LONGEST_REQUEST)
 
 
 def answer_request(request, address, pages):

@@ -48,6 +48,7 @@ MANAGER = "mncni-nodeipam"  # our name in Events and in Nodes' managedFields
 USED = "mncni.dev/used"  # annotation of the Lease: the highest address that may be in use, of each cluster CIDR
 REUSE_S = 600  # how long a freed range is not reused
 LEASE_S, RENEW_S, RETRY_S = 15, 10, 2  # others wait this long for a leader; it writes this long after a renewal; pause between tries
+LONGEST_LEASE_S = 60  # what a Lease may say: a holder that is gone must not keep the others waiting
 POLL_S = 0.5  # how long the loop waits for news
 EVENTS = 20  # the most Kubernetes Events in one pass
 ADDRESSES = 4  # how many of a Node's addresses count: a kubelet may write any number into its Node
@@ -242,7 +243,7 @@ class Election:
                 self.look()
             spec = self.lease.get("spec") or {}
             vacant = self.lease and spec.get("holderIdentity") in (None, "", self.identity)
-            if vacant or self.leads(self.term) or self.clock() >= self.seen + (spec.get("leaseDurationSeconds") or LEASE_S):
+            if vacant or self.leads(self.term) or self.clock() >= self.seen + min(spec.get("leaseDurationSeconds") or LEASE_S, LONGEST_LEASE_S):
                 self.write(self.identity, LEASE_S)
         except ApiError as error:
             self.known = False
@@ -290,7 +291,7 @@ class Election:
         spec = {**old, "holderIdentity": holder, "leaseDurationSeconds": duration_s, "renewTime": now}
         if not self.ours:
             self.note = notes.get(USED) or self.note  # a Lease that was deleted and applied again has none
-            spec.update(acquireTime=now, leaseTransitions=(old.get("leaseTransitions") or 0) + 1)
+            spec.update(acquireTime=now, leaseTransitions=min((old.get("leaseTransitions") or 0) + 1, 2**31 - 1))
         lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "spec": spec}
         lease["metadata"] = {**meta, "annotations": {**notes, USED: self.note}}
         method, path = ("PUT", f"{self.path}/{self.name}") if self.lease else ("POST", self.path)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ def test_it_parses_and_no_object_is_there_twice(path):
     objects = load(path)
     assert objects
     if path.endswith("kustomization.yaml"):
-        assert objects[0]["kind"] == "Kustomization"
+        assert objects[0]["kind"] == ("Component" if "image" in path else "Kustomization")
         return
     names = [(each["apiVersion"], each["kind"], each["metadata"].get("namespace"), each["metadata"]["name"]) for each in objects]
     assert len(set(names)) == len(names)
@@ -68,6 +69,21 @@ def test_kubectl_understands_a_manifest_that_stands_alone(path):
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == len(load(path))
+
+
+@rendering
+def test_the_component_of_the_prebuilt_image_names_it_everywhere_and_makes_the_agents_root_read_only(tmp_path):
+    objects = manifests.render_prebuilt(tmp_path / "copy")
+    workloads = [each for each in objects if each["kind"] in ("DaemonSet", "Deployment")]
+    pods = [each["spec"]["template"]["spec"] for each in workloads]
+    containers = [each for pod in pods for each in [*pod.get("initContainers", []), *pod["containers"]]]
+    assert {each["image"] for each in containers} == {"registry.example/mncni:1"} and len(containers) == 3
+    assert all(each["securityContext"]["readOnlyRootFilesystem"] for each in containers)
+    ours, theirs = find(objects, "DaemonSet")["spec"]["template"]["spec"], manifests.prebuilt_agent()
+    for pod in (ours, theirs):
+        pod["containers"][0]["volumeMounts"].sort(key=lambda mount: mount["name"])
+    assert ours["containers"][0]["volumeMounts"] == theirs["containers"][0]["volumeMounts"]
+    assert {volume["name"] for volume in ours["volumes"]} == {volume["name"] for volume in theirs["volumes"]}
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------------
@@ -142,6 +158,26 @@ def test_the_probes_ask_where_the_programs_listen_and_none_of_them_kills():
         get = container["readinessProbe"]["httpGet"]
         assert (f"{get['host']}:{get['port']}", get["path"]) == (listen, "/readyz")
         assert not {"livenessProbe", "startupProbe"} & set(container), "whoever keeps the port busy could have it killed"
+
+
+def test_the_command_of_the_readme_puts_the_digest_into_every_place_that_names_the_image(tmp_path):
+    """With a stand-in for docker. The README's last line shows what has none."""
+    commands = re.search(r"((?: {4}.*\n)+)\nputs it into all manifests", (DEPLOY / "README.md").read_text()).group(1)
+    shutil.copytree(DEPLOY, tmp_path / "deploy", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "docker").write_text('#!/bin/sh\necho "$*" >>asked\necho sha256:$DIGEST\n')
+    (tmp_path / "docker").chmod(0o755)
+
+    def run(text, letter):
+        environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DIGEST": letter * 64}
+        return subprocess.run(["bash", "-c", text], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False).stdout
+
+    assert len(run(commands.splitlines()[-1], "").splitlines()) >= 9, "the check shows that there is none yet"
+    for letter in "ab":  # the second time it is another one
+        assert run(commands, letter) == ""
+        texts = [path.read_text() for path in (tmp_path / "deploy").rglob("*") if path.suffix == ".yaml" or path.name == "Dockerfile"]
+        images = re.findall(r"(?:image:|FROM) *(\S*python:\S*)", "".join(texts))
+        assert set(images) == {f"python:3-slim@sha256:{letter * 64}"} and len(images) >= 9
+    assert "buildx imagetools inspect python:3-slim" in (tmp_path / "asked").read_text()
 
 
 # ---- what containers may do -----------------------------------------------------------------------------------------------

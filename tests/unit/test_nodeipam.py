@@ -724,6 +724,18 @@ def test_a_standby_that_saw_the_lease_vanish_waits_for_the_leader_to_notice(worl
     assert second.election.leads(second.term) and not first.election.leads(first.term)
 
 
+def test_who_wrote_the_lease_and_is_gone_keeps_nobody_from_leading(world):
+    """Somebody with nodeipam's token, who is then shut out: a holder for 68 years, and a count that the API server lets nobody raise."""
+    spec = {"holderIdentity": "x", "leaseDurationSeconds": 2**31 - 1, "leaseTransitions": 2**31 - 1}
+    world.lease = {"metadata": {"name": "mncni-nodeipam", "resourceVersion": world.stamp()}, "spec": spec}
+    ipam = world.start("a")
+    world.run(nodeipam.LONGEST_LEASE_S - 1, ipam)
+    assert not ipam.election.leads(ipam.term), "it was kept"
+    world.run(RETRY_S + 2, ipam)
+    assert ipam.election.leads(ipam.term)
+    assert (world.lease["spec"]["leaseTransitions"], world.lease["spec"]["leaseDurationSeconds"]) == (2**31 - 1, nodeipam.LEASE_S)
+
+
 def test_a_renewal_counts_from_when_it_was_sent(world):
     ipam = leading(world)
 
