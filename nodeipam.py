@@ -243,7 +243,8 @@ class Election:
                 self.look()
             spec = self.lease.get("spec") or {}
             vacant = self.lease and spec.get("holderIdentity") in (None, "", self.identity)
-            if vacant or self.leads(self.term) or self.clock() >= self.seen + min(spec.get("leaseDurationSeconds") or LEASE_S, LONGEST_LEASE_S):
+            lasts_s = min(spec.get("leaseDurationSeconds") or LEASE_S, LONGEST_LEASE_S)
+            if vacant or self.leads(self.term) or self.clock() >= self.seen + lasts_s:
                 self.write(self.identity, LEASE_S)
         except ApiError as error:
             self.known = False
