@@ -266,10 +266,11 @@ class Store:
     whether records() may differ from the last time. The methods below are what only a cluster can do; these are their defaults.
     """
 
-    RECORD_LIMIT = 65536  # bytes; a record has some 300
     trouble = ""  # why records() may be out of date
     service_cidrs = None  # networks of Services as the cluster has them, as text; None: unknown
-    guard = None  # whether the cluster stops a node from writing another node's record; None: unknown
+    guard = None  # whether the cluster refuses wrong records, and another node's; None: unknown
+    unguarded = ()  # what it does not refuse, as texts
+    RECORD_LIMIT = 65536  # bytes; a record has some 300
 
     def start(self):
         """Start the threads that follow the store."""
@@ -368,6 +369,8 @@ class KubernetesStore(Store):
     """
 
     EVENT_PAUSE_S = 5  # between two Kubernetes Events; at most 20 wait
+    GUARD_S = 3600  # how often the admission policies are tested
+    POLICY_LIMIT = 4096  # characters of a record, in deploy/naivewg/policy.yaml
 
     def __init__(self, api, node_name, wake=lambda: None):
         self.api, self.node_name, self.wake = api, node_name, wake
@@ -380,6 +383,7 @@ class KubernetesStore(Store):
         self.record, self.condition = None, None  # what this Node is to say; condition: (status, reason, message)
         self.notes = collections.deque(maxlen=20)  # (node name, reason, message) of Events to send
         self.said = ""  # why the network is not up, as the last Event said it
+        self.test_at = 0  # when to test the admission policies again
         self.looking = None  # of look_again: True: asked for, False: done
 
     def start(self):
@@ -500,8 +504,8 @@ class KubernetesStore(Store):
     def _is_whole(self):
         """Whether to read whole Nodes, see the class. This is asked before each list of all Nodes."""
         self._look_services()
-        if self.guard is None:
-            self.guard = self._test_guard()
+        if self.guard is None or time.monotonic() >= self.test_at:
+            self._test_guard()
         return not self.guard
 
     def _look_services(self):
@@ -514,20 +518,35 @@ class KubernetesStore(Store):
             self._announce(changed)
 
     def _test_guard(self):
-        """Whether an admission policy refuses a change of another node's record; None if that cannot be tested. The test is a dry run of
-        a harmless change: one more space at the end of the record."""
+        """Try, by dry runs, what the admission policies must refuse: a change of another node's record, a wrong record of our own, and a
+        long one. Sets guard (whether all are refused; as it was if that cannot be told) and unguarded (what is not)."""
+        own = (self.own or {}).get("record") or ""
         try:
             items = self.api.request("GET", NODES, params={"limit": 2}, accept=kube.METADATA_LIST)
             with api_errors("read", NODES):
                 nodes = dict(map(self._parse_node, items["items"]))
-            others = [name for name in nodes if name != self.node_name]
-            if not others:
-                return None
-            body = {"metadata": {"annotations": {RECORD: (nodes[others[0]].text or "") + " "}}}
-            self.api.request("PATCH", f"{NODES}/{others[0]}", body, {"dryRun": "All"}, kube.MERGE_PATCH)
-            return False
+            other = next(name for name in nodes if name != self.node_name)
+            tries = {
+                "any node can write another's record": (other, (nodes[other].text or "") + " "),
+                "a node's record can claim the pods of others": (self.node_name, " "),
+                "a node's record can have any length": (self.node_name, own + " " * self.POLICY_LIMIT),
+            }
+            unguarded = [what for what, attempt in tries.items() if not self._is_refused(*attempt)]
+        except (StopIteration, ApiError):  # there is no other node, or no answer
+            return
+        for what in set(unguarded) - set(self.unguarded):
+            log.error("an admission policy or its binding is missing, see deploy/naivewg/policy.yaml: %s", what)
+        self.guard, self.unguarded, self.test_at = not unguarded, unguarded, time.monotonic() + self.GUARD_S
+
+    def _is_refused(self, name, text):
+        """Whether a dry run of writing a node's record is refused. ApiError if there is no answer to that."""
+        try:
+            self.api.request("PATCH", f"{NODES}/{name}", {"metadata": {"annotations": {RECORD: text}}}, {"dryRun": "All"}, kube.MERGE_PATCH)
         except ApiError as error:
-            return True if error.status in (403, 422) else None
+            if error.status not in (403, 422):
+                raise
+            return True
+        return False
 
     def _write(self):
         """Thread: write this Node when what it is to say differs from what it says, read the list that look_again asks for, send Events."""
@@ -1949,7 +1968,7 @@ class Agent:
         self.tried, self.next_try, self.plugin_trouble = None, 0, ""  # see check_plugin
         self.counts, self.beat = kube.Counts(), clock()  # beat: when the loop last came round
         self.next_pass = self.next_glance = 0
-        self.news, self.debt_s = False, 0.0  # debt_s: what passes for news have cost, less what time has paid off, see NEWS_S
+        self.news, self.debt_s, self.ticked = False, 0.0, clock()  # debt_s: what passes for news have cost, less what time has paid off, see NEWS_S
         self.remade = {}  # {node name: a time of clock, when its peer was made anew}
         self.wall_offset = os.path.getmtime(self.state_path) - uptime() if os.path.exists(self.state_path) else 0
 
@@ -1957,7 +1976,7 @@ class Agent:
         """One turn of the loop: look at the store, and make a pass if something has happened or it is time. Returns whether the network
         is up."""
         begin = self.clock()
-        self.debt_s, self.beat = max(0, self.debt_s - NEWS_SHARE * (begin - self.beat)), begin
+        self.debt_s, self.ticked = max(0, self.debt_s - NEWS_SHARE * (begin - self.ticked)), begin
         self.news = self.is_set_back() or self.store.changed() or self.news
         look = event or bool(self.reason) or begin >= self.next_pass or (not self.news and self.is_tunnel_changed())
         due = (self.news and self.debt_s < NEWS_S) or (self.doubt_until is not None and begin >= self.doubt_until)
@@ -2219,7 +2238,7 @@ class Agent:
             "ok": not self.reason,
             "reason": self.reason,
             "store": self.store_trouble,
-            **({} if self.store.identity() is None else {"admission_guard": self.store.guard}),
+            **({} if self.store.identity() is None else {"admission_guard": self.store.guard, "unguarded": list(self.store.unguarded)}),
             "pid": os.getpid(),
             "publicKey": context.public_key,
             "podCIDRs": [str(cidr) for cidr in settings.pod_cidrs],
@@ -2241,24 +2260,24 @@ def run_agent(settings, environ):
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)
-    stopping = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stopping.append(number))
     run = mncni.make_run(environ, trace=lambda command: log.debug("%s", command.explained("+ ")))
     if shutil.which("setpriv", path=mncni.search_path(os.environ)) is None:
         raise mncni.missing_tool("setpriv")
     store = make_store(settings, environ, run, lambda: wake(writer))
     store.start()
     agent, monitors, event = Agent(settings, store, run), Monitors(settings.netns), False
-    start_thread(kube.serve_http, settings.listen, kube.pages(agent, look_figures, METRICS))
-    while not stopping:
+
+    def turn():
+        nonlocal event
         agent.tick(event)
         for daemon in agent.context.daemons:
             daemon.poll()  # reaps a wireguard-go that has ended
         changed = monitors.tend()
         event = monitors.wait(reader, 0 if changed else POLL_S) or changed
-        if event and not stopping:
+        if event:
             select.select([reader], [], [], EVENT_S)
+
+    kube.run_loop(agent, turn, settings.listen, look_figures, METRICS)
     monitors.stop()
     log.info("stopping; the network stays as it is")
 
@@ -2342,8 +2361,9 @@ def format_status(status, now):
     if status.get("store"):
         lines.append(f"node store: {status['store']}")
     if "admission_guard" in status:
-        words = {True: "refuses that one node writes another's record", False: "MISSING: any node can write another's record"}
-        lines.append(f"admission policy: {words.get(status['admission_guard'], 'unknown')}")
+        missing = f"MISSING: {'; '.join(status.get('unguarded') or ['any node can write any record'])}"
+        words = {True: "refuses wrong records, and those of other nodes", False: missing}
+        lines.append(f"admission policies: {words.get(status['admission_guard'], 'unknown')}")
     if status.get("podCIDRs"):
         endpoints = ", ".join(status["endpoints"])
         lines.append(f"pods {', '.join(status['podCIDRs'])}, MTU {status['mtu']}, endpoint {endpoints}, key {status['publicKey']}")
@@ -2366,7 +2386,7 @@ def format_status(status, now):
 
 METRICS = {  # name: (type, help)
     "mncni_network_up": ("gauge", "Whether this node's pod network is up."),
-    "mncni_admission_guard": ("gauge", "Whether the cluster refuses that one node writes another's record."),
+    "mncni_admission_guard": ("gauge", "Whether the cluster refuses wrong records, and that one node writes another's."),
     "mncni_store_trouble": ("gauge", "Whether something is wrong with the node store; the last good list of nodes is in use then."),
     "mncni_peers": ("gauge", "Other nodes whose record is believed."),
     "mncni_quarantined_nodes": ("gauge", "Nodes whose record is not believed."),

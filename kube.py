@@ -18,13 +18,16 @@ import base64
 import bisect
 import collections
 import contextlib
+import faulthandler
 import functools
 import ipaddress
 import itertools
 import json
 import logging
 import os
+import select
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -43,6 +46,7 @@ JSON, MERGE_PATCH, STRATEGIC_PATCH = "application/json", "application/merge-patc
 METADATA_LIST, METADATA = (f"{JSON};as=PartialObjectMetadata{kind};g=meta.k8s.io;v=v1" for kind in ("List", ""))
 LONGEST_WISH_S = 300  # upper bound for Retry-After: a server that errs must not silence a node for good
 STUCK_S = 120  # a program whose loop has not come round for this long hangs: each command it runs has 30 s
+CLIENTS, PATIENCE_S, LONGEST_REQUEST = 64, 10, 8192  # of serve_http: connections at a time, time for each, bytes of a request
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -554,6 +558,22 @@ def start_thread(act, *arguments, **options):
     threading.Thread(target=act, args=arguments, kwargs=options, daemon=True).start()
 
 
+def run_loop(loop, turn, listen, look_figures, metrics):
+    """Call turn() until SIGTERM or SIGINT, and serve the pages of the loop meanwhile, see pages().
+
+    If turn() hangs, the process ends and logs where each thread was. A liveness probe could do that, too, but whoever keeps the HTTP
+    server busy could have kubelet kill a program that is well."""
+    stopping = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stopping.append(number))
+    start_thread(serve_http, listen, pages(loop, look_figures, metrics))
+    while not stopping:
+        loop.beat = loop.clock()
+        faulthandler.dump_traceback_later(2 * STUCK_S, exit=True)
+        turn()
+    faulthandler.cancel_dump_traceback_later()
+
+
 def uptime():
     """Seconds since the kernel started, including sleep. Unlike the time of day, nobody sets it."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -595,8 +615,9 @@ def pages(loop, look_figures, metrics):
     """{path: function that returns (HTTP status, text)} of a program.
 
     loop: has clock(), beat (when the loop last came round) and reason (why the program is not ready, or ""). look_figures(loop),
-    metrics: see format_metrics.
+    metrics: see format_metrics. Figures are looked up at most once a second, because that may start processes.
     """
+    looked = [float("-inf"), ""]
 
     def healthz():
         silent_s = loop.clock() - loop.beat
@@ -605,7 +626,12 @@ def pages(loop, look_figures, metrics):
     def readyz():
         return (503, loop.reason + "\n") if loop.reason else (200, "ok\n")
 
-    return {"/healthz": healthz, "/readyz": readyz, "/metrics": lambda: (200, format_metrics(look_figures(loop), metrics))}
+    def figures():
+        if uptime() >= looked[0] + 1:
+            looked[:] = uptime(), format_metrics(look_figures(loop), metrics)
+        return 200, looked[1]
+
+    return {"/healthz": healthz, "/readyz": readyz, "/metrics": figures}
 
 
 def format_metrics(figures, metrics):
@@ -635,35 +661,70 @@ def http_page(pages, target, client):
 
 
 def serve_http(listen, pages):
-    """Serve GET of the pages until the process ends. A port that is in use is tried again: the network matters more than its figures."""
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer  # +30 ms, after the start
+    """Serve GET of the pages until the process ends, see start_thread. A port that is in use is tried again: the network matters more than
+    its figures.
 
-    class Handler(BaseHTTPRequestHandler):
-        timeout = 10  # of a client that sends nothing
-
-        def do_GET(self):
+    One thread serves all clients and waits for none of them. A client, whatever it does, costs a descriptor and some KB of memory, until
+    PATIENCE_S are over or CLIENTS newer ones have come. What a new client has already sent is read before that can happen.
+    """
+    listener, poll, clients = open_listener(listen), select.epoll(), {}  # clients: {descriptor: (until when, talk())}, oldest first
+    poll.register(listener, select.EPOLLIN)
+    while True:
+        for descriptor, _ in poll.poll(1):
             try:
-                code, text = http_page(pages, self.path, self.client_address[0])
-            except Exception as error:
-                log.exception(DEFECT)
-                code, text = 500, f"{type(error).__name__}: {error}\n"
-            with contextlib.suppress(OSError):  # the client is gone
-                self.send_response(code)
-                self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-                self.send_header("Content-Length", str(len(text.encode())))
-                self.end_headers()
-                self.wfile.write(text.encode())
+                if descriptor == listener.fileno():
+                    client, address = listener.accept()
+                    descriptor, exchange = client.fileno(), talk(client, address[0], pages)
+                    clients[descriptor] = (time.monotonic() + PATIENCE_S, exchange)
+                    poll.register(client, next(exchange))
+                else:
+                    poll.modify(descriptor, next(clients[descriptor][1]))
+            except (OSError, StopIteration):  # the client is gone, or has its answer
+                clients.pop(descriptor, None)
+        while clients and (len(clients) > CLIENTS or next(iter(clients.values()))[0] < time.monotonic()):
+            clients.pop(next(iter(clients)))[1].close()
 
-        def log_message(self, *words):
-            """Log nothing: kubelet probes every few seconds."""
 
-    class Server(ThreadingHTTPServer):
-        address_family = socket.AF_INET6 if ":" in listen[0] else socket.AF_INET
-
+def open_listener(listen):
     for failures in itertools.count():
         try:
-            return Server(listen, Handler).serve_forever()
+            family, both = (socket.AF_INET6, socket.has_dualstack_ipv6()) if ":" in listen[0] else (socket.AF_INET, False)
+            return socket.create_server(listen, family=family, backlog=128, dualstack_ipv6=both)
         except OSError as error:
             if failures == 0:
-                log.error("cannot serve --listen %s port %d: %s; trying again every 5 s", *listen, error.strerror)
+                log.error("cannot serve --listen: %s; trying again every 5 s", error.strerror)
             time.sleep(5)
+
+
+def talk(client, address, pages):
+    """A coroutine that answers one request and closes the connection, also when it is closed itself. It yields the event (see epoll) that
+    it waits for. OSError."""
+    with client:
+        client.setblocking(False)
+        heard = b""
+        while b"\r\n\r\n" not in heard and len(heard) < LONGEST_REQUEST:
+            yield select.EPOLLIN
+            data = client.recv(LONGEST_REQUEST)
+            if not data:
+                return
+            heard += data
+        unsent = answer_request(heard, address, pages)
+        while unsent:
+            yield select.EPOLLOUT
+            unsent = unsent[client.send(unsent) :]
+        client.shutdown(socket.SHUT_WR)
+        while data:  # closing at once, with something unread, could take the answer away from the client
+            yield select.EPOLLIN
+            data = client.recv(LONGEST_REQUEST)
+
+
+def answer_request(request, address, pages):
+    """The bytes of the answer to an HTTP request."""
+    method, target, *_ = [*request.partition(b"\r\n")[0].decode("latin-1").split(), "", ""]
+    try:
+        code, text = http_page(pages, target, address) if method == "GET" else (501, "there is only GET\n")
+    except Exception as error:
+        log.exception(DEFECT)
+        code, text = 500, f"{type(error).__name__}: {error}\n"
+    head, body = f"HTTP/1.1 {code} \r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n", text.encode()
+    return f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body

@@ -15,6 +15,9 @@ No two nodes may get the same range, even if a replica is paused or cut off at t
 - A freed range is not reused for REUSE_S, because packets to its old node may be on their way. The note in the Lease covers the ranges
   that were freed under the previous leader, too.
 
+Pod CIDRs that somebody else set are judged by their value. Inside the pools and without overlap they are taken as if nodeipam had given
+them. All others are the trouble of that Node alone, which an Event names.
+
 Reading order: settings, claims and allocation (pure), the Lease, the allocator, main.
 """
 
@@ -25,7 +28,6 @@ import contextlib
 import logging
 import os
 import queue
-import signal
 import socket
 import sys
 import threading
@@ -42,13 +44,15 @@ from kube import NODES, ApiError, api_errors, find_overlap, listen_address, netw
 log = logging.getLogger("mncni-nodeipam")
 
 OK, FAILED, USAGE = 0, 1, 2
-MANAGER = "mncni-nodeipam"  # our name in managedFields and Events
+MANAGER = "mncni-nodeipam"  # our name in Events and in Nodes' managedFields
 USED = "mncni.dev/used"  # annotation of the Lease: the highest address that may be in use, of each cluster CIDR
 REUSE_S = 600  # how long a freed range is not reused
 LEASE_S, RENEW_S, RETRY_S = 15, 10, 2  # others wait this long for a leader; it writes this long after a renewal; pause between tries
+LONGEST_LEASE_S = 60  # what a Lease may say: a holder that is gone must not keep the others waiting
 POLL_S = 0.5  # how long the loop waits for news
 EVENTS = 20  # the most Kubernetes Events in one pass
-FOREIGN = "no node gets a pod CIDR until the other allocator is stopped and this Node deleted; its kubelet registers it anew at its start"
+ADDRESSES = 4  # how many of a Node's addresses count: a kubelet may write any number into its Node
+WAY_OUT = "delete this Node, its kubelet registers it anew at its start; stop any other allocator of pod CIDRs before"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,7 +107,7 @@ def cidrs_of(pools):
 # ---------------------------------------------------------------------------------------------------------------------
 
 # What the allocator knows of a Node. Claims sort by age, oldest first. version: the resourceVersion, "" once the Node has pod CIDRs.
-# cidrs: networks. fault: why its pod CIDRs are not of our making, or "". addresses: its own, on the underlay.
+# cidrs: networks. fault: why its pod CIDRs are of no use, or "". addresses: its own, on the underlay.
 Claim = collections.namedtuple("Claim", "created name uid version cidrs fault addresses", defaults=[()])
 
 
@@ -112,35 +116,39 @@ def parse_claim(item):
     with api_errors("read", NODES):
         meta, spec = item["metadata"], item.get("spec") or {}
         texts = spec.get("podCIDRs") or ([spec["podCIDR"]] if spec.get("podCIDR") else [])
-        entries = [(entry.get("manager"), (entry.get("fieldsV1") or {}).get("f:spec") or {}) for entry in meta.get("managedFields") or []]
-        others = [manager for manager, fields in entries if manager != MANAGER and {"f:podCIDR", "f:podCIDRs"} & set(fields)]
-        fault = f"its pod CIDR was set by {shown(others[0])}, not by {MANAGER}" if texts and others else ""
+        cidrs, fault = (), ""
         try:
-            cidrs = kube.parse_cidrs(texts)
+            cidrs = kube.parse_cidrs(texts[:3])
+            if len({cidr.version for cidr in cidrs}) < len(cidrs):
+                raise ValueError("more than one of a family")
         except ValueError as error:
-            cidrs, fault = (), f"its pod CIDR is no network: {error}"
+            cidrs, fault = (), f"its pod CIDRs are of no use: {error}"
         if not mncni.is_identifier(meta["name"]):
             raise ValueError(f"a node named {shown(meta['name'])}")
         created, uid, version = text_in(meta, "creationTimestamp", False), text_in(meta, "uid"), text_in(meta, "resourceVersion")
-        addresses = tuple(parse_addresses(kube.internal_ips(item)))
+        addresses = tuple(parse_addresses(kube.internal_ips(item)[:ADDRESSES]))
         return Claim(created or "", meta["name"], uid, "" if texts else version, cidrs, fault, addresses)
 
 
 def plan_allocations(claims, pools, given, freed, now):
-    """({claim: CIDRs to give}, {claim: why it gets none}, [span in use after that]). If another allocator has set any node's CIDR, or
-    a node's address is inside the pools, nobody gets anything.
+    """({claim: CIDRs to give}, {claim: why it gets none, or what is wrong with those it has}, [span in use after that]).
 
-    pools: {family: (prefix length, cluster CIDRs)}. given: {uid: CIDRs} that nodes have, or were sent by a write of unknown outcome.
-    freed: {span: when it may be reused}.
+    pools: {family: (prefix length, cluster CIDRs)}. given: {uid: CIDRs} that nodes have, or were sent by a write of unknown outcome,
+    in the order in which they became known. freed: {span: when it may be reused}.
     """
-    refused, held = find_foreign(claims, pools)
-    inside = find_inside(claims, pools)
-    refused.update({claim: inside for claim in claims if inside and not claim.cidrs})
-    taken = [span_of(cidr) for cidrs in given.values() for cidr in cidrs] + [span for span, until in freed.items() if until > now]
-    sources = [free_ranges(cidrs, mask, sorted(taken)) for mask, cidrs in pools.values()]
-    writes, waiting = {}, [] if refused else sorted(claim for claim in claims if not claim.cidrs)
-    for claim in waiting:
-        cidrs = given.get(claim.uid, ())
+    refused, held = find_foreign(claims, pools, given)
+    foreign, writes, cluster = {claim.uid for claim in refused}, {}, cidrs_of(pools)
+    # Of a node in trouble, what is larger than a node's share is not kept for it, so that it cannot lock the others out.
+    spans = [(uid, cidr.prefixlen, span_of(cidr)) for uid, cidrs in given.items() for cidr in cidrs]
+    taken = [span for uid, length, span in spans if uid not in foreign or length >= pools.get(span[0], (0,))[0]]
+    taken += [span for span, until in freed.items() if until > now]
+    addresses = [(each.version, int(each), int(each)) for claim in claims for each in claim.addresses]
+    sources = [free_ranges(cidrs, mask, sorted(taken + addresses)) for mask, cidrs in pools.values()]
+    for claim in sorted(claim for claim in claims if not claim.cidrs and claim not in refused):
+        cidrs, inside = given.get(claim.uid, ()), kube.address_trouble("its address", claim.addresses, cluster)
+        if inside:
+            refused[claim] = inside
+            continue
         if not cidrs or any(find_overlap(held, span_of(cidr)) for cidr in cidrs):
             cidrs = tuple(next(source, None) for source in sources)
         if None in cidrs:
@@ -153,16 +161,11 @@ def plan_allocations(claims, pools, given, freed, now):
     return writes, refused, taken
 
 
-def find_inside(claims, pools):
-    """Why no node gets anything: a node's address is inside the pools, so that the agents refuse them; "" if that is not so."""
-    cidrs = cidrs_of(pools)
-    return next(filter(None, (kube.address_trouble(f"node {each.name}'s address", each.addresses, cidrs) for each in sorted(claims))), "")
-
-
-def find_foreign(claims, pools):
-    """({claim: reason} of the nodes whose CIDRs another allocator must have set, sorted [(*span, name)] of all other CIDRs)."""
-    foreign, held = {}, []
-    for claim in sorted(claims):
+def find_foreign(claims, pools, given):
+    """({claim: what is wrong with its CIDRs}, sorted [(*span, name)] of all other CIDRs). Of two nodes whose CIDRs overlap, the one that
+    became known first keeps them, and the older one if both are new; given: see plan_allocations."""
+    foreign, held, places = {}, [], {uid: place for place, uid in enumerate(given)}
+    for claim in sorted(claims, key=lambda claim: (places.get(claim.uid, len(places)), claim)):
         fault = claim.fault
         for cidr in claim.cidrs:
             owner = find_overlap(held, span_of(cidr))
@@ -170,10 +173,11 @@ def find_foreign(claims, pools):
                 fault = f"its pod CIDR {cidr} is outside --cluster-cidr"
             elif owner:
                 fault = f"its pod CIDR {cidr} overlaps that of node {owner}"
-            else:
-                bisect.insort(held, (*span_of(cidr), claim.name))
         if fault:
             foreign[claim] = fault
+        else:
+            for cidr in claim.cidrs:
+                bisect.insort(held, (*span_of(cidr), claim.name))
     return foreign, held
 
 
@@ -239,12 +243,14 @@ class Election:
                 self.look()
             spec = self.lease.get("spec") or {}
             vacant = self.lease and spec.get("holderIdentity") in (None, "", self.identity)
-            if vacant or self.leads(self.term) or self.clock() >= self.seen + (spec.get("leaseDurationSeconds") or LEASE_S):
+            lasts_s = min(spec.get("leaseDurationSeconds") or LEASE_S, LONGEST_LEASE_S)
+            if vacant or self.leads(self.term) or self.clock() >= self.seen + lasts_s:
                 self.write(self.identity, LEASE_S)
         except ApiError as error:
             self.known = False
             if error.status != 409:  # 409: another replica was faster
-                trouble = f"cannot get or keep the lease {self.name}, without which nothing is written: {error}"
+                missing = "; if it is not there, apply deploy/nodeipam/account.yaml again" if error.status == 403 else ""
+                trouble = f"cannot get or keep the lease {self.name}, without which nothing is written: {error}{missing}"
         if trouble and trouble != self.trouble:
             log.warning("%s", trouble)
         self.trouble = trouble
@@ -285,8 +291,8 @@ class Election:
         notes, now = meta.get("annotations") or {}, datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         spec = {**old, "holderIdentity": holder, "leaseDurationSeconds": duration_s, "renewTime": now}
         if not self.ours:
-            self.note = notes.get(USED) or ""
-            spec.update(acquireTime=now, leaseTransitions=(old.get("leaseTransitions") or 0) + 1)
+            self.note = notes.get(USED) or self.note  # a Lease that was deleted and applied again has none
+            spec.update(acquireTime=now, leaseTransitions=min((old.get("leaseTransitions") or 0) + 1, 2**31 - 1))
         lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "spec": spec}
         lease["metadata"] = {**meta, "annotations": {**notes, USED: self.note}}
         method, path = ("PUT", f"{self.path}/{self.name}") if self.lease else ("POST", self.path)
@@ -318,7 +324,7 @@ class Election:
 
 METRICS = {  # name: (type, help)
     "mncni_nodeipam_leader": ("gauge", "Whether this replica leads."),
-    "mncni_nodeipam_nodes": ("gauge", "Nodes by state: all; waiting for a range; foreign: with a range that another allocator set."),
+    "mncni_nodeipam_nodes": ("gauge", "Nodes by state: all; waiting for a range; foreign: with one outside the pools or of another node."),
     "mncni_nodeipam_ranges_given_total": ("counter", "Nodes that were given their ranges."),
     "mncni_nodeipam_write_failures_total": ("counter", "Writes that failed, by cause: conflict or other."),
     "mncni_nodeipam_terms_total": ("counter", "How often this replica began to lead."),
@@ -370,7 +376,7 @@ class NodeIpam:
         """Take in a change of one Node, or (LIST) all Nodes."""
         if self.claims is None:
             self.claims, self.freed = {}, parse_used(self.election.note, self.pools, self.clock() + REUSE_S)
-        there = {} if kind == "DELETED" else {claim.uid: claim for claim in claims}
+        there = {} if kind == "DELETED" else {claim.uid: claim for claim in sorted(claims)}
         for uid in set(self.claims) | set(self.given) if kind == "LIST" else {claim.uid for claim in claims}:
             if uid not in there:
                 self.claims.pop(uid, None)
@@ -397,6 +403,7 @@ class NodeIpam:
         foreign = sum(bool(claim.cidrs or claim.fault) for claim in refused)
         for state, nodes in (("all", len(self.claims)), ("foreign", foreign), ("waiting", len(refused) - foreign)):
             self.counts.set("mncni_nodeipam_nodes", nodes, state=state)
+        self.given.update({claim.uid: self.given.pop(claim.uid) for claim in refused if claim.uid in self.given})  # to the end, see there
         self.next_pass = now + RETRY_S if writes or refused else float("inf")
         self.say(refused)
         self.election.note = format_used(self.pools, taken)
@@ -430,7 +437,7 @@ class NodeIpam:
         """Log, and send as Events, why nodes get no range or have a foreign one: each reason once, at most EVENTS in one pass."""
         self.told = {claim.uid: reason for claim, reason in refused.items() if self.told.get(claim.uid) == reason}
         for claim in [claim for claim in refused if claim.uid not in self.told][:EVENTS]:
-            what, more = ("ForeignPodCIDR", f"; {FOREIGN}") if claim.cidrs or claim.fault else ("CIDRNotAvailable", "")
+            what, more = ("ForeignPodCIDR", f"; {WAY_OUT}") if claim.cidrs or claim.fault else ("CIDRNotAvailable", "")
             self.told[claim.uid], message = refused[claim], refused[claim] + more
             log.error("node %s: %s", claim.name, message)
             self.election.tick()
@@ -451,20 +458,15 @@ def look_figures(ipam):
 def run_nodeipam(options, pools, environ):
     """Give out ranges until SIGTERM or SIGINT. CNIError 7 without a cluster."""
     patient = kube.open_api(options.kubeconfig, environ, mncni.make_run(environ), MANAGER, cidrs_of(pools))
-    quick, stopping = kube.Api(patient.access, MANAGER), []
+    quick = kube.Api(patient.access, MANAGER)
     quick.READ_S = RENEW_S / 2  # a request that takes longer must not cost us the Lease
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stopping.append(number))
 
     def follow(put, stopping):
         kube.start_thread(kube.follow_nodes, patient, parse_claim, put, ipam.tell, stopping)
 
     election = Election(quick, options.lease, f"{socket.gethostname()}_{uuid.uuid4()}", kube.uptime)
     ipam = NodeIpam(quick, pools, election, kube.uptime, follow)
-    kube.start_thread(kube.serve_http, options.listen_nodeipam, kube.pages(ipam, look_figures, METRICS))
-    while not stopping:
-        ipam.beat = kube.uptime()
-        ipam.tick(POLL_S)
+    kube.run_loop(ipam, lambda: ipam.tick(POLL_S), options.listen_nodeipam, look_figures, METRICS)
     election.release()
     log.info("stopping; nodes keep the pod CIDRs that they have")
 

@@ -66,6 +66,8 @@ def write_files(directory, pod):
     for volume in pod["volumes"]:
         sources = volume.get("projected", {}).get("sources", []) + ([volume] if "configMap" in volume else [])
         names = [source["configMap"]["name"] for source in sources]
+        if "emptyDir" in volume:
+            (directory / volume["name"]).mkdir(exist_ok=True)
         files = {name: text for each in names for name, text in manifests.config_files(each).items()}
         data = directory / volume["name"] / "..2025_01_01"
         data.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Reads the manifests of deploy/ for tests. YAML is read by PyYAML of the distribution's python3, rendering is kubectl's."""
 
+import copy
 import fnmatch
 import functools
 import json
@@ -69,6 +70,25 @@ def render(folder="."):
     done = subprocess.run([kubectl(), "kustomize", str(ROOT / folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return parse(done.stdout)
+
+
+def render_prebuilt(directory):
+    """The objects of the kustomization with the component that its comment names, made in a copy."""
+    shutil.copytree(ROOT, directory, ignore=shutil.ignore_patterns(".*", "tests", "__pycache__"))
+    path = directory / "kustomization.yaml"
+    path.write_text(path.read_text().replace("# components:\n#   - deploy/image", "components:\n  - deploy/image"))
+    return render(str(directory))
+
+
+def prebuilt_agent():
+    """The agent's pod as the component of the prebuilt image changes it; without kubectl, and with names that have no hash."""
+    pod = copy.deepcopy(load("deploy/naivewg/daemonset.yaml")[0]["spec"]["template"]["spec"])
+    patch = parse(load("deploy/image/kustomization.yaml")[0]["patches"][0]["patch"])[0]["spec"]["template"]["spec"]
+    container, more = pod["containers"][0], patch["containers"][0]
+    container["securityContext"].update(more["securityContext"])
+    container["volumeMounts"] += more["volumeMounts"]
+    pod["volumes"] += patch["volumes"]
+    return pod
 
 
 def applied_size(item):

@@ -36,7 +36,11 @@ def agent_policy(user, operation, old, new):
         return "the agent may not change the spec"
     if without_ours(old.get("status", {})) != without_ours(new.get("status", {})):
         return "the agent may change nothing of the status but the condition NetworkUnavailable"
-    return None
+    ours = [row for row in new.get("status", {}).get("conditions", []) if row["type"] == "NetworkUnavailable"]
+    if len(ours) > 1 or any(len(row.get(key, "")) > limit for row in ours for key, limit in (("reason", 128), ("message", 1024))):
+        return "the condition NetworkUnavailable is there once, and short"
+    managers = [len(node["metadata"].get("managedFields", [])) for node in (old, new)]
+    return "the agent may add no managers of fields" if managers[1] > max(32, managers[0]) else None
 
 
 def record_policy(_user, operation, old, new):
@@ -45,7 +49,9 @@ def record_policy(_user, operation, old, new):
         return None
     cidrs = new["spec"].get("podCIDRs", [])
     beginning = json.dumps({"v": 1, "podCIDRs": cidrs, "uid": new["metadata"]["uid"]}, separators=(",", ":"))[:-1]
-    return None if cidrs and record.startswith(beginning) else "the annotation must begin with the Node's own podCIDRs and uid"
+    if not cidrs or not record.startswith(beginning):
+        return "the annotation must begin with the Node's own podCIDRs and uid"
+    return "the annotation has at most 4096 characters" if len(record) > 4096 else None
 
 
 def nodeipam_policy(user, operation, old, new):
@@ -61,10 +67,48 @@ def nodeipam_policy(user, operation, old, new):
         return "nodeipam may change nothing of the spec but podCIDR and podCIDRs"
     if pod_cidrs(old) != (None, None) and pod_cidrs(old) != pod_cidrs(new):
         return "nodeipam gives pod CIDRs only to Nodes that have none"
-    return None
+    return "a Node has one pod CIDR of each family" if len(new["spec"].get("podCIDRs", [])) > 2 else None
 
 
-HOOKS = {"mncni-agent": agent_policy, "mncni-record": record_policy, "mncni-nodeipam": nodeipam_policy}
+def pod_cidrs_policy(user, operation, old, new):
+    if not user["username"].startswith("system:node:") or operation == "DELETE":
+        return None
+    before = (None, None) if operation == "CREATE" else pod_cidrs(old)
+    return "a kubelet does not set the pod CIDRs of its Node" if pod_cidrs(new) != before else None
+
+
+def event_policy(account, component):
+    def hook(user, _operation, _old, new):
+        if user["username"] != account:
+            return None
+        host = [component == NODEIPAM_NAME or new.get("source", {}).get("host") or ""]
+        if new.get("involvedObject", {}).get("kind") != "Node" or new.get("source", {}).get("component") != component:
+            return "Events about Nodes only"
+        if host not in ([True], user["extra"].get(NODE_NAME)):
+            return "Events in the name of its own node only"
+        sizes = [len(new.get(key, "")) <= limit for key, limit in (("message", 1024), ("reason", 128), ("action", 128))]
+        more = [each for each in ("labels", "annotations", "ownerReferences", "finalizers") if each in new["metadata"]]
+        return None if all(sizes) and not more and "related" not in new else "Events are short"
+
+    return hook
+
+
+AGENT_NAME, NODEIPAM_NAME = "mncni-agent", "mncni-nodeipam"
+NODE_PARTS, EVENTS = ("nodes", "nodes/status"), ("events",)
+HOOKS = {  # name: (hook, resources)
+    "mncni-agent": (agent_policy, NODE_PARTS),
+    "mncni-agent-events": (event_policy(AGENT, AGENT_NAME), EVENTS),
+    "mncni-record": (record_policy, NODE_PARTS),
+    "mncni-nodeipam": (nodeipam_policy, NODE_PARTS),
+    "mncni-nodeipam-events": (event_policy(NODEIPAM, NODEIPAM_NAME), EVENTS),
+    "mncni-pod-cidrs": (pod_cidrs_policy, ("nodes",)),
+}
+
+
+def install(api):
+    """All policies, on an API double."""
+    for name, (hook, resources) in HOOKS.items():
+        api.add_policy(hook, name, name, resources)
 
 
 def annotations(node):
@@ -115,7 +159,14 @@ def condition(kind="NetworkUnavailable", status="False", *others):
     return {"status": {"conditions": [{"type": each, **row} for each in (kind, *others)]}}
 
 
-# body: a merge patch (for "status" a strategic one), a function of {name: Node} -> patch, or None for DELETE; a whole Node for CREATE.
+def long_condition(**words):
+    body = condition()
+    body["status"]["conditions"][0].update(words)
+    return body
+
+
+# body: a merge patch (for "status" a strategic one), a function of {name: Node} -> patch, or None for DELETE; a whole Node for CREATE, or
+# with the part "events" a whole Event.
 # refused: the policy that refuses, "" for none. token: the node that the user's token names.
 Case = namedtuple("Case", "claim user token node part body refused", defaults=("",))
 
@@ -126,6 +177,15 @@ def agent_case(claim, body, refused="", node="n1", part="", token="n1"):
 
 def ipam_case(claim, body, refused="mncni-nodeipam", node="n3", part=""):
     return Case(claim, NODEIPAM, "n2", node, part, body, refused)
+
+
+def event(component="mncni-agent", host="n1", kind="Node", name="n2", **words):
+    """An Event as the programs send it."""
+    about = {"apiVersion": "v1", "kind": kind, "name": name, "uid": name, **({} if kind == "Node" else {"namespace": "default"})}
+    meta = {"namespace": "default", "generateName": f"{name}.", **words.pop("metadata", {})}
+    source = {"component": component, **({"host": host} if host else {})}
+    return {"kind": "Event", "apiVersion": "v1", "metadata": meta, "involvedObject": about, "source": source,
+            **{"reason": "RecordRefused", "message": "tried", "type": "Warning", "count": 1, **words}}
 
 
 def own(**changes):
@@ -187,6 +247,23 @@ AGENT_CASES = [
     agent_case("changes an address", {"status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.66"}]}}, "agent", part="status"),
     agent_case("changes the capacity", {"status": {"capacity": {"example.com/gpu": "8"}}}, "agent", part="status"),
     agent_case("removes the images", {"status": {"images": None}}, "agent", part="status"),
+    agent_case("writes a long record", lambda nodes: says(record(nodes["n1"]) + " " * 4000), "record"),
+    agent_case("writes a record of 200 KB", lambda nodes: says(record(nodes["n1"]) + " " * 200_000), "record"),
+    agent_case("writes a record of 200 KB by way of the status", lambda nodes: says(record(nodes["n1"]) + " " * 200_000), "record",
+               part="status"),
+    agent_case("sets its condition with a long message", long_condition(message="x" * 1025), "agent", part="status"),
+    agent_case("sets its condition with a long reason", long_condition(reason="x" * 129), "agent", part="status"),
+    agent_case("sets its condition with the longest message", long_condition(message="x" * 1024), part="status"),
+    agent_case("reports images", {"status": {"images": [{"names": ["x" * 1000], "sizeBytes": 1}]}}, "agent", part="status"),
+    agent_case("reports volumes", {"status": {"volumesAttached": [{"name": "x", "devicePath": "y"}]}}, "agent", part="status"),
+    agent_case("tells of a record", event(), part="events", node=""),
+    agent_case("tells of its own Node", event(name="n1"), part="events", node=""),
+    agent_case("tells in another node's name", event(host="n2"), "agent-events", part="events", node=""),
+    agent_case("tells in no node's name", event(host=""), "agent-events", part="events", node=""),
+    agent_case("tells as the kubelet", event("kubelet"), "agent-events", part="events", node=""),
+    agent_case("tells of a Pod", event(kind="Pod"), "agent-events", part="events", node=""),
+    agent_case("tells at length", event(message="x" * 1025), "agent-events", part="events", node=""),
+    agent_case("tells with annotations", event(metadata={"annotations": {"x": "x" * 100_000}}), "agent-events", part="events", node=""),
     agent_case("deletes its Node", None, "agent"),
     agent_case("creates a Node", {"kind": "Node", "apiVersion": "v1", "metadata": {"name": "n4"}}, "agent", node="", token="n4"),
 ]
@@ -197,6 +274,13 @@ OTHER_CASES = [
     Case("a kubelet writes the right record", KUBELET, "", "n1", "", own(gen=7)),
     Case("a kubelet claims what is not its node's", KUBELET, "", "n1", "", own(pod_cidrs=["10.9.9.0/24"]), "mncni-record"),
     Case("a kubelet claims by way of the status", KUBELET, "", "n1", "status", own(pod_cidrs=["10.9.9.0/24"]), "mncni-record"),
+    Case("a kubelet writes a long record", KUBELET, "", "n1", "", lambda nodes: says(record(nodes["n1"]) + " " * 4000), "mncni-record"),
+    Case("a kubelet creates its Node", "system:node:n4", "", "", "", {"kind": "Node", "apiVersion": "v1", "metadata": {"name": "n4"}}),
+    Case("a kubelet creates its Node with all pod CIDRs", "system:node:n4", "", "", "",
+         {"kind": "Node", "apiVersion": "v1", "metadata": {"name": "n4"}, **given("10.244.0.0/16")}, "mncni-pod-cidrs"),
+    Case("a kubelet gives itself pod CIDRs", "system:node:n3", "", "n3", "", given("10.244.0.0/16"), "mncni-pod-cidrs"),
+    Case("another allocator gives pod CIDRs", ADMIN, "", "n3", "", given("10.9.9.0/24")),
+    Case("others send Events as they like", ADMIN, "", "", "events", event("kubelet", kind="Pod", message="x" * 2000)),
     Case("an operator taints a Node", ADMIN, "", "n2", "", {"spec": {"taints": [{"key": "more", "effect": "NoSchedule"}]}}),
     Case("an operator labels a Node without pod CIDRs", ADMIN, "", "n3", "", {"metadata": {"labels": {"more": "yes"}}}),
     Case("an operator removes a record", ADMIN, "", "n2", "", says(None)),
@@ -220,6 +304,10 @@ NODEIPAM_CASES = [
     ipam_case("changes a Node's pod CIDRs", given("10.9.9.0/24"), ITSELF, node="n1"),
     ipam_case("takes a Node's pod CIDRs away", {"spec": {"podCIDR": None, "podCIDRs": None}}, ITSELF, node="n1"),
     ipam_case("gives pod CIDRs to a Node without any", given("10.9.9.0/24", "fd09::/64"), ""),
+    ipam_case("tells of a Node", event("mncni-nodeipam", ""), "", node="", part="events"),
+    ipam_case("tells as an agent", event(), "mncni-nodeipam-events", node="", part="events"),
+    ipam_case("tells of a Pod", event("mncni-nodeipam", "", "Pod"), "mncni-nodeipam-events", node="", part="events"),
+    ipam_case("tells at length", event("mncni-nodeipam", "", message="x" * 1025), "mncni-nodeipam-events", node="", part="events"),
 ]
 
 CASES = AGENT_CASES + OTHER_CASES + NODEIPAM_CASES
@@ -233,7 +321,7 @@ def request_of(case, nodes):
     """(method, path, body, content type) of a case. nodes: {name: Node} as the server has them."""
     body = copy.deepcopy(case.body(nodes) if callable(case.body) else case.body)
     if not case.node:
-        return "POST", kube.NODES, body, kube.JSON
+        return "POST", "/api/v1/namespaces/default/events" if case.part == "events" else kube.NODES, body, kube.JSON
     path = "/".join(filter(None, (kube.NODES, case.node, case.part)))
     return ("DELETE", path, None, "") if body is None else ("PATCH", path, body, kube.STRATEGIC_PATCH if case.part else kube.MERGE_PATCH)
 

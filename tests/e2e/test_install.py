@@ -62,8 +62,8 @@ def reset_nodes(api):
 
 
 def client(cluster, case):
-    groups = {policies.KUBELET: ["system:nodes"], policies.ADMIN: ["system:masters"]}
-    return cluster.api(case.user, groups.get(case.user, ()), case.token)
+    groups = ["system:nodes"] if case.user.startswith("system:node:") else ["system:masters"] if case.user == policies.ADMIN else ()
+    return cluster.api(case.user, groups, case.token)
 
 
 # ---- what is applied ------------------------------------------------------------------------------------------------------
@@ -153,6 +153,25 @@ def test_nodeipam_does_its_work_with_the_token_of_its_pod(cluster, tmp_path):
     assert "forbidden" not in (tmp_path / "log").read_text()
 
 
+def test_a_lease_that_was_deleted_is_applied_again_and_one_in_use_stays_as_it_is(cluster):
+    lease = ("get", "lease", "mncni-nodeipam", "-n", "kube-system", "-o", "jsonpath={.spec.leaseTransitions}")
+    before = cluster.kubectl(*lease)
+    assert int(before) > 0
+    cluster.kubectl("apply", "-k", ".")
+    assert cluster.kubectl(*lease) == before
+    cluster.kubectl("delete", "lease", "mncni-nodeipam", "-n", "kube-system")
+    assert "lease.coordination.k8s.io/mncni-nodeipam created" in cluster.kubectl("apply", "-k", ".")
+
+
+def test_nodeipams_token_makes_no_lease(cluster):
+    api = kube.Api(cluster.access(cluster.token("mncni-nodeipam", "m1")))
+    leases = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases"
+    body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "kube-scheduler"}}
+    with pytest.raises(kube.ApiError, match='cannot create resource "leases"'):
+        api.request("POST", leases, body)
+    assert api.request("GET", f"{leases}/mncni-nodeipam")["metadata"]["name"] == "mncni-nodeipam", "the token is good"
+
+
 # ---- the policies ---------------------------------------------------------------------------------------------------------
 
 
@@ -162,3 +181,30 @@ def test_the_policies_allow_and_refuse(open_cluster, case):
     nodes = look_nodes(open_cluster.api())
     assert policies.refusal(case, nodes, client(open_cluster, case)) == case.refused
     assert look_nodes(open_cluster.api()) == nodes or not case.refused
+
+
+def test_an_agent_cannot_bloat_its_node_by_managers_of_fields(open_cluster):
+    """Each server-side apply in another name adds an entry, which all agents would read with the metadata."""
+    reset_nodes(open_cluster.api())
+    api = open_cluster.api(policies.AGENT, (), "n1")
+    text = look_nodes(open_cluster.api())["n1"]["metadata"]["annotations"][agent.RECORD]
+    body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1", "annotations": {agent.RECORD: text}}}
+    with pytest.raises(kube.ApiError, match="may add no managers of fields"):
+        for number in range(100):
+            api.request("PATCH", f"{kube.NODES}/n1", body, {"fieldManager": f"manager-{number}"}, "application/apply-patch+yaml")
+    assert 10 < number < 40
+    assert len(look_nodes(open_cluster.api())["n1"]["metadata"]["managedFields"]) == 32
+    api.request("PATCH", f"{kube.NODES}/n1", policies.own(gen=8)(look_nodes(open_cluster.api())), None, kube.MERGE_PATCH)
+
+
+def test_an_agent_cannot_bloat_its_node_by_conditions(open_cluster):
+    """Thousands of the one condition that is its own, by a patch that replaces the list."""
+    reset_nodes(open_cluster.api())
+    api = open_cluster.api(policies.AGENT, (), "n1")
+    there = look_nodes(open_cluster.api())["n1"]["status"]["conditions"]
+    others = [row for row in there if row["type"] != "NetworkUnavailable"]
+    rows = policies.condition()["status"]["conditions"]
+    path = f"{kube.NODES}/n1/status"
+    api.request("PATCH", path, {"status": {"conditions": others + rows}}, None, kube.MERGE_PATCH)
+    with pytest.raises(kube.ApiError, match="is there once"):
+        api.request("PATCH", path, {"status": {"conditions": others + rows * 3000}}, None, kube.MERGE_PATCH)

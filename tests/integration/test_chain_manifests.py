@@ -31,7 +31,7 @@ class Container:
 
     def __init__(self, root, name, remove=""):
         self.root = root
-        for path in ("usr", "proc", "dev", "tmp", "mncni", "etc/cni/net.d", "opt/cni/bin", "var/lib/mncni"):
+        for path in ("usr", "proc", "dev", "tmp", "mncni", "etc/cni/net.d", "opt/cni/bin", "var/lib/mncni/backup"):
             (root / path).mkdir(parents=True, exist_ok=True)
         for link in ("bin", "sbin", "lib", "lib64"):
             if not (root / link).is_symlink():

@@ -39,8 +39,9 @@ def record_of(number, **changes):
 
 
 def own_only(user, operation, old, new):
-    """The admission policy in short: the agent of n1 changes n1."""
-    return None if new["metadata"]["name"] == "n1" else "only its own Node"
+    """The admission policies in short: the agent of n1 changes n1, and its record has no spaces."""
+    spaces = " " in new["metadata"].get("annotations", {}).get(agent.RECORD, "")
+    return None if new["metadata"]["name"] == "n1" and not spaces else "only its own Node"
 
 
 class Cluster:

@@ -48,6 +48,13 @@ def test_pages_are_served_and_others_are_named(server):
     assert server("/healthz", method="POST")[0] == 501
 
 
+def test_a_server_at_all_addresses_serves_both_families():
+    listener = kube.open_listener(("::", 0))
+    socket.create_connection(("127.0.0.1", listener.getsockname()[1])).close()
+    socket.create_connection(("::1", listener.getsockname()[1])).close()
+    listener.close()
+
+
 def test_a_page_that_fails_says_so_and_the_next_is_served(server):
     assert server("/broken") == (500, "ValueError: nonsense\n")
     assert server("/healthz") == (200, "ok\n")

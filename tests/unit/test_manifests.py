@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ def test_it_parses_and_no_object_is_there_twice(path):
     objects = load(path)
     assert objects
     if path.endswith("kustomization.yaml"):
-        assert objects[0]["kind"] == "Kustomization"
+        assert objects[0]["kind"] == ("Component" if "image" in path else "Kustomization")
         return
     names = [(each["apiVersion"], each["kind"], each["metadata"].get("namespace"), each["metadata"]["name"]) for each in objects]
     assert len(set(names)) == len(names)
@@ -68,6 +69,21 @@ def test_kubectl_understands_a_manifest_that_stands_alone(path):
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == len(load(path))
+
+
+@rendering
+def test_the_component_of_the_prebuilt_image_names_it_everywhere_and_makes_the_agents_root_read_only(tmp_path):
+    objects = manifests.render_prebuilt(tmp_path / "copy")
+    workloads = [each for each in objects if each["kind"] in ("DaemonSet", "Deployment")]
+    pods = [each["spec"]["template"]["spec"] for each in workloads]
+    containers = [each for pod in pods for each in [*pod.get("initContainers", []), *pod["containers"]]]
+    assert {each["image"] for each in containers} == {"registry.example/mncni:1"} and len(containers) == 3
+    assert all(each["securityContext"]["readOnlyRootFilesystem"] for each in containers)
+    ours, theirs = find(objects, "DaemonSet")["spec"]["template"]["spec"], manifests.prebuilt_agent()
+    for pod in (ours, theirs):
+        pod["containers"][0]["volumeMounts"].sort(key=lambda mount: mount["name"])
+    assert ours["containers"][0]["volumeMounts"] == theirs["containers"][0]["volumeMounts"]
+    assert {volume["name"] for volume in ours["volumes"]} == {volume["name"] for volume in theirs["volumes"]}
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------------
@@ -110,8 +126,16 @@ def test_the_policies_name_the_record_as_the_agent_does_and_know_how_it_begins()
     assert policies.record(node)[len(beginning)] == ","
 
 
+@rendering
+def test_the_lease_is_still_the_one_in_what_kustomize_makes_of_it():
+    """It takes a resourceName that is the name of a generated ConfigMap for that, and adds its hash."""
+    rules = find(manifests.render(), "Role", "mncni-nodeipam", "kube-system")["rules"]
+    assert [(rule["resourceNames"], rule["verbs"]) for rule in rules] == [(["mncni-nodeipam"], ["get", "update"])]
+
+
 def test_the_lease_that_nodeipam_wants_is_the_one_that_it_has_rights_on():
     lease = {row[0]: row[2] for row in nodeipam.FLAGS}["--lease"]
+    assert find(load(NODEIPAM_FILES[0]), "Lease", lease.partition("/")[2], "kube-system").keys() == {"apiVersion", "kind", "metadata"}
     role = find(load(NODEIPAM_FILES[0]), "Role", namespace="kube-system")
     assert {f"kube-system/{name}" for rule in role["rules"] for name in rule.get("resourceNames", [])} == {lease}
     assert find(load(NODEIPAM_FILES[2]), "Deployment")["metadata"]["name"] == nodeipam.MANAGER
@@ -126,14 +150,66 @@ def test_every_setting_is_a_flag_and_both_programs_accept_them_all():
     assert nodeipam.parse_pools(parser, parser.parse_args([]), manifests.settings())
 
 
-def test_the_probes_ask_where_the_agent_listens():
-    flags = {row[0]: row[2] for row in agent.FLAGS}
-    if "--listen" not in flags:
-        pytest.skip("agent.py has no --listen yet")
-    container = pod_of(AGENT_FILES[2], "DaemonSet")["containers"][0]
-    probes = [container[key]["httpGet"] for key in ("startupProbe", "livenessProbe", "readinessProbe")]
-    assert {f"{probe['host']}:{probe['port']}" for probe in probes} == {flags["--listen"]}
-    assert {probe["path"] for probe in probes} == {"/healthz", "/readyz"}
+def test_the_probes_ask_where_the_programs_listen_and_none_of_them_kills():
+    flags = {row[0]: row[2] for row in (*agent.FLAGS, *nodeipam.FLAGS)}
+    listens = {(AGENT_FILES[2], "DaemonSet"): flags["--listen"], (NODEIPAM_FILES[2], "Deployment"): flags["--listen-nodeipam"]}
+    for workload, listen in listens.items():
+        container = pod_of(*workload)["containers"][0]
+        get = container["readinessProbe"]["httpGet"]
+        assert (f"{get['host']}:{get['port']}", get["path"]) == (listen, "/readyz")
+        assert not {"livenessProbe", "startupProbe"} & set(container), "whoever keeps the port busy could have it killed"
+
+
+def test_the_command_of_the_readme_puts_the_digest_into_every_place_that_names_the_image(tmp_path):
+    """With a stand-in for docker. The README's last line shows what has none."""
+    commands = re.search(r"((?: {4}.*\n)+)\nputs it into all manifests", (DEPLOY / "README.md").read_text()).group(1)
+    shutil.copytree(DEPLOY, tmp_path / "deploy", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "docker").write_text('#!/bin/sh\necho "$*" >>asked\necho sha256:$DIGEST\n')
+    (tmp_path / "docker").chmod(0o755)
+
+    def run(text, letter):
+        environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DIGEST": letter * 64}
+        return subprocess.run(["bash", "-c", text], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False).stdout
+
+    assert len(run(commands.splitlines()[-1], "").splitlines()) >= 9, "the check shows that there is none yet"
+    for letter in "ab":  # the second time it is another one
+        assert run(commands, letter) == ""
+        texts = [path.read_text() for path in (tmp_path / "deploy").rglob("*") if path.suffix == ".yaml" or path.name == "Dockerfile"]
+        images = re.findall(r"(?:image:|FROM) *(\S*python:\S*)", "".join(texts))
+        assert set(images) == {f"python:3-slim@sha256:{letter * 64}"} and len(images) >= 9
+    assert "buildx imagetools inspect python:3-slim" in (tmp_path / "asked").read_text()
+
+
+# ---- what containers may do -----------------------------------------------------------------------------------------------
+
+PODS = [
+    (path, each["metadata"]["name"], each["spec"]["template"]["spec"])
+    for path in YAML
+    for each in ([] if manifests.yaml_missing() else load(path))
+    if each["kind"] in ("DaemonSet", "Deployment")
+]
+PRIVILEGED = {("mncni-agent", "agent"), ("mncni-uninstall", "uninstall")}
+
+
+@pytest.mark.parametrize("path, name, pod", PODS, ids=[name for _, name, _ in PODS])
+def test_a_container_that_is_not_privileged_has_what_the_restricted_standard_asks_of_it(path, name, pod):
+    """But for the user: some write files of root's on the node."""
+    for container in [*pod.get("initContainers", []), *pod["containers"]]:
+        context = container["securityContext"]
+        if (name, container["name"]) in PRIVILEGED:
+            assert context["privileged"] is True
+            continue
+        assert (context["allowPrivilegeEscalation"], context["readOnlyRootFilesystem"]) == (False, True)
+        assert context["capabilities"]["drop"] == ["ALL"] and len(context["capabilities"].get("add", [])) <= 1
+        assert {**pod.get("securityContext", {}), **context}["seccompProfile"] == {"type": "RuntimeDefault"}
+
+
+@pytest.mark.parametrize("path, name, pod", PODS, ids=[name for _, name, _ in PODS])
+def test_only_the_agents_containers_see_where_the_key_is(path, name, pod):
+    key_dir = {row[0]: row[2] for row in agent.FLAGS}["--state-dir"]
+    paths = [volume["hostPath"]["path"] for volume in pod["volumes"] if "hostPath" in volume]
+    seen = [each for each in paths if os.path.commonpath([each, key_dir]) == each]
+    assert bool(seen) == (name in {owner for owner, _ in PRIVILEGED}), seen
 
 
 # ---- rights ---------------------------------------------------------------------------------------------------------------
@@ -144,8 +220,7 @@ def api():
     """A double with the rights and the policies of the manifests."""
     with ApiServer() as api:
         api.rbac = manifests.rights(AGENT_FILES[0], NODEIPAM_FILES[0])
-        for name, hook in policies.HOOKS.items():
-            api.add_policy(hook, name, name)
+        policies.install(api)
         for node in policies.nodes():
             api.create_node(node)
         yield api
@@ -181,6 +256,7 @@ def test_the_agent_needs_no_other_rights_and_uses_all_that_it_has(api, tmp_path)
 
 def test_nodeipam_needs_no_other_rights_and_uses_all_that_it_has(api, tmp_path):
     api.create_node("foreign")
+    api.put("leases", find(load(NODEIPAM_FILES[0]), "Lease"))
     config = api.kubeconfig(tmp_path / "kubeconfig", policies.NODEIPAM)
     argv = [sys.executable, str(ROOT / "nodeipam.py"), "--kubeconfig", config, "--cluster-cidr", "10.200.0.0/23"]
     with open(tmp_path / "log", "w+") as log:

@@ -104,8 +104,7 @@ def test_without_a_network_it_gives_up_with_the_reason_and_the_way_out(monkeypat
 def api(tmp_path, monkeypatch):
     """The double with the policies, as seen from the pod of n1's agent."""
     with ApiServer() as api:
-        for name, hook in policies.HOOKS.items():
-            api.add_policy(hook, name, name)
+        policies.install(api)
         for node in policies.nodes():
             api.create_node(node)
         config = api.kubeconfig(tmp_path / "kubeconfig", policies.AGENT, node="n1")
