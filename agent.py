@@ -26,7 +26,7 @@ functions), and applies the difference. It keeps no other picture of the kernel,
 right; if nothing differs, nothing is written. Events only say that it is time for a pass.
 
 Reading order: settings, node stores, records, state on disk, routes and firewall, peers, the stages of a pass, the agent, status, metrics,
-uninstall, main. The API client is in kube.py, which also has the flags and the HTTP server.
+rotate, uninstall, main. The API client is in kube.py, which also has the flags and the HTTP server.
 """
 
 import argparse
@@ -34,6 +34,7 @@ import base64
 import bisect
 import collections
 import contextlib
+import fcntl
 import functools
 import gc
 import glob
@@ -41,6 +42,7 @@ import ipaddress
 import json
 import logging
 import os
+import random
 import select
 import shutil
 import signal
@@ -82,6 +84,9 @@ HOLD_S = 60  # how long nodes that vanish in great number are kept
 DOUBT_S = 120  # how long packets wait for a peer before its endpoint is doubted
 SET_BACK_S = 120  # a clock set back by less does no harm: peers that talk shake hands every two minutes (WireGuard, section 6.1)
 TRY_S, RETRY_S = 60, 5  # how often the agent tries the installed plugin, and how often while it does not work
+GREET_S = 0.15  # how long a peer with a new key has to answer, before it is greeted again
+ROTATE_S = 60  # how long `agent.py rotate` waits for the new key
+UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 UNDERLAY_OVERHEAD = {4: 60, 6: 80}  # bytes of the IP header, the UDP header and WireGuard (32)
 
 
@@ -92,7 +97,7 @@ UNDERLAY_OVERHEAD = {4: 60, 6: 80}  # bytes of the IP header, the UDP header and
 
 @dataclass(frozen=True)
 class Settings:
-    """The flags. CIDRs and endpoints are ipaddress objects. ports: (the tunnel's, one reserved for the rotation of keys)."""
+    """The flags. CIDRs and endpoints are ipaddress objects, key_max_age is in seconds."""
 
     node_name: str
     nodes_dir: str
@@ -100,7 +105,8 @@ class Settings:
     cluster_cidrs: tuple
     pod_cidrs: tuple
     endpoints: tuple
-    ports: tuple
+    port: int
+    key_max_age: int
     bridge: str
     namespace: str
     mtu: int
@@ -114,6 +120,10 @@ class Settings:
     @property
     def netns(self):
         return f"/run/netns/{self.namespace}"
+
+    @property
+    def key_path(self):
+        return os.path.join(self.state_dir, "key")
 
     @property
     def gateways(self):
@@ -139,12 +149,18 @@ def boolean(text):
     return text.lower() == "true"
 
 
-def port_pair(text):
-    """Two different UDP ports."""
-    ports = tuple(int(part) for part in text.split(",") if part.isascii() and part.isdigit() and len(part) < 6)
-    if len(set(ports)) != 2 or not all(0 < port < 65536 for port in ports):
-        raise argparse.ArgumentTypeError(f"{text!r}: give two different UDP ports, like 28384,28385")
-    return ports
+def port_number(text):
+    if not (text.isascii() and text.isdigit() and len(text) < 6 and 0 < int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is no UDP port: 1 to 65535")
+    return int(text)
+
+
+def duration(text):
+    """Seconds."""
+    number, unit = (text[:-1], text[-1:]) if text != "0" else ("0", "s")
+    if not (number.isascii() and number.isdigit() and len(number) < 10 and unit in UNITS):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a time like 30d, 12h, 90m or 3600s, or 0")
+    return int(number) * UNITS[unit]
 
 
 def link_name(text):
@@ -161,7 +177,8 @@ FLAGS = (
     ("--cluster-cidr", kube.network, None, True, "addresses of all pods; repeatable"),
     ("--pod-cidr", kube.network, None, True, "addresses of this node's pods, inside --cluster-cidr; repeatable"),
     ("--endpoint", address, None, True, "where other nodes reach this one; repeatable (default: InternalIPs, else the route's source)"),
-    ("--port", port_pair, "28384,28385", False, "UDP ports: the tunnel's, and one reserved for the rotation of keys"),
+    ("--port", port_number, "28384", False, "UDP port of the tunnel"),
+    ("--key-max-age", duration, "0", False, "make a new key when this one is so old, for example 30d; 0: never"),
     ("--bridge", link_name, "mncni0", False, "the pods' bridge"),
     ("--namespace", link_name, "mncni-wg", False, "the namespace of the tunnel"),
     ("--mtu", int, "0", False, "MTU of the pods; 0: that of the underlay, less WireGuard's overhead"),
@@ -176,6 +193,7 @@ FLAGS = (
 VERBS = (
     ("run", "build the node's network and keep it right"),
     ("status", "show what is up and, if something is not, why"),
+    ("rotate", "have the running agent change this node's key, and wait until it is done"),
     ("uninstall", "remove the network from this node"),
 )
 
@@ -194,7 +212,7 @@ def build_parser(environ):
 
 def parse_settings(parser, options, environ):
     """Settings from parsed options. Exits with USAGE and a message that names the flag."""
-    given = {**vars(options), "ports": options.port}
+    given = dict(vars(options))
     for key, kind in (("cluster_cidr", kube.network), ("pod_cidr", kube.network), ("endpoint", address)):
         given[f"{key}s"] = kube.parse_list(parser, options, environ, key, kind)
     settings = Settings(**{each.name: given[each.name] for each in fields(Settings)})
@@ -283,6 +301,14 @@ class DirectoryStore(Store):
         self.path = path
         self.seen = None
         self.files = {}  # {file name: (signature, see _read; text)}
+
+    def start(self):
+        """Have the kernel send SIGIO, which wakes the loop, when a file comes into the directory. It does not see what others do on a
+        network file system; a look every POLL_S finds that."""
+        with contextlib.suppress(OSError):
+            self.directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            signal.signal(signal.SIGIO, lambda *_: None)
+            fcntl.fcntl(self.directory, fcntl.F_NOTIFY, fcntl.DN_RENAME | fcntl.DN_MULTISHOT)
 
     def changed(self):
         """Whether records() differs from the last call. Costs one stat per file."""
@@ -594,11 +620,12 @@ class Node:
 def format_record(settings, uid, endpoints, key, generation, created, set_back=0):
     """This node's record as compact JSON. The order of the keys is part of the format: admission policies compare how a record begins."""
     record = {
-        "v": 1,
+        "v": 2,
         "podCIDRs": [str(cidr) for cidr in settings.pod_cidrs],
         "uid": uid,
         "endpoints": [str(endpoint) for endpoint in endpoints],
-        "slots": {"0": {"key": key, "port": settings.ports[0]}},
+        "key": key,
+        "port": settings.port,
         "gen": generation,
         **({"created": created} if created else {}),
         **({"setBack": set_back} if set_back else {}),
@@ -618,16 +645,15 @@ def parse_record(name, text, cluster_cidrs):
         raise BadRecord(f"the record is no JSON: {error}" if text.strip() else "the record is empty") from None
     if not isinstance(record, dict):
         raise BadRecord("the record is no JSON object")
-    if checked(record, "v", int) != 1:
-        raise BadRecord(f"the record's version is {shown(record['v'])}, this agent reads 1")
-    slot = checked(checked(record, "slots", dict), "0", dict)
+    if checked(record, "v", int) != 2:
+        raise BadRecord(f"the record's version is {shown(record['v'])}, this agent reads 2")
     pod_cidrs = tuple(parse_pod_cidr(cidr, cluster_cidrs) for cidr in checked(record, "podCIDRs", list))
     pair = overlapping_pair(pod_cidrs)
     if pair:
         raise BadRecord(f"its pod CIDRs {pair[0]} and {pair[1]} overlap")
     uid, created = checked(record, "uid", str)[:64], parse_time(record.get("created", ""))
     endpoints = tuple(parse_endpoint(endpoint, cluster_cidrs) for endpoint in checked(record, "endpoints", list))
-    key, port = parse_key(checked(slot, "key", str)), parse_port(checked(slot, "port", int))
+    key, port = parse_key(checked(record, "key", str)), parse_port(checked(record, "port", int))
     set_back = record.get("setBack", 0)
     return Node(name, uid, created, pod_cidrs, endpoints, key, port, set_back if type(set_back) is int else 0)
 
@@ -828,10 +854,8 @@ def ensure_key(path, device_key):
     text = mncni.read_file(path) if is_own_file(path) else None
     if text is None:
         text = device_key or make_key()
-        write_if_changed(f"{path}.new", text + "\n", mode=0o600)
-        sync(f"{path}.new")  # each step is on disk before the next, so that a power failure leaves no half key
-        os.rename(f"{path}.new", path)
-        sync(directory)
+        write_next_key(path, text)
+        take_next_key(path)
         return text
     ensure_mode(path, 0o600)
     try:
@@ -839,6 +863,40 @@ def ensure_key(path, device_key):
     except BadRecord as error:
         what = f"the key file {path} is damaged: {error}"
         raise CNIError(mncni.IO_FAILURE, f"{what}; put the key back, or remove the file and restart to get a new one") from None
+
+
+def write_next_key(path, text):
+    """Write the key that is to follow the one at a path. Each step is on disk before the next, so a power failure leaves no half key."""
+    write_if_changed(f"{path}.new", text + "\n", mode=0o600)
+    sync(f"{path}.new")
+    sync(os.path.dirname(path))
+
+
+def take_next_key(path):
+    """Put the next key in the place of the one at a path, of which nothing is left."""
+    os.rename(f"{path}.new", path)
+    sync(os.path.dirname(path))
+
+
+def key_time(settings):
+    """When the key was made, in Unix time: the time of its file, which a backup keeps. 0 if there is none."""
+    return int(os.path.getmtime(settings.key_path)) if os.path.exists(settings.key_path) else 0
+
+
+def look_next_key(path, run):
+    """The public key of the next key, "" if there is none that can be read. CNIError."""
+    text = mncni.read_file(f"{path}.new") if is_own_file(f"{path}.new") else None
+    with contextlib.suppress(BadRecord):
+        command = SecretInput(["wg", "pubkey"], parse_key((text or "").strip()), "the public key of the next key")
+        return ask(command, run, may_be_gone=False).stdout.strip()
+    return ""
+
+
+class SecretInput(Command):
+    """A command whose input is secret: a trace or an error shows it without."""
+
+    def __str__(self):
+        return " ".join(self.argv)
 
 
 def is_own_file(path):
@@ -1105,17 +1163,18 @@ def parse_dump(text):
         raise CNIError(mncni.COMMAND_FAILED, "cannot understand what `wg show dump` says; is this wireguard-tools too new?") from None
 
 
-def plan_peers(desired, present, sent):
+def plan_peers(desired, present, sent, anew=()):
     """The differences as arguments for `wg set <device>`, one list per peer: new and changed peers first, then removals.
 
     sent: the desired peers of the last time. An endpoint is set again only when the record has changed it: WireGuard itself follows a
     peer that moves, and would be set back each time. A peer whose clock was set back is removed and added: WireGuard takes its
     handshakes for replays until the clock is where it was, or until it has forgotten the peer (WireGuard, section 5.1).
+    anew: the keys of peers that are made anew for another reason, see plan_greetings.
     """
     changes = []
     for key, peer in sorted(desired.items(), key=lambda item: item[1]["name"]):
         there, former, words = present.get(key), sent.get(key, {}), []
-        remade = there is not None and former.get("set_back", peer["set_back"]) != peer["set_back"]
+        remade = there is not None and (key in anew or former.get("set_back", peer["set_back"]) != peer["set_back"])
         if remade:
             changes.append(["peer", key, "remove"])
             there = None
@@ -1126,7 +1185,7 @@ def plan_peers(desired, present, sent):
             words += ["allowed-ips", ",".join(sorted(peer["allowed_ips"]))]
         if words:
             changes.append(["peer", key, *words])
-        changes += greetings([key]) if remade else []
+        changes += greetings([key]) if remade or key in anew else []
     return changes + [["peer", key, "remove"] for key in sorted(set(present) - set(desired))]
 
 
@@ -1151,9 +1210,30 @@ def doubted(desired, present, heard, now):
     return doubts, known
 
 
+def changed_keys(desired, sent):
+    """The keys in desired of the nodes that have another one in sent."""
+    former = {peer["name"] for key, peer in sent.items() if key not in desired}
+    return {key for key, peer in desired.items() if key not in sent and peer["name"] in former} if former else set()
+
+
+def plan_greetings(awaited, present, fresh, now):
+    """(the keys of peers that are to be made anew and greeted, awaited for the next call).
+
+    A node that changes its key and this node do so at about the same moment. The handshake that the later one begins succeeds, unless a
+    packet is lost or both have begun one; then WireGuard waits for 5 s. A peer that is made anew waits for nothing. The pauses grow and are
+    random, so that two nodes that greet each other do not go on at the same moment.
+    awaited: {key: (time, pause in seconds)} of the peers that have not answered. fresh: keys that other keys have made way for.
+    """
+    rest = {key: row for key, row in awaited.items() if not present.get(key, {"handshake": 1})["handshake"]}
+    overdue = {key for key, (due, _) in rest.items() if now >= due}
+    pauses = {**{key: 2 * rest[key][1] for key in overdue}, **dict.fromkeys(fresh, GREET_S)}
+    rest.update({key: (now + pause * random.uniform(1, 1.5), pause) for key, pause in pauses.items()})
+    return set(pauses), {key: row for key, row in rest.items() if row[1] < 5}
+
+
 def greetings(keys):
-    """Arguments for `wg set` that send a keepalive to peers. A peer that still has a session with this node's former device would notice
-    the new one only after 15 s."""
+    """Arguments for `wg set` that send a keepalive to peers, which begins a handshake. A peer that still has a session with this node's
+    former device or key would notice the new one only after 15 s."""
     return [["peer", key, "persistent-keepalive", seconds] for seconds in ("1", "0") for key in sorted(keys)]
 
 
@@ -1182,12 +1262,15 @@ class Context:
     endpoints: tuple = ()
     mtu: int = 0
     public_key: str = ""
+    next_key: str = ""  # public, too; see Agent.change_key
+    has_new_key: bool = False  # the device got its key in this pass
     nodes: dict = field(default_factory=dict)
     loaded: dict = field(default_factory=dict)
     peers: dict = field(default_factory=dict)
     sent: dict = None
     daemons: list = field(default_factory=list)
     heard: dict = field(default_factory=dict)  # see doubted
+    awaited: dict = field(default_factory=dict)  # see plan_greetings
 
 
 def apply_lines(lines, run, why, netns=""):
@@ -1510,10 +1593,10 @@ def wg_set(context, words, why):
 def ensure_identity(context):
     """The device's key and port. Each is set only if it differs, because wireguard-go drops packets each time."""
     settings, device = context.settings, look_device(context)
-    key_path = os.path.join(settings.state_dir, "key0")
-    words = ["listen-port", str(settings.ports[0])] if device["port"] != settings.ports[0] else []
-    if ensure_key(key_path, device["private_key"]) != device["private_key"]:
-        words += ["private-key", key_path]
+    words = ["listen-port", str(settings.port)] if device["port"] != settings.port else []
+    context.has_new_key = ensure_key(settings.key_path, device["private_key"]) != device["private_key"]
+    if context.has_new_key:
+        words += ["private-key", settings.key_path]
     if words:
         apply([wg_set(context, words, "this node's key and port")], context.run)
         device = look_device(context)
@@ -1623,17 +1706,18 @@ def look_advertised(links, uplinks):
     return sorted(key for key in keys if mncni.read_file(f"/proc/sys/{key}") == "1\n")
 
 
-def ensure_peers(context, greet=False):
-    """The believed nodes are the device's peers. greet: the peers know this node's key from a former device, so a new device sends them
-    a keepalive."""
-    present = look_device(context)["peers"]
-    changes = plan_peers(context.peers, present, context.sent)
-    if greet and not present:
+def ensure_peers(context, now, greet=False):
+    """The believed nodes are the device's peers. greet: the peers know this node's key from its record, so a new device, or one that has
+    got that key just now, sends them a keepalive."""
+    present, fresh = look_device(context)["peers"], changed_keys(context.peers, context.sent)
+    anew, context.awaited = plan_greetings(context.awaited, present, fresh, now)
+    changes = plan_peers(context.peers, present, context.sent, anew)
+    if greet and (context.has_new_key or not present):
         changes += greetings(context.peers)
     for start in range(0, len(changes), 100):
         words = [word for change in changes[start : start + 100] for word in change]
         apply([wg_set(context, words, "peers: the nodes whose record is believed")], context.run)
-    context.sent = context.peers
+    context.sent, context.has_new_key = context.peers, False
 
 
 FLOOR = (ensure_host, ensure_endpoints, ensure_floor)
@@ -1833,13 +1917,14 @@ class Agent:
         self.tried, self.next_try, self.plugin_trouble = None, 0, ""  # see check_plugin
         self.counts, self.beat = kube.Counts(), clock()  # beat: when the loop last came round
         self.next_pass = self.next_glance = 0
+        self.key_left = None  # whether there was a next key in the last pass
         self.wall_offset = os.path.getmtime(self.state_path) - uptime() if os.path.exists(self.state_path) else 0
 
     def tick(self, event=False):
         """One turn of the loop: look at the store, and make a pass if something has happened or it is time. Returns whether the network
         is up."""
         begin = self.beat = self.clock()
-        news = self.is_set_back() or self.store.changed()
+        news = self.is_set_back() or self.store.changed() or self.is_key_left() or self.wait_s() == 0
         look = event or bool(self.reason) or self.clock() >= self.next_pass or (not news and self.is_tunnel_changed())
         if not (news or look or (self.doubt_until is not None and self.clock() >= self.doubt_until)):
             return not self.reason
@@ -1870,6 +1955,14 @@ class Agent:
         self.state["own"]["set_back"] = int(time.time())
         return True
 
+    def is_key_left(self):
+        """Whether a next key was left beside the key since the last pass, see rotate."""
+        return self.key_left != os.path.lexists(f"{self.settings.key_path}.new")
+
+    def wait_s(self):
+        """How long the agent has nothing to do, if there are no events."""
+        return max(0, min([POLL_S, *(due - self.clock() for due, _ in self.context.awaited.values())]))
+
     def is_tunnel_changed(self):
         """Whether the peers, the namespace's firewall or the plugin's files differ from what the agent set. No monitor tells of them, so
         this looks, at most every GLANCE_S."""
@@ -1892,7 +1985,7 @@ class Agent:
             return True
         allowed = {key: peer["allowed_ips"] for key, peer in device["peers"].items()}
         wanted = {key: peer["allowed_ips"] for key, peer in context.peers.items()}
-        return allowed != wanted or device["port"] != self.settings.ports[0] or firewall != loaded
+        return allowed != wanted or device["port"] != self.settings.port or firewall != loaded
 
     def reconcile(self, look=True):
         """One pass: the stages, the store, this node's record, then the files that let pods in. look False: only the store has news, so
@@ -1909,9 +2002,9 @@ class Agent:
         if context.sent is None:  # the first pass: what the agent before this one has set
             self.judge()
             context.sent = context.peers
-        troubles = [self.read_store(), self.store.trouble]
+        troubles = [self.read_store(), self.store.trouble, self.change_key()]
         self.judge()
-        ensure_peers(context, greet=context.public_key in self.state["own"].get("text", ""))
+        ensure_peers(context, self.clock(), greet=context.public_key in self.state["own"].get("text", ""))
         for act in (self.publish, self.save_state):
             try:
                 act()
@@ -1997,6 +2090,38 @@ class Agent:
         self.doubt_until, self.records = None, records
         return ""
 
+    def change_key(self):
+        """The next step of a change of this node's key. Returns why it cannot be taken, or "".
+
+        A next key lies beside the key when `agent.py rotate` has left it or the key is too old, and our record tells it. It takes the
+        place of the key when the store has that record, because the other nodes see it at the same moment. So the key is always the one
+        that the store has told us that it has, also for an agent that starts while the store is away.
+        """
+        context, path = self.context, self.settings.key_path
+        try:
+            context.next_key = look_next_key(path, context.run)
+            if not context.next_key and (os.path.lexists(f"{path}.new") or self.is_key_too_old()):
+                write_next_key(path, make_key())
+                context.next_key = look_next_key(path, context.run)
+            is_told = context.next_key and f'"key":"{context.next_key}"' in (self.stored or "")
+            if is_told:
+                take_next_key(path)
+        except (CNIError, OSError) as error:
+            return f"the key cannot be changed: {error}"
+        finally:
+            self.key_left = os.path.lexists(f"{path}.new")
+        if is_told:
+            ensure_identity(context)
+            context.next_key = ""
+            log.info("this node's key is a new one: %s", context.public_key)
+        return ""
+
+    def is_key_too_old(self):
+        """Whether the key is older than --key-max-age, or than nine tenths of it and more: how much more depends on the key, so that nodes
+        of one age do not all change at once."""
+        limit_s, share = self.settings.key_max_age, base64.b64decode(self.context.public_key)[0] / 2560
+        return limit_s > 0 and time.time() - key_time(self.settings) > limit_s * (1 - share)
+
     def note(self, troubles):
         """Log what is wrong with the store, and keep it for the status. Empty texts among the troubles are ignored."""
         trouble = "; ".join(filter(None, dict.fromkeys(troubles)))
@@ -2041,7 +2166,7 @@ class Agent:
     def own_record(self):
         own, context = self.state["own"], self.context
         names = (own.get(key) for key in ("gen", "created", "set_back"))
-        return format_record(self.settings, own["uid"], context.endpoints, context.public_key, *names)
+        return format_record(self.settings, own["uid"], context.endpoints, context.next_key or context.public_key, *names)
 
     def save_state(self):
         """Keep the last good list of nodes for the next agent. CNIError, which costs nothing else: the network stands without."""
@@ -2074,6 +2199,8 @@ class Agent:
             **({} if self.store.identity() is None else {"admission_guard": self.store.guard}),
             "pid": os.getpid(),
             "publicKey": context.public_key,
+            "keyTime": key_time(settings),
+            "nextKey": context.next_key,
             "podCIDRs": [str(cidr) for cidr in settings.pod_cidrs],
             "endpoints": [str(endpoint) for endpoint in context.endpoints],
             "mtu": context.mtu,
@@ -2108,7 +2235,7 @@ def run_agent(settings, environ):
         for daemon in agent.context.daemons:
             daemon.poll()  # reaps a wireguard-go that has ended
         changed = monitors.tend()
-        event = monitors.wait(reader, 0 if changed else POLL_S) or changed
+        event = monitors.wait(reader, 0 if changed else agent.wait_s()) or changed
         if event and not stopping:
             select.select([reader], [], [], EVENT_S)
     monitors.stop()
@@ -2142,15 +2269,11 @@ def agent_lock(settings, timeout_s=0):
 def look_status(settings, run):
     """What the agent wrote last, with WireGuard's figures of each peer: {"node", "ok", "reason", "running", "peers": [...],
     "quarantine", ...}. Of a peer, "present": WireGuard has it; "handshake": the last one, in Unix time, 0 for never."""
-    status = load_json(os.path.join(settings.run_dir, "status.json"), check_status)
+    status = look_written(settings)
     if not status:
         nothing = {"ok": False, "running": False, "peers": [], "quarantine": {}}
         return {**nothing, "node": settings.node_name, "reason": "no agent has run here since the boot"}
-    try:
-        with agent_lock(settings):
-            status["running"] = False
-    except CNIError:
-        status["running"] = True
+    status["running"] = is_running(settings)
     reasons, present = [status["reason"]], {}
     try:
         present = look_device(Context(settings, run, ""))["peers"]
@@ -2165,6 +2288,20 @@ def look_status(settings, run):
     status["reason"] = next(filter(None, reasons), "")
     status["ok"] = not status["reason"] and not status["store"] and all(peer["present"] for peer in status["peers"])
     return status
+
+
+def look_written(settings):
+    """The status as the agent wrote it last, see Agent.write_status; {} if there is none."""
+    return load_json(os.path.join(settings.run_dir, "status.json"), check_status)
+
+
+def is_running(settings):
+    """Whether an agent runs here."""
+    try:
+        with agent_lock(settings):
+            return False
+    except CNIError:
+        return True
 
 
 def check_status(status):
@@ -2196,7 +2333,9 @@ def format_status(status, now):
         lines.append(f"admission policy: {words.get(status['admission_guard'], 'unknown')}")
     if status.get("podCIDRs"):
         endpoints = ", ".join(status["endpoints"])
-        lines.append(f"pods {', '.join(status['podCIDRs'])}, MTU {status['mtu']}, endpoint {endpoints}, key {status['publicKey']}")
+        lines.append(f"pods {', '.join(status['podCIDRs'])}, MTU {status['mtu']}, endpoint {endpoints}")
+        lines.append(f"key {status['publicKey']}, {age_text(now - status['keyTime'])} old")
+        lines += [f"a new key waits until the node store has it: {status['nextKey']}"] if status["nextKey"] else []
     rows = [("PEER", "ENDPOINT", "PODS", "HANDSHAKE", "RECEIVED", "SENT")] if status["peers"] else []
     for peer in status["peers"]:
         since = f"{max(0, int(now - peer['handshake']))} s ago" if peer["handshake"] else "never"
@@ -2209,6 +2348,12 @@ def format_status(status, now):
     return "\n".join(lines) + "\n"
 
 
+def age_text(seconds):
+    """A time in its largest unit of UNITS, such as "3 d"."""
+    unit = next((unit for unit, size in UNITS.items() if seconds >= size), "s")
+    return f"{max(0, int(seconds / UNITS[unit]))} {unit}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics, see kube.py
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2217,6 +2362,7 @@ METRICS = {  # name: (type, help)
     "mncni_network_up": ("gauge", "Whether this node's pod network is up."),
     "mncni_admission_guard": ("gauge", "Whether the cluster refuses that one node writes another's record."),
     "mncni_store_trouble": ("gauge", "Whether something is wrong with the node store; the last good list of nodes is in use then."),
+    "mncni_key_time_seconds": ("gauge", "Unix time at which this node's key was made."),
     "mncni_peers": ("gauge", "Other nodes whose record is believed."),
     "mncni_quarantined_nodes": ("gauge", "Nodes whose record is not believed."),
     "mncni_node_quarantined": ("gauge", "1 for each node whose record is not believed, with the reason."),
@@ -2250,6 +2396,7 @@ def plan_metrics(status):
         "mncni_store_trouble": bool(status.get("store")),
         "mncni_peers": len(status["peers"]),
         "mncni_quarantined_nodes": len(status["quarantine"]),
+        "mncni_key_time_seconds": status.get("keyTime"),
         "mncni_leases": status["leases"],
         "mncni_stranded_pods": len(status.get("stranded", {})),
         "mncni_leaked_packets_total": status.get("leaked"),
@@ -2262,6 +2409,30 @@ def plan_metrics(status):
         for name, key in (("last_handshake_seconds", "handshake"), ("receive_bytes_total", "rx"), ("transmit_bytes_total", "tx")):
             figures[f"mncni_peer_{name}", (("node", peer["name"]),)] = peer[key]
     return figures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rotate(settings, run):
+    """Leave a next key beside the key, unless one waits there already, and wait until the running agent uses it, see Agent.change_key.
+    Returns what has happened as text. CNIError 7 without an agent, 100 if the agent could not do it yet."""
+    path = settings.key_path
+    if not is_running(settings):
+        raise config_error("no agent runs on this node, and only a running one can change the key: start it, then give this command again")
+    if not look_next_key(path, run):
+        write_next_key(path, make_key())
+    new, before = look_next_key(path, run), look_written(settings).get("publicKey")
+    try:
+        wait_until(lambda: look_written(settings).get("publicKey") == new, ROTATE_S, "")
+    except CNIError:
+        status = look_written(settings)
+        why = status.get("reason") or status.get("store") or "see its log"
+        what = f"the new key {new} is not in use after {ROTATE_S} s ({why})"
+        raise CNIError(mncni.COMMAND_FAILED, f"{what}; it stays beside the key, and the agent uses it as soon as it can") from None
+    return f"this node's key is {new}; nothing is left of {before}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2379,6 +2550,9 @@ def run_command(parser, options, environ):
         status = look_status(settings, run)
         sys.stdout.write(json.dumps(status, indent=2) + "\n" if options.json else format_status(status, time.time()))
         return OK if status["ok"] else FAILED
+    if options.command == "rotate":
+        sys.stdout.write(rotate(settings, run) + "\n")
+        return OK
     with agent_lock(settings, timeout_s=1):  # `agent.py status` holds it for a moment
         if options.command == "uninstall":
             uninstall(settings, run, options.force)

@@ -101,7 +101,7 @@ def nodes():
 def record(node, gen=1, **changes):
     """The text of a Node's record as its agent writes it, or (changes: pod_cidrs, uid) one that says something else."""
     cidrs = changes.get("pod_cidrs", node["spec"].get("podCIDRs", []))
-    settings = SimpleNamespace(pod_cidrs=cidrs, ports=(28384, 28385))
+    settings = SimpleNamespace(pod_cidrs=cidrs, port=28384)
     return agent.format_record(settings, changes.get("uid", node["metadata"]["uid"]), ["192.0.2.1"], "A" * 43 + "=", gen, "")
 
 

@@ -34,12 +34,12 @@ def status(lab):
 def ghost(api, number, key="A"):
     """A Node that nobody runs, with a good record."""
     record = json.loads(api.call("node", "node2")["metadata"]["annotations"][RECORD])
-    record["slots"]["0"]["key"] = f"{key * 3}{number:03d}" + record["slots"]["0"]["key"][6:]
+    record["key"] = f"{key * 3}{number:03d}" + record["key"][6:]
     cidrs = [f"10.244.{number}.0/24", f"fd00:10:244:{number:x}::/64"]
     node = api.call("create_node", f"ghost{number}", pod_cidrs=cidrs, addresses=[f"192.0.2.{number}"])
     record.update(podCIDRs=cidrs, endpoints=[f"192.0.2.{number}"], uid=node["metadata"]["uid"])
     api.call("patch_node", f"ghost{number}", {"metadata": {"annotations": {RECORD: json.dumps(record)}}})
-    return record["slots"]["0"]["key"]
+    return record["key"]
 
 
 def test_pods_reach_each_other_in_both_families_and_status_is_well(cluster):
@@ -58,7 +58,7 @@ def test_nodes_have_records_and_a_network_says_the_cluster(cluster):
 
     labs.wait_until(available, HEAL_S, "condition of both nodes")
     node = api.call("node", "node1")
-    beginning = json.dumps({"v": 1, "podCIDRs": node["spec"]["podCIDRs"], "uid": node["metadata"]["uid"]}, separators=(",", ":"))
+    beginning = json.dumps({"v": 2, "podCIDRs": node["spec"]["podCIDRs"], "uid": node["metadata"]["uid"]}, separators=(",", ":"))
     assert node["metadata"]["annotations"][RECORD].startswith(beginning[:-1])
 
 

@@ -215,7 +215,7 @@ def test_a_killed_uninstall_is_finished_by_the_next(new_node, survived):
 
 PEERS = {  # what becomes of node2's record -> what it says before, and after; None: no record
     "comes": (None, {}),
-    "has another key and address": ({}, {"slots": {"0": {"key": key_of(3), "port": 28385}}, "endpoints": ["192.0.2.3"], "gen": 2}),
+    "has another key and address": ({}, {"key": key_of(3), "port": 28385, "endpoints": ["192.0.2.3"], "gen": 2}),
     "goes": ({}, None),
 }
 

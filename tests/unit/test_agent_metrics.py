@@ -15,6 +15,7 @@ STATUS = {
     "reason": "",
     "store": "",
     "admission_guard": None,
+    "keyTime": 1700000000,
     "leaked": 3,
     "leases": 2,
     "peers": [{"name": "node2", "handshake": 1700000000, "rx": 10, "tx": 20}],

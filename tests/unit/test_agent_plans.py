@@ -509,8 +509,8 @@ def test_peers_that_are_not_there_yet_or_not_wanted_are_not_doubted():
 def test_the_record_has_its_keys_in_the_order_that_policies_compare():
     text = agent.format_record(BOTH, "u-1", (V4, V6), A, 7, "2024-01-01T00:00:00Z")
     assert text == (
-        '{"v":1,"podCIDRs":["10.244.255.0/24","fd00:244:ffff::/64"],"uid":"u-1","endpoints":["192.0.2.1","2001:db8::1"],'
-        f'"slots":{{"0":{{"key":"{A}","port":28384}}}},"gen":7,"created":"2024-01-01T00:00:00Z"}}'
+        '{"v":2,"podCIDRs":["10.244.255.0/24","fd00:244:ffff::/64"],"uid":"u-1","endpoints":["192.0.2.1","2001:db8::1"],'
+        f'"key":"{A}","port":28384,"gen":7,"created":"2024-01-01T00:00:00Z"}}'
     )
     assert agent.format_record(BOTH, "u-1", (V4, V6), A, 7, None, 1700000000).endswith(',"gen":7,"setBack":1700000000}')
 

@@ -42,10 +42,15 @@ GOOD = ("--cluster-cidr", "10.244.0.0/16", "--pod-cidr", "10.244.1.0/24")
         ([*GOOD, "--pod-cidr", "10.244.2.0/31"], "--pod-cidr 10.244.2.0/31 is too small"),
         ([*GOOD, "--endpoint", "10.244.9.9"], "--endpoint 10.244.9.9 is inside --cluster-cidr"),
         (["--endpoint", "node1"], "--endpoint.*node1"),
-        (["--port", "1"], "--port.*'1'"),
-        (["--port", "1,1"], "--port.*'1,1'"),
-        (["--port", "1,65536"], "--port.*'1,65536'"),
-        (["--port", "a,b"], "--port.*'a,b'"),
+        (["--port", "0"], "--port.*'0'"),
+        (["--port", "1,2"], "--port.*'1,2'"),
+        (["--port", "65536"], "--port.*'65536'"),
+        (["--port", "a"], "--port.*'a'"),
+        (["--key-max-age", "30"], "--key-max-age.*'30'"),
+        (["--key-max-age", "-1d"], "--key-max-age.*"),
+        (["--key-max-age", "1w"], "--key-max-age.*'1w'"),
+        (["--key-max-age", "d"], "--key-max-age.*'d'"),
+        (["--key-max-age", ""], "--key-max-age.*''"),
         (["--bridge", "0123456789abcdef"], "--bridge.*0123456789abcdef"),
         (["--bridge", "a b"], "--bridge.*'a b'"),
         (["--namespace", "../x"], r"--namespace.*'\.\./x'"),
@@ -76,7 +81,7 @@ def test_a_wrong_flag_exits_2_naming_flag_and_value(argv, said, capsys):
         ({"MNCNI_CLUSTER_CIDR": "10.0.0.0/8,x"}, "MNCNI_CLUSTER_CIDR: 'x'"),
         ({"MNCNI_POD_CIDR": "10.0.0.1/8"}, "MNCNI_POD_CIDR: 10.0.0.1/8 has host bits set"),
         ({"MNCNI_ENDPOINT": "node1"}, "MNCNI_ENDPOINT: 'node1'"),
-        ({"MNCNI_PORT": "7"}, "--port.*'7'"),
+        ({"MNCNI_PORT": "1,2"}, "--port.*'1,2'"),
         ({"MNCNI_MASQUERADE": "1"}, "--masquerade.*'1'"),
         ({"MNCNI_CLUSTER_CIDR": "10.0.0.0/8", "KUBERNETES_SERVICE_HOST": "10.96.0.1"}, "_SERVICE_HOST 10.96.0.1 is inside --cluster"),
     ],
@@ -105,7 +110,8 @@ def test_every_flag_of_run_has_its_variable_and_the_flag_wins():
         "MNCNI_CLUSTER_CIDR": "10.0.0.0/8,fd00::/32",
         "MNCNI_POD_CIDR": "10.7.0.0/24,fd00:0:7::/64",
         "MNCNI_ENDPOINT": "192.0.2.7,2001:db8::7",
-        "MNCNI_PORT": "1,2",
+        "MNCNI_PORT": "1",
+        "MNCNI_KEY_MAX_AGE": "2h",
         "MNCNI_BRIDGE": "br7",
         "MNCNI_NAMESPACE": "ns7",
         "MNCNI_MTU": "1400",
@@ -126,7 +132,8 @@ def test_every_flag_of_run_has_its_variable_and_the_flag_wins():
         "cluster_cidrs": ["10.0.0.0/8", "fd00::/32"],
         "pod_cidrs": ["10.7.0.0/24", "fd00:0:7::/64"],
         "endpoints": ["192.0.2.7", "2001:db8::7"],
-        "ports": ["1", "2"],
+        "port": 1,
+        "key_max_age": 7200,
         "bridge": "br7",
         "namespace": "ns7",
         "mtu": 1400,
@@ -314,7 +321,7 @@ def mode_of(path):
 
 @pytest.fixture
 def key_path(tmp_path):
-    return str(tmp_path / "state" / "key0")
+    return str(tmp_path / "state" / "key")
 
 
 @pytest.fixture(params=[0o022, 0o000, 0o077])
@@ -328,7 +335,7 @@ def test_a_key_is_made_once_0600_in_a_0700_directory(key_path, umask):
     key = agent.ensure_key(key_path, "")
     assert is_clamped(key) and agent.ensure_key(key_path, "other") == key
     assert (mode_of(key_path), mode_of(os.path.dirname(key_path))) == (0o600, 0o700)
-    assert os.listdir(os.path.dirname(key_path)) == ["key0"]
+    assert os.listdir(os.path.dirname(key_path)) == ["key"]
 
 
 def test_keys_differ():
@@ -507,7 +514,7 @@ def test_a_new_device_makes_itself_known_to_peers_that_know_its_key(bench):
 
 
 def test_a_thousand_new_peers_go_in_batches_that_fit_a_command_line(bench):
-    text = '{{"v":1,"podCIDRs":["10.244.{}.{}/30"],"uid":"u","endpoints":["192.0.2.1"],"slots":{{"0":{{"key":"{}","port":1}}}}}}'
+    text = '{{"v":2,"podCIDRs":["10.244.{}.{}/30"],"uid":"u","endpoints":["192.0.2.1"],"key":"{}","port":1}}'
     for number in range(1, 1001):
         bench.write(number, text=text.format(number // 64, number % 64 * 4, key_of(number)))
     assert bench.tick() and len(bench.run.names()) == 1000
@@ -683,12 +690,12 @@ def test_a_doubted_store_is_not_written_to_at_every_look(bench):
 def test_our_record_is_written_once_and_its_generation_grows_with_its_changes(bench):
     bench.settle()
     first = json.loads(bench.own.read_text())
-    assert list(first) == ["v", "podCIDRs", "uid", "endpoints", "slots", "gen", "created"] and first["gen"] == 1
-    bench.settings = dataclasses.replace(bench.settings, ports=(4711, 4712))
+    assert list(first) == ["v", "podCIDRs", "uid", "endpoints", "key", "port", "gen", "created"] and first["gen"] == 1
+    bench.settings = dataclasses.replace(bench.settings, port=4711)
     bench.start()
     bench.settle()
     second = json.loads(bench.own.read_text())
-    assert second == {**first, "slots": {"0": {"key": key_of(4711), "port": 4711}}, "gen": 2}
+    assert second == {**first, "port": 4711, "gen": 2}
     bench.start()
     bench.settle()
     assert json.loads(bench.own.read_text()) == second
@@ -960,7 +967,7 @@ def test_running_pods_outside_the_pod_cidrs_are_told_in_log_status_metrics_and_a
     assert bench.tick(10) and bench.status()["stranded"] == {} and len(notes) == 1
 
 
-@pytest.mark.parametrize("name", ["key0", "nodes.json"])
+@pytest.mark.parametrize("name", ["key", "nodes.json"])
 def test_a_full_disk_is_named_with_the_file_and_costs_the_network_only_at_the_key(bench, monkeypatch, name):
     real = agent.write_file
 
@@ -970,8 +977,8 @@ def test_a_full_disk_is_named_with_the_file_and_costs_the_network_only_at_the_ke
         real(path, text, mode)
 
     monkeypatch.setattr(agent, "write_file", write_file)
-    assert bench.tick() is (name != "key0")
-    said = bench.status()["reason" if name == "key0" else "store"]
+    assert bench.tick() is (name != "key")
+    said = bench.status()["reason" if name == "key" else "store"]
     assert said.startswith(f"cannot write {bench.settings.state_dir}/{name}") and "No space left on device" in said
     monkeypatch.undo()
 
@@ -981,7 +988,7 @@ def test_a_full_disk_is_named_with_the_file_and_costs_the_network_only_at_the_ke
 
 def everything_said(bench, caplog):
     """All that the agent says or keeps for others: commands, logs, every file but the key."""
-    files = [path.read_text() for path in bench.dir.rglob("*") if path.is_file() and path.name != "key0" and path.suffix != ".py"]
+    files = [path.read_text() for path in bench.dir.rglob("*") if path.is_file() and path.name != "key" and path.suffix != ".py"]
     return "\n".join([*bench.run.log, caplog.text, *(str(entry.__dict__) for entry in caplog.records), *files])
 
 
@@ -989,7 +996,7 @@ def everything_said(bench, caplog):
 def test_the_private_key_is_in_no_command_log_file_or_error(bench, caplog, broken):
     bench.write(1, 2)
     bench.settle()
-    key = mncni.read_file(f"{bench.settings.state_dir}/key0").strip()
+    key = mncni.read_file(f"{bench.settings.state_dir}/key").strip()
     assert bench.run.private == key
     broken_dumps = {
         "nothing": None,
@@ -1011,7 +1018,7 @@ def test_files_are_readable_by_those_who_need_them_and_no_others(bench, umask):
     bench.write(1)
     bench.settle()
     modes = {str(path.relative_to(bench.dir)): oct(mode_of(path)) for path in bench.dir.rglob("*")}
-    for name in ("state_dir/key0", "state_dir/nodes.json"):
+    for name in ("state_dir/key", "state_dir/nodes.json"):
         assert modes[name] == "0o600"
     assert modes["state_dir"] == "0o700"
     assert all(int(mode, 8) & 0o022 == 0 for name, mode in modes.items() if "/" in name and "self" in name)
@@ -1044,7 +1051,8 @@ def test_status_of_a_healthy_node(running):
     running.run.peers[key_of(1)]["endpoint"] = "198.51.100.9:4711"
     assert agent.format_status(status_of(running), 0) == (
         "node self: ok\n"
-        f"pods 10.244.255.0/24, MTU 1400, endpoint 192.0.2.1, key {key_of(4711)}\n"
+        f"pods 10.244.255.0/24, MTU 1400, endpoint 192.0.2.1\n"
+        f"key {running.run.public()}, 0 s old\n"
         "PEER  ENDPOINT           PODS           HANDSHAKE  RECEIVED  SENT\n"
         "n1    198.51.100.9:4711  10.244.1.0/24  never      0 B       0 B\n"
         "n2    192.0.2.2:28384    10.244.2.0/24  never      0 B       0 B\n"
