@@ -42,7 +42,6 @@ import ipaddress
 import json
 import logging
 import os
-import random
 import select
 import shutil
 import signal
@@ -84,7 +83,10 @@ HOLD_S = 60  # how long nodes that vanish in great number are kept
 DOUBT_S = 120  # how long packets wait for a peer before its endpoint is doubted
 SET_BACK_S = 120  # a clock set back by less does no harm: peers that talk shake hands every two minutes (WireGuard, section 6.1)
 TRY_S, RETRY_S = 60, 5  # how often the agent tries the installed plugin, and how often while it does not work
-GREET_S = 0.15  # how long a peer with a new key has to answer, before it is greeted again
+# A node that changes its key uses the new one a little before the others follow. Until they do, it still hears what they send to the
+# former key, and WireGuard keeps what it has to send. The other way round, what it sends would be lost.
+LEAD_S = 0.05
+GREET_S = 0.1  # how long a peer with a new key has to answer, before it is greeted again
 ROTATE_S = 60  # how long `agent.py rotate` waits for the new key
 UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 UNDERLAY_OVERHEAD = {4: 60, 6: 80}  # bytes of the IP header, the UDP header and WireGuard (32)
@@ -271,6 +273,7 @@ class Store:
 
     RECORD_LIMIT = 65536  # bytes; a record has some 300
     trouble = ""  # why records() may be out of date
+    taken = None  # this node's record as the store took it last
     guard = None  # whether the cluster stops a node from writing another node's record; None: unknown
 
     def start(self):
@@ -335,6 +338,7 @@ class DirectoryStore(Store):
             write_file(os.path.join(self.path, f"{name}.json"), text)
         except OSError as error:
             raise StoreError(f"cannot write to --nodes-dir {self.path}: {error.strerror}") from None
+        self.taken = text
 
     def withdraw(self, name):
         """Remove this node's record, if there is one. StoreError."""
@@ -401,6 +405,10 @@ class KubernetesStore(Store):
     @property
     def trouble(self):
         return "; ".join(sorted(set(filter(None, self.troubles.values()))))
+
+    @property
+    def taken(self):
+        return (self.own or {}).get("record")
 
     def changed(self):
         changed, self.news = self.news, False
@@ -851,7 +859,7 @@ def ensure_key(path, device_key):
     directory = os.path.dirname(path)
     mncni.own_directory(directory, 0o700)
     ensure_mode(directory, 0o700)
-    text = mncni.read_file(path) if is_own_file(path) else None
+    text = look_secret(path)
     if text is None:
         text = device_key or make_key()
         write_next_key(path, text)
@@ -859,7 +867,7 @@ def ensure_key(path, device_key):
         return text
     ensure_mode(path, 0o600)
     try:
-        return parse_key(text.strip())
+        return parse_key(text)
     except BadRecord as error:
         what = f"the key file {path} is damaged: {error}"
         raise CNIError(mncni.IO_FAILURE, f"{what}; put the key back, or remove the file and restart to get a new one") from None
@@ -885,9 +893,8 @@ def key_time(settings):
 
 def look_next_key(path, run):
     """The public key of the next key, "" if there is none that can be read. CNIError."""
-    text = mncni.read_file(f"{path}.new") if is_own_file(f"{path}.new") else None
     with contextlib.suppress(BadRecord):
-        command = SecretInput(["wg", "pubkey"], parse_key((text or "").strip()), "the public key of the next key")
+        command = SecretInput(["wg", "pubkey"], parse_key(look_secret(f"{path}.new") or ""), "the public key of the next key")
         return ask(command, run, may_be_gone=False).stdout.strip()
     return ""
 
@@ -897,6 +904,11 @@ class SecretInput(Command):
 
     def __str__(self):
         return " ".join(self.argv)
+
+
+def look_secret(path):
+    """The text in a file, None if there is none. CNIError 5, see is_own_file."""
+    return (mncni.read_file(path) or "").strip() if is_own_file(path) else None
 
 
 def is_own_file(path):
@@ -1216,18 +1228,18 @@ def changed_keys(desired, sent):
     return {key for key, peer in desired.items() if key not in sent and peer["name"] in former} if former else set()
 
 
-def plan_greetings(awaited, present, fresh, now):
+def plan_greetings(awaited, present, fresh, own_key, now):
     """(the keys of peers that are to be made anew and greeted, awaited for the next call).
 
-    A node that changes its key and this node do so at about the same moment. The handshake that the later one begins succeeds, unless a
-    packet is lost or both have begun one; then WireGuard waits for 5 s. A peer that is made anew waits for nothing. The pauses grow and are
-    random, so that two nodes that greet each other do not go on at the same moment.
+    A node that changes its key, and this node, which follows, do so at about the same moment. The handshake that the later one begins
+    succeeds, unless a packet is lost, or both have begun one at once; then WireGuard waits for 5 s. A peer that is made anew waits for
+    nothing. The pauses grow, and of two nodes that greet each other one is faster, so that they do not go on at the same moment.
     awaited: {key: (time, pause in seconds)} of the peers that have not answered. fresh: keys that other keys have made way for.
     """
     rest = {key: row for key, row in awaited.items() if not present.get(key, {"handshake": 1})["handshake"]}
-    overdue = {key for key, (due, _) in rest.items() if now >= due}
-    pauses = {**{key: 2 * rest[key][1] for key in overdue}, **dict.fromkeys(fresh, GREET_S)}
-    rest.update({key: (now + pause * random.uniform(1, 1.5), pause) for key, pause in pauses.items()})
+    pauses = {key: 2 * pause for key, (due, pause) in rest.items() if now >= due}
+    pauses.update({key: GREET_S if own_key < key else 2 * GREET_S for key in fresh})
+    rest.update({key: (now + pause, pause) for key, pause in pauses.items()})
     return set(pauses), {key: row for key, row in rest.items() if row[1] < 5}
 
 
@@ -1262,8 +1274,8 @@ class Context:
     endpoints: tuple = ()
     mtu: int = 0
     public_key: str = ""
-    next_key: str = ""  # public, too; see Agent.change_key
-    has_new_key: bool = False  # the device got its key in this pass
+    next_key: str = ""  # public, too; see Agent.use_next_key
+    has_new_key: bool = False  # the device got its key, and the peers are not greeted with it yet
     nodes: dict = field(default_factory=dict)
     loaded: dict = field(default_factory=dict)
     peers: dict = field(default_factory=dict)
@@ -1586,19 +1598,24 @@ def look_device(context):
     return parse_dump(ask(command, context.run, may_be_gone=False).stdout)
 
 
-def wg_set(context, words, why):
-    return Command(in_netns(context.settings.netns, ["wg", "set", DEVICE, *words]), "", why)
+def set_device(context, changes, why):
+    """Change the device. changes: lists of words for `wg set`; so many of them go together as fit on a command line."""
+    for start in range(0, len(changes), 100):
+        words = [word for change in changes[start : start + 100] for word in change]
+        apply([Command(in_netns(context.settings.netns, ["wg", "set", DEVICE, *words]), "", why)], context.run)
 
 
 def ensure_identity(context):
     """The device's key and port. Each is set only if it differs, because wireguard-go drops packets each time."""
     settings, device = context.settings, look_device(context)
-    words = ["listen-port", str(settings.port)] if device["port"] != settings.port else []
-    context.has_new_key = ensure_key(settings.key_path, device["private_key"]) != device["private_key"]
-    if context.has_new_key:
-        words += ["private-key", settings.key_path]
-    if words:
-        apply([wg_set(context, words, "this node's key and port")], context.run)
+    changes = [["listen-port", str(settings.port)]] if device["port"] != settings.port else []
+    if device["private_key"] and look_secret(f"{settings.key_path}.new") == device["private_key"]:
+        take_next_key(settings.key_path)  # an agent was killed before it could, see Agent.use_next_key
+    if ensure_key(settings.key_path, device["private_key"]) != device["private_key"]:
+        changes.append(["private-key", settings.key_path])
+        context.has_new_key = True
+    if changes:
+        set_device(context, changes, "this node's key and port")
         device = look_device(context)
     context.public_key = device["public_key"]
 
@@ -1710,13 +1727,13 @@ def ensure_peers(context, now, greet=False):
     """The believed nodes are the device's peers. greet: the peers know this node's key from its record, so a new device, or one that has
     got that key just now, sends them a keepalive."""
     present, fresh = look_device(context)["peers"], changed_keys(context.peers, context.sent)
-    anew, context.awaited = plan_greetings(context.awaited, present, fresh, now)
+    anew, context.awaited = plan_greetings(context.awaited, present, fresh, context.public_key, now)
     changes = plan_peers(context.peers, present, context.sent, anew)
     if greet and (context.has_new_key or not present):
         changes += greetings(context.peers)
-    for start in range(0, len(changes), 100):
-        words = [word for change in changes[start : start + 100] for word in change]
-        apply([wg_set(context, words, "peers: the nodes whose record is believed")], context.run)
+    if fresh:
+        time.sleep(LEAD_S)
+    set_device(context, changes, "peers: the nodes whose record is believed")
     context.sent, context.has_new_key = context.peers, False
 
 
@@ -2002,14 +2019,10 @@ class Agent:
         if context.sent is None:  # the first pass: what the agent before this one has set
             self.judge()
             context.sent = context.peers
-        troubles = [self.read_store(), self.store.trouble, self.change_key()]
+        troubles = [self.read_store(), self.store.trouble, *self.attempt(self.use_next_key)]
         self.judge()
         ensure_peers(context, self.clock(), greet=context.public_key in self.state["own"].get("text", ""))
-        for act in (self.publish, self.save_state):
-            try:
-                act()
-            except (StoreError, CNIError) as error:
-                troubles.append(str(error))
+        troubles += self.attempt(self.look_for_next_key, self.publish, self.use_next_key, self.save_state)
         self.note(troubles)
         if context.clash:
             raise config_error(context.clash)
@@ -2090,37 +2103,41 @@ class Agent:
         self.doubt_until, self.records = None, records
         return ""
 
-    def change_key(self):
-        """The next step of a change of this node's key. Returns why it cannot be taken, or "".
-
-        A next key lies beside the key when `agent.py rotate` has left it or the key is too old, and our record tells it. It takes the
-        place of the key when the store has that record, because the other nodes see it at the same moment. So the key is always the one
-        that the store has told us that it has, also for an agent that starts while the store is away.
-        """
+    def look_for_next_key(self):
+        """A next key lies beside the key when `agent.py rotate` has left it, or when the key was too old. Then our record tells it."""
         context, path = self.context, self.settings.key_path
-        try:
+        self.key_left = os.path.lexists(f"{path}.new")
+        context.next_key = look_next_key(path, context.run)
+        if not context.next_key and (self.key_left or self.is_key_too_old()):
+            write_next_key(path, make_key())
             context.next_key = look_next_key(path, context.run)
-            if not context.next_key and (os.path.lexists(f"{path}.new") or self.is_key_too_old()):
-                write_next_key(path, make_key())
-                context.next_key = look_next_key(path, context.run)
-            is_told = context.next_key and f'"key":"{context.next_key}"' in (self.stored or "")
-            if is_told:
-                take_next_key(path)
-        except (CNIError, OSError) as error:
-            return f"the key cannot be changed: {error}"
-        finally:
-            self.key_left = os.path.lexists(f"{path}.new")
-        if is_told:
-            ensure_identity(context)
-            context.next_key = ""
+
+    def use_next_key(self):
+        """The next key takes the place of the key when the store has taken the record that tells it. So the key on disk is always the one
+        that the store is known to have told, also for an agent that starts while the store is away."""
+        context, path = self.context, self.settings.key_path
+        told = f'"key":"{context.next_key}"'
+        if context.next_key and any(told in (text or "") for text in (self.stored, self.store.taken)):
+            set_device(context, [["private-key", f"{path}.new"]], "this node's new key")  # first, see LEAD_S
+            context.public_key, context.next_key = context.next_key, ""
             log.info("this node's key is a new one: %s", context.public_key)
-        return ""
+            take_next_key(path)
 
     def is_key_too_old(self):
         """Whether the key is older than --key-max-age, or than nine tenths of it and more: how much more depends on the key, so that nodes
         of one age do not all change at once."""
         limit_s, share = self.settings.key_max_age, base64.b64decode(self.context.public_key)[0] / 2560
         return limit_s > 0 and time.time() - key_time(self.settings) > limit_s * (1 - share)
+
+    def attempt(self, *acts):
+        """Do what the network can do without. Returns why it failed, as a list."""
+        troubles = []
+        for act in acts:
+            try:
+                act()
+            except (StoreError, CNIError, OSError) as error:
+                troubles.append(str(error))
+        return troubles
 
     def note(self, troubles):
         """Log what is wrong with the store, and keep it for the status. Empty texts among the troubles are ignored."""
@@ -2417,7 +2434,7 @@ def plan_metrics(status):
 
 
 def rotate(settings, run):
-    """Leave a next key beside the key, unless one waits there already, and wait until the running agent uses it, see Agent.change_key.
+    """Leave a next key beside the key, unless one waits there already, and wait until the running agent uses it, see Agent.use_next_key.
     Returns what has happened as text. CNIError 7 without an agent, 100 if the agent could not do it yet."""
     path = settings.key_path
     if not is_running(settings):
