@@ -44,7 +44,7 @@ def record_policy(_user, operation, old, new):
     if record is None or (operation == "UPDATE" and record == annotations(old).get(agent.RECORD)):
         return None
     cidrs = new["spec"].get("podCIDRs", [])
-    beginning = json.dumps({"v": 1, "podCIDRs": cidrs, "uid": new["metadata"]["uid"]}, separators=(",", ":"))[:-1]
+    beginning = json.dumps({"v": 2, "podCIDRs": cidrs, "uid": new["metadata"]["uid"]}, separators=(",", ":"))[:-1]
     return None if cidrs and record.startswith(beginning) else "the annotation must begin with the Node's own podCIDRs and uid"
 
 

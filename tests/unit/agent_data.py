@@ -94,7 +94,7 @@ class FakeWireGuard:
     def dump(self):
         lines = [[self.private or "(none)", self.public(), str(self.port), "off"]]
         for key, fields in self.peers.items():
-            lines.append([key, "(none)", fields["endpoint"], fields["allowed-ips"], "0", "0", "0", "off"])
+            lines.append([key, "(none)", fields["endpoint"], fields["allowed-ips"], fields["handshake"], "0", "0", "off"])
         return "".join("\t".join(words) + "\n" for words in lines)
 
     def set(self, words):
@@ -107,7 +107,7 @@ class FakeWireGuard:
                 self.private = mncni.read_file(words.pop(0)).strip()
             elif name == "peer":
                 peer = words.pop(0)
-                self.peers.setdefault(peer, {"endpoint": "(none)", "allowed-ips": "(none)"})
+                self.peers.setdefault(peer, {"endpoint": "(none)", "allowed-ips": "(none)", "handshake": "0"})
             elif name == "remove":
                 del self.peers[peer]
             else:
