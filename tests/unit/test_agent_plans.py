@@ -531,7 +531,8 @@ def test_the_plugin_accepts_the_conflist(settings):
     assert plugin["type"] == "mncni" and plugin["plugin"][0] == "naivewg" and len(stages) == len(plugin["plugin"])
 
 
-WHY = {"Command": 2, "ip_batch": 2, "look_ip": 4, "write_sysctls": 3, "apply_lines": 2, "set_device": 2, "SecretInput": 2}  # its place among the arguments
+# Its place among the arguments.
+WHY = {"Command": 2, "SecretInput": 2, "ip_batch": 2, "look_ip": 4, "write_sysctls": 3, "apply_lines": 2, "set_device": 2}
 
 
 def test_every_command_of_the_agent_says_why():
