@@ -87,6 +87,7 @@ TRY_S, RETRY_S = 60, 5  # how often the agent tries the installed plugin, and ho
 # former key, and WireGuard keeps what it has to send. The other way round, what it sends would be lost.
 LEAD_S = 0.05
 GREET_S = 0.1  # how long a peer with a new key has to answer, before it is greeted again
+CALM_S = 10  # how long the node store has to be well before a new key is told
 ROTATE_S = 60  # how long `agent.py rotate` waits for the new key
 UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 UNDERLAY_OVERHEAD = {4: 60, 6: 80}  # bytes of the IP header, the UDP header and WireGuard (32)
@@ -1935,6 +1936,7 @@ class Agent:
         self.counts, self.beat = kube.Counts(), clock()  # beat: when the loop last came round
         self.next_pass = self.next_glance = 0
         self.key_left = None  # whether there was a next key in the last pass
+        self.calm = 0  # a time of clock; from then on, a new key may be told
         self.wall_offset = os.path.getmtime(self.state_path) - uptime() if os.path.exists(self.state_path) else 0
 
     def tick(self, event=False):
@@ -2104,9 +2106,11 @@ class Agent:
         return ""
 
     def look_for_next_key(self):
-        """A next key lies beside the key when `agent.py rotate` has left it, or when the key was too old. Then our record tells it."""
+        """A next key lies beside the key when `agent.py rotate` has left it, or when the key was too old. Then our record tells it, but not
+        before the store is well again for CALM_S: the other nodes may need some seconds until they reach it, too."""
         context, path = self.context, self.settings.key_path
         self.key_left = os.path.lexists(f"{path}.new")
+        self.calm = self.clock() + CALM_S if self.store.trouble else self.calm
         context.next_key = look_next_key(path, context.run)
         if not context.next_key and (self.key_left or self.is_key_too_old()):
             write_next_key(path, make_key())
@@ -2183,7 +2187,8 @@ class Agent:
     def own_record(self):
         own, context = self.state["own"], self.context
         names = (own.get(key) for key in ("gen", "created", "set_back"))
-        return format_record(self.settings, own["uid"], context.endpoints, context.next_key or context.public_key, *names)
+        key = context.next_key if context.next_key and self.clock() >= self.calm else context.public_key
+        return format_record(self.settings, own["uid"], context.endpoints, key, *names)
 
     def save_state(self):
         """Keep the last good list of nodes for the next agent. CNIError, which costs nothing else: the network stands without."""

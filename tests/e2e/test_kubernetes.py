@@ -238,9 +238,9 @@ def test_a_new_key_is_hardly_noticed(cluster, event, fault):
 
 def test_a_new_key_waits_for_an_api_server_that_is_away_also_in_an_agent_that_starts(cluster, fault):
     lab, api = cluster
-    before = keys_of(lab, "node1")
 
     def act():
+        before = keys_of(lab, "node1")
         api.call("down")
         with ThreadPoolExecutor() as pool:
             waiting = pool.submit(rotate, lab, "node1")
