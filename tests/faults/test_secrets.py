@@ -16,7 +16,7 @@ import agent
 import kube
 import mncni
 from deploy import lab as labs
-from tests.e2e.conftest import lab_up, node_sh
+from tests.e2e.conftest import lab_up, node_sh, rotate
 from tests.unit.agent_data import FakeWireGuard
 from tests.unit.test_agent_state import Bench
 
@@ -102,7 +102,8 @@ def texts_of(lab, node):
         script = f"import urllib.request as r; print(r.urlopen('http://127.0.0.1:28386/{page}').read().decode())"
         found.append(node_sh(lab, node, f'{labs.PYTHON} -c "{script}"'))
     for name in ("run/mncni", "var/lib/mncni", "etc/cni/net.d", "var/lib/cni"):
-        found += [path.read_text(errors="replace") for path in (root / name).rglob("*") if path.is_file() and path.name != "key"]
+        paths = [path for path in (root / name).rglob("*") if path.is_file() and path.name not in ("key", "key.new")]
+        found += [path.read_text(errors="replace") for path in paths]
     return found
 
 
@@ -130,11 +131,13 @@ def test_no_process_shows_a_key_while_agents_start_restart_lose_their_device_and
             restart(first, "ip -n mncni-wg link delete mncni-wg0")
             restart(second, "ip -n mncni-wg link delete mncni-wg0; rm /var/lib/mncni/key")
             note_keys()
+            assert rotate(lab, first)[0] == 0
+            note_keys()
             said = "\n".join(text for node in lab.nodes() for text in texts_of(lab, node))
     finally:
         sampler.stopping.set()
         sampler.join()
-    assert len(keys) == 3 and sampler.rounds > 10
+    assert len(keys) == 4 and sampler.rounds > 10
     for key in keys:
         assert key not in said
         assert not any(key.encode() in text for text in sampler.seen)

@@ -86,6 +86,46 @@ def test_a_peer_whose_clock_was_set_back_is_made_anew_and_greeted():
     assert [words[2] for words in agent.plan_peers(desired, {}, sent)] == ["endpoint"]  # there is none to forget
 
 
+def greeting(key):
+    return [["peer", key, "persistent-keepalive", "1"], ["peer", key, "persistent-keepalive", "0"]]
+
+
+def test_a_node_that_changed_its_key_gets_a_new_peer_that_is_greeted_and_awaited():
+    sent, there = {A: peer("a", "192.0.2.1:1", "10.244.1.0/24")}, {A: present("192.0.2.1:1", "10.244.1.0/24")}
+    desired = {B: peer("a", "192.0.2.1:1", "10.244.1.0/24"), C: peer("c", "192.0.2.3:1", "10.244.3.0/24")}
+    assert agent.changed_keys(desired, sent) == {B} and agent.changed_keys(desired, desired) == set()  # C is of another node
+    anew, awaited = agent.plan_greetings({}, there, {B}, A, 5)
+    assert (anew, awaited) == ({B}, {B: (5 + agent.GREET_S, agent.GREET_S)})
+    plan = agent.plan_peers(desired, there, sent, anew)
+    first = ["peer", B, "endpoint", "192.0.2.1:1", "allowed-ips", "10.244.1.0/24"]
+    second = ["peer", C, "endpoint", "192.0.2.3:1", "allowed-ips", "10.244.3.0/24"]
+    assert plan == [first, *greeting(B), second, ["peer", A, "remove"]]
+
+
+def test_a_new_key_that_does_not_answer_is_made_anew_and_greeted_less_and_less_often_and_not_for_ever():
+    desired, there = {B: peer("b", "192.0.2.2:1", "10.244.2.0/24")}, {B: present("192.0.2.2:1", "10.244.2.0/24")}
+    _, awaited = agent.plan_greetings({}, {}, {B}, A, 0)
+    times, now = [], 0
+    while awaited:
+        now = round(now + 0.05, 2)
+        anew, awaited = agent.plan_greetings(awaited, there, set(), A, now)
+        times += [now] if anew else []
+        plan = agent.plan_peers(desired, there, desired, anew)
+        made = ["peer", B, "endpoint", "192.0.2.2:1", "allowed-ips", "10.244.2.0/24"]
+        assert plan == ([["peer", B, "remove"], made, *greeting(B)] if anew else [])
+    assert times == pytest.approx([0.1, 0.3, 0.7, 1.5, 3.1, 6.3], abs=0.15)
+
+
+@pytest.mark.parametrize("there", [{B: {**present("192.0.2.2:1"), "handshake": 1700000000}}, {}])
+def test_a_new_key_that_has_answered_or_is_gone_is_no_longer_awaited(there):
+    assert agent.plan_greetings({B: (1, 0.1)}, there, set(), A, 2) == (set(), {})
+
+
+def test_of_two_that_greet_each_other_one_is_twice_as_fast():
+    pauses = [agent.plan_greetings({}, {}, {theirs}, ours, 0)[1][theirs][1] for ours, theirs in ((A, B), (B, A))]
+    assert pauses[1] == 2 * pauses[0]
+
+
 def test_removals_come_last_and_the_order_is_by_name():
     desired = {C: peer("b", "192.0.2.3:1", "10.244.3.0/24"), A: peer("c", "192.0.2.1:1", "10.244.1.0/24")}
     plan = agent.plan_peers(desired, {B: present("192.0.2.2:1", "10.244.2.0/24"), D: present("")}, {})

@@ -21,7 +21,7 @@ import pytest
 
 import agent
 import mncni
-from tests.unit.agent_data import V4, FakeWireGuard, key_of, make_settings, parse, record, text_of
+from tests.unit.agent_data import V4, FakeWireGuard, key_of, make_settings, parse, public_of, record, text_of
 
 # ---- settings ----
 
@@ -988,7 +988,8 @@ def test_a_full_disk_is_named_with_the_file_and_costs_the_network_only_at_the_ke
 
 def everything_said(bench, caplog):
     """All that the agent says or keeps for others: commands, logs, every file but the key."""
-    files = [path.read_text() for path in bench.dir.rglob("*") if path.is_file() and path.name != "key" and path.suffix != ".py"]
+    paths = [path for path in bench.dir.rglob("*") if path.is_file() and path.name not in ("key", "key.new") and path.suffix != ".py"]
+    files = [path.read_text() for path in paths]
     return "\n".join([*bench.run.log, caplog.text, *(str(entry.__dict__) for entry in caplog.records), *files])
 
 
@@ -1022,6 +1023,170 @@ def test_files_are_readable_by_those_who_need_them_and_no_others(bench, umask):
         assert modes[name] == "0o600"
     assert modes["state_dir"] == "0o700"
     assert all(int(mode, 8) & 0o022 == 0 for name, mode in modes.items() if "/" in name and "self" in name)
+
+
+# ---- a new key ----
+
+
+class Key:
+    """The bench's key file and the one beside it."""
+
+    def __init__(self, bench):
+        self.bench = bench
+        self.path, self.next = (bench.dir / "state_dir" / name for name in ("key", "key.new"))
+
+    def leave_next(self):
+        """As `agent.py rotate` does it. Returns its public key."""
+        agent.write_next_key(str(self.path), agent.make_key())
+        return self.public(self.next)
+
+    def public(self, path=None):
+        return public_of((path or self.path).read_text().strip())
+
+    def told(self):
+        return json.loads(self.bench.own.read_text())["key"]
+
+    def make_old(self, seconds):
+        os.utime(self.path, (time.time() - seconds,) * 2)
+
+
+@pytest.fixture
+def key(bench):
+    bench.write(1, 2)
+    bench.settle()
+    return Key(bench)
+
+
+def test_a_next_key_is_told_used_and_all_that_is_left(bench, key):
+    before, new = key.path.read_text().strip(), key.leave_next()
+    assert bench.tick()
+    assert key.told() == key.public() == bench.run.public() == bench.status()["publicKey"] == new
+    assert not key.next.exists() and mode_of(key.path) == 0o600
+    assert before not in "\n".join(path.read_text() for path in bench.dir.rglob("*") if path.is_file())
+    assert bench.run.writes() == [f"set mncni-wg0 private-key {key.next}"]
+    bench.settle()
+    assert bench.run.writes() == [] and json.loads(bench.own.read_text())["gen"] == 2
+    bench.start()
+    bench.settle()
+    assert bench.run.public() == new
+
+
+def test_keys_are_in_no_command_log_or_status_while_one_changes(bench, key, caplog):
+    texts = [key.path.read_text().strip()]
+    for _ in range(2):
+        key.leave_next()
+        texts.append(key.next.read_text().strip())
+        assert bench.tick() and bench.tick()
+    said = everything_said(bench, caplog)
+    assert "wg pubkey" in said and not any(text in said for text in texts)
+
+
+def test_a_next_key_waits_for_a_store_that_is_away_and_a_new_agent_keeps_the_key_that_the_others_know(bench, key):
+    former, new, away = key.public(), key.leave_next(), bench.settings.nodes_dir + ".away"
+    os.rename(bench.settings.nodes_dir, away)
+    for _ in range(3):
+        assert bench.tick(10) and bench.run.public() == key.public() == former
+        bench.start()
+    assert bench.tick() and bench.status()["nextKey"] == new and "No such file" in bench.status()["store"]
+    assert f"a new key waits until the node store has it: {new}\n" in agent.format_status(status_of(bench), time.time())
+    os.rename(away, bench.settings.nodes_dir)
+    assert bench.tick() and bench.run.public() == key.public() == key.told() == new and bench.status()["nextKey"] == ""
+
+
+def test_a_store_that_is_well_again_hears_of_a_next_key_after_some_seconds(bench, key, monkeypatch):
+    former, new = key.public(), key.leave_next()
+    monkeypatch.setattr(agent.DirectoryStore, "trouble", "the API server does not answer")
+    assert bench.tick() and key.told() == former and bench.status()["nextKey"] == new
+    monkeypatch.setattr(agent.DirectoryStore, "trouble", "")
+    assert bench.tick(9) and key.told() == former
+    bench.tick(10)
+    assert key.told() == key.public() == new
+
+
+@pytest.mark.parametrize("where", ["told", "device"])
+def test_an_agent_that_was_killed_on_the_way_is_followed_by_one_that_goes_on(bench, key, where):
+    new = key.leave_next()
+    bench.own.write_text(bench.own.read_text().replace(key.public(), new))
+    if where == "device":
+        bench.run.private = key.next.read_text().strip()
+    bench.start()
+    assert bench.tick() and bench.run.public() == key.public() == key.told() == new and not key.next.exists()
+
+
+@pytest.mark.parametrize("damage", ["", "AAAA", "\0" * 45, key_of(1)[:-4]])
+def test_a_damaged_next_key_is_written_again(bench, key, damage):
+    former = key.public()
+    key.next.write_text(damage)
+    assert bench.tick() and bench.run.public() == key.public() == key.told() != former and not key.next.exists()
+
+
+def test_a_next_key_that_cannot_be_written_costs_nothing_else(bench, key, mocker):
+    former = key.public()
+    bench.agent.context.settings = dataclasses.replace(bench.settings, key_max_age=60)
+    key.make_old(100)
+    mocker.patch.object(agent, "write_next_key", side_effect=OSError(28, "No space left on device", str(key.next)))
+    assert bench.tick(10) and "No space left on device" in bench.status()["store"] and bench.run.public() == former
+    mocker.stopall()
+    assert bench.tick(10) and bench.status()["store"] == "" and bench.run.public() == key.public() != former
+
+
+@pytest.mark.parametrize("limit, age, changes", [(0, 10**9, False), (86400, 86460, True), (86400, 77000, False), (86400, -(10**6), False)])
+def test_a_key_changes_when_it_is_too_old(bench, key, limit, age, changes):
+    former = key.public()
+    bench.agent.context.settings = dataclasses.replace(bench.settings, key_max_age=limit)
+    key.make_old(age)
+    for _ in range(3):
+        assert bench.tick(10)
+    assert (bench.run.public() != former) is changes
+    now = bench.run.public()
+    bench.tick(10)
+    assert bench.run.public() == now, "once"
+
+
+def test_keys_of_one_age_do_not_all_change_at_once(bench, key):
+    bench.agent.context.settings = dataclasses.replace(bench.settings, key_max_age=1000)
+    key.make_old(950)
+    early = 0
+    for number in range(256):
+        bench.agent.context.public_key = base64.b64encode(bytes([number]) + bytes(31)).decode()
+        early += bench.agent.is_key_too_old()
+    assert 100 < early < 156
+
+
+def test_two_nodes_never_hold_one_key_not_even_while_one_changes(bench, key):
+    """Who claims this node's next key, of which the record tells, gets no peer when it is in use."""
+    new = key.leave_next()
+    bench.write(3, text=text_of(3, key=new))
+    for _ in range(4):
+        bench.tick()
+    assert bench.run.public() == new and new not in bench.run.peers and "this node's key" in bench.status()["quarantine"]["n3"]
+
+
+def test_a_command_that_changes_the_key_needs_an_agent(bench, key):
+    with pytest.raises(mncni.CNIError, match="no agent runs on this node.*start it"):
+        agent.rotate(bench.settings, bench.run)
+    assert not key.next.exists()
+
+
+def test_a_command_that_changes_the_key_waits_until_it_is_in_use_and_takes_one_that_waits_already(bench, key):
+    former, new = key.public(), key.leave_next()
+    with agent.agent_lock(bench.settings):
+        threading.Timer(0.1, bench.tick).start()
+        assert agent.rotate(bench.settings, bench.run) == f"this node's key is {new}; nothing is left of {former}"
+
+
+def test_a_command_that_changes_the_key_says_why_it_did_not_get_there(bench, key, monkeypatch):
+    monkeypatch.setattr(agent, "ROTATE_S", 0.1)
+    os.rename(bench.settings.nodes_dir, bench.settings.nodes_dir + ".away")
+    bench.tick()
+    with agent.agent_lock(bench.settings), pytest.raises(mncni.CNIError, match="not in use after 0.1 s .*No such file.* as soon as"):
+        agent.rotate(bench.settings, bench.run)
+    assert key.next.exists() and mode_of(key.next) == 0o600
+
+
+@pytest.mark.parametrize("seconds, text", [(-5, "0 s"), (59, "59 s"), (61, "1 m"), (7300, "2 h"), (86400 * 31.5, "31 d")])
+def test_an_age_is_told_in_its_largest_unit(seconds, text):
+    assert agent.age_text(seconds) == text
 
 
 # ---- status ----
