@@ -128,7 +128,7 @@ def test_a_record_begins_with_what_the_admission_policy_compares(cluster):
     cluster.settle()
     text = cluster.own()["metadata"]["annotations"][agent.RECORD]
     assert text.startswith('{"v":2,"podCIDRs":["10.244.1.0/24"],"uid":"uid-1","endpoints":["192.0.2.1"],"key":"')
-    assert text.endswith('"port":28384}},"gen":1}')
+    assert text.endswith('"port":28384,"gen":1}')
 
 
 def test_a_quiet_agent_writes_nothing_and_reads_nothing_again(cluster):
