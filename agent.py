@@ -895,9 +895,13 @@ def key_time(settings):
 def look_next_key(path, run):
     """The public key of the next key, "" if there is none that can be read. CNIError."""
     with contextlib.suppress(BadRecord):
-        command = SecretInput(["wg", "pubkey"], parse_key(look_secret(f"{path}.new") or ""), "the public key of the next key")
-        return ask(command, run, may_be_gone=False).stdout.strip()
+        return public_key(parse_key(look_secret(f"{path}.new") or ""), run)
     return ""
+
+
+def public_key(key, run):
+    """The public key of a private one."""
+    return ask(SecretInput(["wg", "pubkey"], key, "the public key of the next key"), run, may_be_gone=False).stdout.strip()
 
 
 class SecretInput(Command):
@@ -1229,6 +1233,19 @@ def changed_keys(desired, sent):
     return {key for key, peer in desired.items() if key not in sent and peer["name"] in former} if former else set()
 
 
+def limit_greetings(names, greeted, now):
+    """(the keys that may be greeted, greeted for the next call): of a node two keys a minute, whatever its records say. Else a node could
+    have all others send as much as it likes to an address of its choice.
+    names: {key: node name}. greeted: {node name: [times]}.
+    """
+    allowed, recent = set(), {name: [time for time in times if now - time < 60] for name, times in greeted.items()}
+    for key, name in names.items():
+        if len(recent.setdefault(name, [])) < 2:
+            recent[name].append(now)
+            allowed.add(key)
+    return allowed, {name: times for name, times in recent.items() if times}
+
+
 def plan_greetings(awaited, present, fresh, own_key, now):
     """(the keys of peers that are to be made anew and greeted, awaited for the next call).
 
@@ -1276,7 +1293,6 @@ class Context:
     mtu: int = 0
     public_key: str = ""
     next_key: str = ""  # public, too; see Agent.use_next_key
-    has_new_key: bool = False  # the device got its key, and the peers are not greeted with it yet
     nodes: dict = field(default_factory=dict)
     loaded: dict = field(default_factory=dict)
     peers: dict = field(default_factory=dict)
@@ -1284,6 +1300,7 @@ class Context:
     daemons: list = field(default_factory=list)
     heard: dict = field(default_factory=dict)  # see doubted
     awaited: dict = field(default_factory=dict)  # see plan_greetings
+    greeted: dict = field(default_factory=dict)  # see limit_greetings
 
 
 def apply_lines(lines, run, why, netns=""):
@@ -1614,7 +1631,6 @@ def ensure_identity(context):
         take_next_key(settings.key_path)  # an agent was killed before it could, see Agent.use_next_key
     if ensure_key(settings.key_path, device["private_key"]) != device["private_key"]:
         changes.append(["private-key", settings.key_path])
-        context.has_new_key = True
     if changes:
         set_device(context, changes, "this node's key and port")
         device = look_device(context)
@@ -1725,17 +1741,18 @@ def look_advertised(links, uplinks):
 
 
 def ensure_peers(context, now, greet=False):
-    """The believed nodes are the device's peers. greet: the peers know this node's key from its record, so a new device, or one that has
-    got that key just now, sends them a keepalive."""
+    """The believed nodes are the device's peers. greet: the peers know this node's key from a former device, so a new device sends them
+    a keepalive."""
     present, fresh = look_device(context)["peers"], changed_keys(context.peers, context.sent)
-    anew, context.awaited = plan_greetings(context.awaited, present, fresh, context.public_key, now)
+    greetable, context.greeted = limit_greetings({key: context.peers[key]["name"] for key in fresh}, context.greeted, now)
+    anew, context.awaited = plan_greetings(context.awaited, present, greetable, context.public_key, now)
     changes = plan_peers(context.peers, present, context.sent, anew)
-    if greet and (context.has_new_key or not present):
+    if greet and not present:
         changes += greetings(context.peers)
     if fresh:
         time.sleep(LEAD_S)
     set_device(context, changes, "peers: the nodes whose record is believed")
-    context.sent, context.has_new_key = context.peers, False
+    context.sent = context.peers
 
 
 FLOOR = (ensure_host, ensure_endpoints, ensure_floor)
@@ -1980,7 +1997,8 @@ class Agent:
 
     def wait_s(self):
         """How long the agent has nothing to do, if there are no events."""
-        return max(0, min([POLL_S, *(due - self.clock() for due, _ in self.context.awaited.values())]))
+        times = [] if self.reason else [due for due, _ in self.context.awaited.values()]
+        return max(0, min([POLL_S, *(due - self.clock() for due in times)]))
 
     def is_tunnel_changed(self):
         """Whether the peers, the namespace's firewall or the plugin's files differ from what the agent set. No monitor tells of them, so
@@ -2444,9 +2462,11 @@ def rotate(settings, run):
     path = settings.key_path
     if not is_running(settings):
         raise config_error("no agent runs on this node, and only a running one can change the key: start it, then give this command again")
-    if not look_next_key(path, run):
-        write_next_key(path, make_key())
-    new, before = look_next_key(path, run), look_written(settings).get("publicKey")
+    before, new = look_written(settings).get("publicKey"), look_next_key(path, run)
+    if not new:
+        key = make_key()
+        new = public_key(key, run)
+        write_next_key(path, key)
     try:
         wait_until(lambda: look_written(settings).get("publicKey") == new, ROTATE_S, "")
     except CNIError:

@@ -1162,6 +1162,27 @@ def test_two_nodes_never_hold_one_key_not_even_while_one_changes(bench, key):
     assert bench.run.public() == new and new not in bench.run.peers and "this node's key" in bench.status()["quarantine"]["n3"]
 
 
+def test_a_node_whose_key_changes_all_the_time_has_this_node_send_little(bench):
+    bench.write(1)
+    bench.settle()
+    for number in range(100, 130):
+        bench.write(1, text=text_of(1, key=key_of(number), endpoints=["198.51.100.1"]))
+        assert bench.tick(1) and bench.run.names() == [number]
+    assert sum(line.count("persistent-keepalive 1") for line in bench.run.writes()) <= 4
+
+
+def test_an_agent_that_waits_for_an_answer_looks_again_soon_unless_the_network_is_down(bench):
+    bench.write(1)
+    bench.settle()
+    bench.write(1, text=text_of(1, key=key_of(5)))
+    assert bench.agent.wait_s() == agent.POLL_S
+    assert bench.tick() and 0 < bench.agent.wait_s() <= 2 * agent.GREET_S
+    bench.run.writes()
+    assert bench.tick(0.25) and "remove" in bench.run.writes()[0]
+    bench.run.broken = (1, "", "No such device")
+    assert not bench.tick(10) and bench.agent.wait_s() == agent.POLL_S
+
+
 def test_a_command_that_changes_the_key_needs_an_agent(bench, key):
     with pytest.raises(mncni.CNIError, match="no agent runs on this node.*start it"):
         agent.rotate(bench.settings, bench.run)
