@@ -126,6 +126,31 @@ def test_an_agent_that_is_killed_after_it_told_the_new_key_uses_it_when_it_start
     assert flows[0].silence_s > 2 * SILENCE_S and flows[1].silence_s <= SILENCE_S  # seen where it is, and only there
 
 
+def test_a_node_that_hears_of_it_late_follows_then_and_believes_the_node_all_the_time(lab, fault):
+    """Its agent stands still. What it sends to the former key still arrives, what comes back waits."""
+    healed_s = []
+
+    def act():
+        node_sh(lab, "node1", f"kill -STOP $(cat {labs.AGENT_PID})")
+        try:
+            assert rotate(lab, "node2")[0] == 0
+            assert not answers(lab, "node1", "node2")  # the control
+        finally:
+            node_sh(lab, "node1", f"kill -CONT $(cat {labs.AGENT_PID})")
+        begin = time.monotonic()
+        labs.wait_until(lambda: answers(lab, "node1", "node2"), 30, "answers")
+        healed_s.append(time.monotonic() - begin)
+
+    before = {node: keys_of(lab, node) for node in lab.nodes()}
+    [flow] = stream(lab, act, rate=500, count=500)
+    check_keys(lab, before, {"node2"})
+    fault("new key, of which another agent hears 2 s later", flow.lost, flow.sent, 0, healed_s[0])
+    assert healed_s[0] < 10
+    said = lab.inside("node1", labs.AGENT_LOG).read_text() + node_sh(lab, "node1", "/opt/mncni/agent.py status || true")
+    assert "quarantined" not in said
+    assert "setBack" not in (lab.store / "node1.json").read_text() + (lab.store / "node2.json").read_text()
+
+
 def test_a_command_without_an_agent_says_so_and_changes_nothing(lab):
     before = keys_of(lab, "node3")
     labs.stop_agent(lab, "node3")
