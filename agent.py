@@ -28,7 +28,7 @@ functions), and applies the difference. It keeps no other picture of the kernel,
 right; if nothing differs, nothing is written. Events only say that it is time for a pass.
 
 Reading order: settings, node stores, records, state on disk, routes and firewall, peers, the stages of a pass, the agent, status, metrics,
-uninstall, main. The API client is in kube.py, which also has the flags and the HTTP server.
+rotate, uninstall, main. The API client is in kube.py, which also has the flags and the HTTP server.
 """
 
 import argparse
@@ -36,6 +36,7 @@ import base64
 import bisect
 import collections
 import contextlib
+import fcntl
 import functools
 import gc
 import glob
@@ -92,6 +93,13 @@ SET_BACK_S = 120  # a clock set back by less does no harm: peers that talk shake
 REMAKE_S = 60  # the shortest time between two that a peer is made anew in, see plan_peers
 NEWS_S, NEWS_SHARE = 0.5, 0.1  # news of the store gets so many seconds of passes at once, and this share of the time in the long run
 TRY_S, RETRY_S = 60, 5  # how often the agent tries the installed plugin, and how often while it does not work
+# A node that changes its key uses the new one a little before the others follow. Until they do, it still hears what they send to the
+# former key, and WireGuard keeps what it has to send. The other way round, what it sends would be lost.
+LEAD_S = 0.05
+GREET_S = 0.1  # how long a peer with a new key has to answer, before it is greeted again
+CALM_S = 10  # how long the node store has to be well before a new key is told
+ROTATE_S = 60  # how long `agent.py rotate` waits for the new key
+UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 KEY = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")  # 32 bytes in canonical base64
 BROADCAST = ipaddress.ip_address("255.255.255.255")
 UNDERLAY_OVERHEAD = {4: 60, 6: 80}  # bytes of the IP header, the UDP header and WireGuard (32)
@@ -104,7 +112,7 @@ UNDERLAY_OVERHEAD = {4: 60, 6: 80}  # bytes of the IP header, the UDP header and
 
 @dataclass(frozen=True)
 class Settings:
-    """The flags. CIDRs and endpoints are ipaddress objects. ports: (the tunnel's, one reserved for the rotation of keys)."""
+    """The flags. CIDRs and endpoints are ipaddress objects, key_max_age is in seconds."""
 
     node_name: str
     nodes_dir: str
@@ -113,7 +121,8 @@ class Settings:
     pod_cidrs: tuple
     service_cidrs: tuple
     endpoints: tuple
-    ports: tuple
+    port: int
+    key_max_age: int
     bridge: str
     namespace: str
     mtu: int
@@ -127,6 +136,10 @@ class Settings:
     @property
     def netns(self):
         return f"/run/netns/{self.namespace}"
+
+    @property
+    def key_path(self):
+        return os.path.join(self.state_dir, "key")
 
     @property
     def gateways(self):
@@ -152,12 +165,18 @@ def boolean(text):
     return text.lower() == "true"
 
 
-def port_pair(text):
-    """Two different UDP ports."""
-    ports = tuple(int(part) for part in text.split(",") if part.isascii() and part.isdigit() and len(part) < 6)
-    if len(set(ports)) != 2 or not all(0 < port < 65536 for port in ports):
-        raise argparse.ArgumentTypeError(f"{text!r}: give two different UDP ports, like 28384,28385")
-    return ports
+def port_number(text):
+    if not (text.isascii() and text.isdigit() and len(text) < 6 and 0 < int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is no UDP port: 1 to 65535")
+    return int(text)
+
+
+def duration(text):
+    """Seconds."""
+    number, unit = (text[:-1], text[-1:]) if text != "0" else ("0", "s")
+    if not (number.isascii() and number.isdigit() and len(number) < 10 and unit in UNITS):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a time like 30d, 12h, 90m or 3600s, or 0")
+    return int(number) * UNITS[unit]
 
 
 def link_name(text):
@@ -175,7 +194,8 @@ FLAGS = (
     ("--pod-cidr", kube.network, None, True, "addresses of this node's pods, inside --cluster-cidr; repeatable"),
     ("--service-cidr", kube.network, None, True, "addresses of Services; repeatable (default: those of the cluster's ServiceCIDR objects)"),
     ("--endpoint", address, None, True, "where other nodes reach this one; repeatable (default: InternalIPs, else the route's source)"),
-    ("--port", port_pair, "28384,28385", False, "UDP ports: the tunnel's, and one reserved for the rotation of keys"),
+    ("--port", port_number, "28384", False, "UDP port of the tunnel"),
+    ("--key-max-age", duration, "0", False, "make a new key when this one is so old, for example 30d; 0: never"),
     ("--bridge", link_name, "mncni0", False, "the pods' bridge"),
     ("--namespace", link_name, "mncni-wg", False, "the namespace of the tunnel"),
     ("--mtu", int, "0", False, "MTU of the pods; 0: that of the underlay, less WireGuard's overhead"),
@@ -190,6 +210,7 @@ FLAGS = (
 VERBS = (
     ("run", "build the node's network and keep it right"),
     ("status", "show what is up and, if something is not, why"),
+    ("rotate", "have the running agent change this node's key, and wait until it is done"),
     ("uninstall", "remove the network from this node"),
 )
 
@@ -208,7 +229,7 @@ def build_parser(environ):
 
 def parse_settings(parser, options, environ):
     """Settings from parsed options. Exits with USAGE and a message that names the flag."""
-    given = {**vars(options), "ports": options.port}
+    given = dict(vars(options))
     networks = dict.fromkeys(("cluster_cidr", "pod_cidr", "service_cidr"), kube.network)
     for key, kind in {**networks, "endpoint": address}.items():
         given[f"{key}s"] = kube.parse_list(parser, options, environ, key, kind)
@@ -267,6 +288,7 @@ class Store:
     """
 
     trouble = ""  # why records() may be out of date
+    taken = None  # this node's record as the store took it last
     service_cidrs = None  # networks of Services as the cluster has them, as text; None: unknown
     guard = None  # whether the cluster refuses wrong records, and another node's; None: unknown
     unguarded = ()  # what it does not refuse, as texts
@@ -302,6 +324,14 @@ class DirectoryStore(Store):
         self.seen = None
         self.files = {}  # {file name: (signature, see _read; text)}
 
+    def start(self):
+        """Have the kernel send SIGIO, which wakes the loop, when a file comes into the directory. It does not see what others do on a
+        network file system; a look every POLL_S finds that."""
+        with contextlib.suppress(OSError):
+            self.directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            signal.signal(signal.SIGIO, lambda *_: None)
+            fcntl.fcntl(self.directory, fcntl.F_NOTIFY, fcntl.DN_RENAME | fcntl.DN_MULTISHOT)
+
     def changed(self):
         """Whether records() differs from the last call. Costs one stat per file."""
         try:
@@ -327,6 +357,7 @@ class DirectoryStore(Store):
             write_file(os.path.join(self.path, f"{name}.json"), text)
         except OSError as error:
             raise StoreError(f"cannot write to --nodes-dir {self.path}: {error.strerror}") from None
+        self.taken = text
 
     def withdraw(self, name):
         """Remove this node's record, if there is one. StoreError."""
@@ -397,6 +428,10 @@ class KubernetesStore(Store):
     @property
     def trouble(self):
         return "; ".join(sorted(set(filter(None, self.troubles.values()))))
+
+    @property
+    def taken(self):
+        return (self.own or {}).get("record")
 
     def changed(self):
         changed, self.news = self.news, False
@@ -645,11 +680,12 @@ class Node:
 def format_record(settings, uid, endpoints, key, generation, created, set_back=0):
     """This node's record as compact JSON. The order of the keys is part of the format: admission policies compare how a record begins."""
     record = {
-        "v": 1,
+        "v": 2,
         "podCIDRs": [str(cidr) for cidr in settings.pod_cidrs],
         "uid": uid,
         "endpoints": [str(endpoint) for endpoint in endpoints],
-        "slots": {"0": {"key": key, "port": settings.ports[0]}},
+        "key": key,
+        "port": settings.port,
         "gen": generation,
         **({"created": created} if created else {}),
         **({"setBack": set_back} if set_back else {}),
@@ -669,16 +705,15 @@ def parse_record(name, text, cluster_cidrs):
         raise BadRecord(f"the record is no JSON: {error}" if text.strip() else "the record is empty") from None
     if not isinstance(record, dict):
         raise BadRecord("the record is no JSON object")
-    if checked(record, "v", int) != 1:
-        raise BadRecord(f"the record's version is {shown(record['v'])}, this agent reads 1")
-    slot = checked(checked(record, "slots", dict), "0", dict)
+    if checked(record, "v", int) != 2:
+        raise BadRecord(f"the record's version is {shown(record['v'])}, this agent reads 2")
     pod_cidrs = tuple(parse_pod_cidr(cidr, cluster_cidrs) for cidr in checked(record, "podCIDRs", list))
     pair = overlapping_pair(pod_cidrs)
     if pair:
         raise BadRecord(f"its pod CIDRs {pair[0]} and {pair[1]} overlap")
     uid, created = checked(record, "uid", str)[:64], parse_time(record.get("created", ""))
     endpoints = tuple(parse_endpoint(endpoint, cluster_cidrs) for endpoint in checked(record, "endpoints", list))
-    key, port = parse_key(checked(slot, "key", str)), parse_port(checked(slot, "port", int))
+    key, port = parse_key(checked(record, "key", str)), parse_port(checked(record, "port", int))
     set_back = record.get("setBack", 0)
     return Node(name, uid, created, pod_cidrs, endpoints, key, port, set_back if type(set_back) is int else 0)
 
@@ -895,20 +930,60 @@ def ensure_key(path, device_key):
     directory = os.path.dirname(path)
     mncni.own_directory(directory, 0o700)
     ensure_mode(directory, 0o700)
-    text = mncni.read_file(path) if is_own_file(path) else None
+    text = look_secret(path)
     if text is None:
         text = device_key or make_key()
-        write_if_changed(f"{path}.new", text + "\n", mode=0o600)
-        sync(f"{path}.new")  # each step is on disk before the next, so that a power failure leaves no half key
-        os.rename(f"{path}.new", path)
-        sync(directory)
+        write_next_key(path, text)
+        take_next_key(path)
         return text
     ensure_mode(path, 0o600)
     try:
-        return parse_key(text.strip())
+        return parse_key(text)
     except BadRecord as error:
         what = f"the key file {path} is damaged: {error}"
         raise CNIError(mncni.IO_FAILURE, f"{what}; put the key back, or remove the file and restart to get a new one") from None
+
+
+def write_next_key(path, text):
+    """Write the key that is to follow the one at a path. Each step is on disk before the next, so a power failure leaves no half key."""
+    write_if_changed(f"{path}.new", text + "\n", mode=0o600)
+    sync(f"{path}.new")
+    sync(os.path.dirname(path))
+
+
+def take_next_key(path):
+    """Put the next key in the place of the one at a path, of which nothing is left."""
+    os.rename(f"{path}.new", path)
+    sync(os.path.dirname(path))
+
+
+def key_time(settings):
+    """When the key was made, in Unix time: the time of its file, which a backup keeps. 0 if there is none."""
+    return int(os.path.getmtime(settings.key_path)) if os.path.exists(settings.key_path) else 0
+
+
+def look_next_key(path, run):
+    """The public key of the next key, "" if there is none that can be read. CNIError."""
+    with contextlib.suppress(BadRecord):
+        return public_key(parse_key(look_secret(f"{path}.new") or ""), run)
+    return ""
+
+
+def public_key(key, run):
+    """The public key of a private one."""
+    return ask(SecretInput(["wg", "pubkey"], key, "the public key of the next key"), run, may_be_gone=False).stdout.strip()
+
+
+class SecretInput(Command):
+    """A command whose input is secret: a trace or an error shows it without."""
+
+    def __str__(self):
+        return " ".join(self.argv)
+
+
+def look_secret(path):
+    """The text in a file, None if there is none. CNIError 5, see is_own_file."""
+    return (mncni.read_file(path) or "").strip() if is_own_file(path) else None
 
 
 def is_own_file(path):
@@ -1219,17 +1294,18 @@ def parse_dump(text):
         raise CNIError(mncni.COMMAND_FAILED, "cannot understand what `wg show dump` says; is this wireguard-tools too new?") from None
 
 
-def plan_peers(desired, present, sent):
+def plan_peers(desired, present, sent, anew=()):
     """The differences as arguments for `wg set <device>`, one list per peer: new and changed peers first, then removals.
 
     sent: the desired peers of the last time. An endpoint is set again only when the record has changed it: WireGuard itself follows a
     peer that moves, and would be set back each time. A peer whose clock was set back is removed and added: WireGuard takes its
     handshakes for replays until the clock is where it was, or until it has forgotten the peer (WireGuard, section 5.1).
+    anew: the keys of peers that are made anew for another reason, see plan_greetings.
     """
     changes = []
     for key, peer in sorted(desired.items(), key=lambda item: item[1]["name"]):
         there, former, words = present.get(key), sent.get(key, {}), []
-        remade = there is not None and former.get("set_back", peer["set_back"]) != peer["set_back"]
+        remade = there is not None and (key in anew or former.get("set_back", peer["set_back"]) != peer["set_back"])
         if remade:
             changes.append(["peer", key, "remove"])
             there = None
@@ -1240,7 +1316,7 @@ def plan_peers(desired, present, sent):
             words += ["allowed-ips", ",".join(sorted(peer["allowed_ips"]))]
         if words:
             changes.append(["peer", key, *words])
-        changes += greetings([key]) if remade else []
+        changes += greetings([key]) if remade or key in anew else []
     return changes + [["peer", key, "remove"] for key in sorted(set(present) - set(desired))]
 
 
@@ -1265,9 +1341,43 @@ def doubted(desired, present, heard, now):
     return doubts, known
 
 
+def changed_keys(desired, sent):
+    """The keys in desired of the nodes that have another one in sent."""
+    former = {peer["name"] for key, peer in sent.items() if key not in desired}
+    return {key for key, peer in desired.items() if key not in sent and peer["name"] in former} if former else set()
+
+
+def limit_greetings(names, greeted, now):
+    """(the keys that may be greeted, greeted for the next call): of a node two keys a minute, whatever its records say. Else a node could
+    have all others send as much as it likes to an address of its choice.
+    names: {key: node name}. greeted: {node name: [times]}.
+    """
+    allowed, recent = set(), {name: [time for time in times if now - time < 60] for name, times in greeted.items()}
+    for key, name in names.items():
+        if len(recent.setdefault(name, [])) < 2:
+            recent[name].append(now)
+            allowed.add(key)
+    return allowed, {name: times for name, times in recent.items() if times}
+
+
+def plan_greetings(awaited, present, fresh, own_key, now):
+    """(the keys of peers that are to be made anew and greeted, awaited for the next call).
+
+    A node that changes its key, and this node, which follows, do so at about the same moment. The handshake that the later one begins
+    succeeds, unless a packet is lost, or both have begun one at once; then WireGuard waits for 5 s. A peer that is made anew waits for
+    nothing. The pauses grow, and of two nodes that greet each other one is faster, so that they do not go on at the same moment.
+    awaited: {key: (time, pause in seconds)} of the peers that have not answered. fresh: keys that other keys have made way for.
+    """
+    rest = {key: row for key, row in awaited.items() if not present.get(key, {"handshake": 1})["handshake"]}
+    pauses = {key: 2 * pause for key, (due, pause) in rest.items() if now >= due}
+    pauses.update({key: GREET_S if own_key < key else 2 * GREET_S for key in fresh})
+    rest.update({key: (now + pause, pause) for key, pause in pauses.items()})
+    return set(pauses), {key: row for key, row in rest.items() if row[1] < 5}
+
+
 def greetings(keys):
-    """Arguments for `wg set` that send a keepalive to peers. A peer that still has a session with this node's former device would notice
-    the new one only after 15 s."""
+    """Arguments for `wg set` that send a keepalive to peers, which begins a handshake. A peer that still has a session with this node's
+    former device or key would notice the new one only after 15 s."""
     return [["peer", key, "persistent-keepalive", seconds] for seconds in ("1", "0") for key in sorted(keys)]
 
 
@@ -1296,12 +1406,15 @@ class Context:
     endpoints: tuple = ()
     mtu: int = 0
     public_key: str = ""
+    next_key: str = ""  # public, too; see Agent.use_next_key
     nodes: dict = field(default_factory=dict)
     loaded: dict = field(default_factory=dict)
     peers: dict = field(default_factory=dict)
     sent: dict = None
     daemons: list = field(default_factory=list)
     heard: dict = field(default_factory=dict)  # see doubted
+    awaited: dict = field(default_factory=dict)  # see plan_greetings
+    greeted: dict = field(default_factory=dict)  # see limit_greetings
 
 
 def apply_lines(lines, run, why, netns=""):
@@ -1637,19 +1750,23 @@ def look_device(context):
     return parse_dump(ask(command, context.run, may_be_gone=False).stdout)
 
 
-def wg_set(context, words, why):
-    return Command(in_netns(context.settings.netns, ["wg", "set", DEVICE, *words]), "", why)
+def set_device(context, changes, why):
+    """Change the device. changes: lists of words for `wg set`; so many of them go together as fit on a command line."""
+    for start in range(0, len(changes), 100):
+        words = [word for change in changes[start : start + 100] for word in change]
+        apply([Command(in_netns(context.settings.netns, ["wg", "set", DEVICE, *words]), "", why)], context.run)
 
 
 def ensure_identity(context):
     """The device's key and port. Each is set only if it differs, because wireguard-go drops packets each time."""
     settings, device = context.settings, look_device(context)
-    key_path = os.path.join(settings.state_dir, "key0")
-    words = ["listen-port", str(settings.ports[0])] if device["port"] != settings.ports[0] else []
-    if ensure_key(key_path, device["private_key"]) != device["private_key"]:
-        words += ["private-key", key_path]
-    if words:
-        apply([wg_set(context, words, "this node's key and port")], context.run)
+    changes = [["listen-port", str(settings.port)]] if device["port"] != settings.port else []
+    if device["private_key"] and look_secret(f"{settings.key_path}.new") == device["private_key"]:
+        take_next_key(settings.key_path)  # an agent was killed before it could, see Agent.use_next_key
+    if ensure_key(settings.key_path, device["private_key"]) != device["private_key"]:
+        changes.append(["private-key", settings.key_path])
+    if changes:
+        set_device(context, changes, "this node's key and port")
         device = look_device(context)
     context.public_key = device["public_key"]
 
@@ -1757,16 +1874,18 @@ def look_advertised(links, uplinks):
     return sorted(key for key in keys if mncni.read_file(f"/proc/sys/{key}") == "1\n")
 
 
-def ensure_peers(context, greet=False):
+def ensure_peers(context, now, greet=False):
     """The believed nodes are the device's peers. greet: the peers know this node's key from a former device, so a new device sends them
     a keepalive."""
-    present = look_device(context)["peers"]
-    changes = plan_peers(context.peers, present, context.sent)
+    present, fresh = look_device(context)["peers"], changed_keys(context.peers, context.sent)
+    greetable, context.greeted = limit_greetings({key: context.peers[key]["name"] for key in fresh}, context.greeted, now)
+    anew, context.awaited = plan_greetings(context.awaited, present, greetable, context.public_key, now)
+    changes = plan_peers(context.peers, present, context.sent, anew)
     if greet and not present:
         changes += greetings(context.peers)
-    for start in range(0, len(changes), 100):
-        words = [word for change in changes[start : start + 100] for word in change]
-        apply([wg_set(context, words, "peers: the nodes whose record is believed")], context.run)
+    if fresh:
+        time.sleep(LEAD_S)
+    set_device(context, changes, "peers: the nodes whose record is believed")
     context.sent = context.peers
 
 
@@ -1968,8 +2087,10 @@ class Agent:
         self.tried, self.next_try, self.plugin_trouble = None, 0, ""  # see check_plugin
         self.counts, self.beat = kube.Counts(), clock()  # beat: when the loop last came round
         self.next_pass = self.next_glance = 0
-        self.news, self.debt_s, self.ticked = False, 0.0, clock()  # debt_s: what passes for news have cost, less what time has paid off, see NEWS_S
+        self.news, self.debt_s, self.ticked = False, 0.0, clock()  # debt_s: what news have cost, less what time has paid off, see NEWS_S
         self.remade = {}  # {node name: a time of clock, when its peer was made anew}
+        self.key_left = None  # whether there was a next key in the last pass
+        self.calm = 0  # a time of clock; from then on, a new key may be told
         self.wall_offset = os.path.getmtime(self.state_path) - uptime() if os.path.exists(self.state_path) else 0
 
     def tick(self, event=False):
@@ -1977,9 +2098,9 @@ class Agent:
         is up."""
         begin = self.clock()
         self.debt_s, self.ticked = max(0, self.debt_s - NEWS_SHARE * (begin - self.ticked)), begin
-        self.news = self.is_set_back() or self.store.changed() or self.news
+        self.news = self.is_set_back() or self.store.changed() or self.is_key_left() or self.news
         look = event or bool(self.reason) or begin >= self.next_pass or (not self.news and self.is_tunnel_changed())
-        due = (self.news and self.debt_s < NEWS_S) or (self.doubt_until is not None and begin >= self.doubt_until)
+        due = (self.news and self.debt_s < NEWS_S) or (self.doubt_until is not None and begin >= self.doubt_until) or self.wait_s() == 0
         if not (due or look):
             return not self.reason
         self.news = False
@@ -2011,6 +2132,15 @@ class Agent:
         self.state["own"]["set_back"] = int(time.time())
         return True
 
+    def is_key_left(self):
+        """Whether a next key was left beside the key since the last pass, see rotate."""
+        return self.key_left != os.path.lexists(f"{self.settings.key_path}.new")
+
+    def wait_s(self):
+        """How long the agent has nothing to do, if there are no events."""
+        times = [] if self.reason else [due for due, _ in self.context.awaited.values()]
+        return max(0, min([POLL_S, *(due - self.clock() for due in times)]))
+
     def is_tunnel_changed(self):
         """Whether the peers, the namespace's firewall or the plugin's files differ from what the agent set. No monitor tells of them, so
         this looks, at most every GLANCE_S."""
@@ -2033,7 +2163,7 @@ class Agent:
             return True
         allowed = {key: peer["allowed_ips"] for key, peer in device["peers"].items()}
         wanted = {key: peer["allowed_ips"] for key, peer in context.peers.items()}
-        return allowed != wanted or device["port"] != self.settings.ports[0] or firewall != loaded
+        return allowed != wanted or device["port"] != self.settings.port or firewall != loaded
 
     def reconcile(self, look=True):
         """One pass: the stages, the store, this node's record, then the files that let pods in. look False: only the store has news, so
@@ -2050,14 +2180,10 @@ class Agent:
         if context.sent is None:  # the first pass: what the agent before this one has set
             self.judge()
             context.sent = context.peers
-        troubles = [self.read_store(), self.store.trouble]
+        troubles = [self.read_store(), self.store.trouble, *self.attempt(self.use_next_key)]
         self.judge()
-        ensure_peers(context, greet=context.public_key in self.state["own"].get("text", ""))
-        for act in (self.publish, self.save_state):
-            try:
-                act()
-            except (StoreError, CNIError) as error:
-                troubles.append(str(error))
+        ensure_peers(context, self.clock(), greet=context.public_key in self.state["own"].get("text", ""))
+        troubles += self.attempt(self.look_for_next_key, self.publish, self.use_next_key, self.save_state)
         self.note(troubles)
         if context.clash:
             raise config_error(context.clash)
@@ -2150,6 +2276,44 @@ class Agent:
         self.doubt_until, self.records = None, records
         return ""
 
+    def look_for_next_key(self):
+        """A next key lies beside the key when `agent.py rotate` has left it, or when the key was too old. Then our record tells it, but not
+        before the store is well again for CALM_S: the other nodes may need some seconds until they reach it, too."""
+        context, path = self.context, self.settings.key_path
+        self.key_left = os.path.lexists(f"{path}.new")
+        self.calm = self.clock() + CALM_S if self.store.trouble else self.calm
+        context.next_key = look_next_key(path, context.run)
+        if not context.next_key and (self.key_left or self.is_key_too_old()):
+            write_next_key(path, make_key())
+            context.next_key = look_next_key(path, context.run)
+
+    def use_next_key(self):
+        """The next key takes the place of the key when the store has taken the record that tells it. So the key on disk is always the one
+        that the store is known to have told, also for an agent that starts while the store is away."""
+        context, path = self.context, self.settings.key_path
+        told = f'"key":"{context.next_key}"'
+        if context.next_key and any(told in (text or "") for text in (self.stored, self.store.taken)):
+            set_device(context, [["private-key", f"{path}.new"]], "this node's new key")  # first, see LEAD_S
+            context.public_key, context.next_key = context.next_key, ""
+            log.info("this node's key is a new one: %s", context.public_key)
+            take_next_key(path)
+
+    def is_key_too_old(self):
+        """Whether the key is older than --key-max-age, or than nine tenths of it and more: how much more depends on the key, so that nodes
+        of one age do not all change at once."""
+        limit_s, share = self.settings.key_max_age, base64.b64decode(self.context.public_key)[0] / 2560
+        return limit_s > 0 and time.time() - key_time(self.settings) > limit_s * (1 - share)
+
+    def attempt(self, *acts):
+        """Do what the network can do without. Returns why it failed, as a list."""
+        troubles = []
+        for act in acts:
+            try:
+                act()
+            except (StoreError, CNIError, OSError) as error:
+                troubles.append(str(error))
+        return troubles
+
     def note(self, troubles):
         """Log what is wrong with the store, and keep it for the status. Empty texts among the troubles are ignored."""
         trouble = "; ".join(filter(None, dict.fromkeys(troubles)))
@@ -2208,7 +2372,8 @@ class Agent:
     def own_record(self):
         own, context = self.state["own"], self.context
         names = (own.get(key) for key in ("gen", "created", "set_back"))
-        return format_record(self.settings, own["uid"], context.endpoints, context.public_key, *names)
+        key = context.next_key if context.next_key and self.clock() >= self.calm else context.public_key
+        return format_record(self.settings, own["uid"], context.endpoints, key, *names)
 
     def save_state(self):
         """Keep the last good list of nodes for the next agent. CNIError, which costs nothing else: the network stands without."""
@@ -2241,6 +2406,8 @@ class Agent:
             **({} if self.store.identity() is None else {"admission_guard": self.store.guard, "unguarded": list(self.store.unguarded)}),
             "pid": os.getpid(),
             "publicKey": context.public_key,
+            "keyTime": key_time(settings),
+            "nextKey": context.next_key,
             "podCIDRs": [str(cidr) for cidr in settings.pod_cidrs],
             "endpoints": [str(endpoint) for endpoint in context.endpoints],
             "mtu": context.mtu,
@@ -2273,7 +2440,7 @@ def run_agent(settings, environ):
         for daemon in agent.context.daemons:
             daemon.poll()  # reaps a wireguard-go that has ended
         changed = monitors.tend()
-        event = monitors.wait(reader, 0 if changed else POLL_S) or changed
+        event = monitors.wait(reader, 0 if changed else agent.wait_s()) or changed
         if event:
             select.select([reader], [], [], EVENT_S)
 
@@ -2309,15 +2476,11 @@ def agent_lock(settings, timeout_s=0):
 def look_status(settings, run):
     """What the agent wrote last, with WireGuard's figures of each peer: {"node", "ok", "reason", "running", "peers": [...],
     "quarantine", ...}. Of a peer, "present": WireGuard has it; "handshake": the last one, in Unix time, 0 for never."""
-    status = load_json(os.path.join(settings.run_dir, "status.json"), check_status)
+    status = look_written(settings)
     if not status:
         nothing = {"ok": False, "running": False, "peers": [], "quarantine": {}}
         return {**nothing, "node": settings.node_name, "reason": "no agent has run here since the boot"}
-    try:
-        with agent_lock(settings):
-            status["running"] = False
-    except CNIError:
-        status["running"] = True
+    status["running"] = is_running(settings)
     reasons, present = [status["reason"]], {}
     try:
         present = look_device(Context(settings, run, ""))["peers"]
@@ -2334,6 +2497,20 @@ def look_status(settings, run):
     status["reason"] = next(filter(None, reasons), "")
     status["ok"] = not status["reason"] and not status["store"] and all(peer["present"] for peer in status["peers"])
     return status
+
+
+def look_written(settings):
+    """The status as the agent wrote it last, see Agent.write_status; {} if there is none."""
+    return load_json(os.path.join(settings.run_dir, "status.json"), check_status)
+
+
+def is_running(settings):
+    """Whether an agent runs here."""
+    try:
+        with agent_lock(settings):
+            return False
+    except CNIError:
+        return True
 
 
 def check_status(status):
@@ -2366,7 +2543,9 @@ def format_status(status, now):
         lines.append(f"admission policies: {words.get(status['admission_guard'], 'unknown')}")
     if status.get("podCIDRs"):
         endpoints = ", ".join(status["endpoints"])
-        lines.append(f"pods {', '.join(status['podCIDRs'])}, MTU {status['mtu']}, endpoint {endpoints}, key {status['publicKey']}")
+        lines.append(f"pods {', '.join(status['podCIDRs'])}, MTU {status['mtu']}, endpoint {endpoints}")
+        lines.append(f"key {status['publicKey']}, {age_text(now - status['keyTime'])} old")
+        lines += [f"a new key waits until the node store has it: {status['nextKey']}"] if status["nextKey"] else []
     rows = [("PEER", "ENDPOINT", "PODS", "HANDSHAKE", "RECEIVED", "SENT")] if status["peers"] else []
     for peer in status["peers"]:
         since = f"{max(0, int(now - peer['handshake']))} s ago" if peer["handshake"] else "never"
@@ -2380,6 +2559,12 @@ def format_status(status, now):
     return "\n".join(lines) + "\n"
 
 
+def age_text(seconds):
+    """A time in its largest unit of UNITS, such as "3 d"."""
+    unit = next((unit for unit, size in UNITS.items() if seconds >= size), "s")
+    return f"{max(0, int(seconds / UNITS[unit]))} {unit}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics, see kube.py
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2388,6 +2573,7 @@ METRICS = {  # name: (type, help)
     "mncni_network_up": ("gauge", "Whether this node's pod network is up."),
     "mncni_admission_guard": ("gauge", "Whether the cluster refuses wrong records, and that one node writes another's."),
     "mncni_store_trouble": ("gauge", "Whether something is wrong with the node store; the last good list of nodes is in use then."),
+    "mncni_key_time_seconds": ("gauge", "Unix time at which this node's key was made."),
     "mncni_peers": ("gauge", "Other nodes whose record is believed."),
     "mncni_quarantined_nodes": ("gauge", "Nodes whose record is not believed."),
     "mncni_node_quarantined": ("gauge", "1 for each node whose record is not believed, with the reason."),
@@ -2419,6 +2605,7 @@ def plan_metrics(status):
         "mncni_store_trouble": bool(status.get("store")),
         "mncni_peers": len(status["peers"]),
         "mncni_quarantined_nodes": len(status["quarantine"]),
+        "mncni_key_time_seconds": status.get("keyTime"),
         "mncni_leases": status["leases"],
         "mncni_stranded_pods": len(status.get("stranded", {})),
         **{f"mncni_{name}_packets_total": packets for name, packets in status.get("dropped", {}).items()},
@@ -2431,6 +2618,32 @@ def plan_metrics(status):
         for name, key in (("last_handshake_seconds", "handshake"), ("receive_bytes_total", "rx"), ("transmit_bytes_total", "tx")):
             figures[f"mncni_peer_{name}", (("node", peer["name"]),)] = peer[key]
     return figures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rotate(settings, run):
+    """Leave a next key beside the key, unless one waits there already, and wait until the running agent uses it, see Agent.use_next_key.
+    Returns what has happened as text. CNIError 7 without an agent, 100 if the agent could not do it yet."""
+    path = settings.key_path
+    if not is_running(settings):
+        raise config_error("no agent runs on this node, and only a running one can change the key: start it, then give this command again")
+    before, new = look_written(settings).get("publicKey"), look_next_key(path, run)
+    if not new:
+        key = make_key()
+        new = public_key(key, run)
+        write_next_key(path, key)
+    try:
+        wait_until(lambda: look_written(settings).get("publicKey") == new, ROTATE_S, "")
+    except CNIError:
+        status = look_written(settings)
+        why = status.get("reason") or status.get("store") or "see its log"
+        what = f"the new key {new} is not in use after {ROTATE_S} s ({why})"
+        raise CNIError(mncni.COMMAND_FAILED, f"{what}; it stays beside the key, and the agent uses it as soon as it can") from None
+    return f"this node's key is {new}; nothing is left of {before}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2549,6 +2762,9 @@ def run_command(parser, options, environ):
         status = look_status(settings, run)
         sys.stdout.write(json.dumps(status, indent=2) + "\n" if options.json else format_status(status, time.time()))
         return OK if status["ok"] else FAILED
+    if options.command == "rotate":
+        sys.stdout.write(rotate(settings, run) + "\n")
+        return OK
     with agent_lock(settings, timeout_s=1):  # `agent.py status` holds it for a moment
         if options.command == "uninstall":
             uninstall(settings, run, options.force)

@@ -744,7 +744,7 @@ def look_hops(lab, node, address):
 # The sniffer
 # ---------------------------------------------------------------------------------------------------------------------------
 IP_VERSIONS = {b"\x08\x00": 4, b"\x86\xdd": 6}      # ethertype -> version
-WIREGUARD_PORTS = (28384, 28385)
+WIREGUARD_PORT = 28384
 # Type: size in bytes, of a handshake initiation, a response and a cookie. Type 4 is data: 32 bytes and a multiple of 16, because WireGuard
 # pads it. It does not pad beyond the MTU, so a packet of nearly that size may have any length; IPv4's smallest MTU, 576, makes 608 bytes.
 WIREGUARD_SIZES = {1: 148, 2: 92, 3: 64}
@@ -778,10 +778,10 @@ def parse_frame(frame):
 
 def is_wireguard(udp):
     """Whether a UDP datagram looks like a WireGuard message: ports, type, zero bytes and length."""
-    ports = {udp[0] << 8 | udp[1], udp[2] << 8 | udp[3]}
+    ports = udp[0] << 8 | udp[1], udp[2] << 8 | udp[3]
     size, kind = (udp[4] << 8 | udp[5]) - 8, int.from_bytes(udp[8:12], "little")
     plausible = size == WIREGUARD_SIZES.get(kind) or (kind == 4 and size >= 32 and (size % 16 == 0 or size >= SMALLEST_FULL))
-    return len(udp) >= 12 and plausible and not ports.isdisjoint(WIREGUARD_PORTS)
+    return len(udp) >= 12 and plausible and WIREGUARD_PORT in ports
 
 
 def classify_ip(ip):

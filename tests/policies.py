@@ -48,7 +48,7 @@ def record_policy(_user, operation, old, new):
     if record is None or (operation == "UPDATE" and record == annotations(old).get(agent.RECORD)):
         return None
     cidrs = new["spec"].get("podCIDRs", [])
-    beginning = json.dumps({"v": 1, "podCIDRs": cidrs, "uid": new["metadata"]["uid"]}, separators=(",", ":"))[:-1]
+    beginning = json.dumps({"v": 2, "podCIDRs": cidrs, "uid": new["metadata"]["uid"]}, separators=(",", ":"))[:-1]
     if not cidrs or not record.startswith(beginning):
         return "the annotation must begin with the Node's own podCIDRs and uid"
     return "the annotation has at most 4096 characters" if len(record) > 4096 else None
@@ -145,7 +145,7 @@ def nodes():
 def record(node, gen=1, **changes):
     """The text of a Node's record as its agent writes it, or (changes: pod_cidrs, uid) one that says something else."""
     cidrs = changes.get("pod_cidrs", node["spec"].get("podCIDRs", []))
-    settings = SimpleNamespace(pod_cidrs=cidrs, ports=(28384, 28385))
+    settings = SimpleNamespace(pod_cidrs=cidrs, port=28384)
     return agent.format_record(settings, changes.get("uid", node["metadata"]["uid"]), ["192.0.2.1"], "A" * 43 + "=", gen, "")
 
 

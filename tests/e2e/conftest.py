@@ -97,11 +97,30 @@ def things(lab, node):
     return {" ".join(word for word in words if not word.startswith("fe80::") or word.startswith("fe80::28:")) for words in lines}
 
 
+INSIDE = "nsenter --net=/run/netns/mncni-wg"
+
+
 def wg_peers(lab, node):
     """{key: (endpoint, allowed IPs)} of a node's device."""
-    lines = node_sh(lab, node, "nsenter --net=/run/netns/mncni-wg wg show mncni-wg0 dump").splitlines()[1:]
+    lines = node_sh(lab, node, f"{INSIDE} wg show mncni-wg0 dump").splitlines()[1:]
     rows = [line.split("\t") for line in lines]
     return {row[0]: (row[2], frozenset(row[3].split(","))) for row in rows}
+
+
+def rotate(lab, node):
+    """(exit code, stdout, stderr) of `agent.py rotate` on a node."""
+    return labs.run([*labs.node_argv(lab, node), labs.PYTHON, "/opt/mncni/agent.py", "rotate"])
+
+
+def keys_of(lab, node):
+    """(the private key on a node's disk, the one of its device, its public key)."""
+    shown = f"cat /var/lib/mncni/key; {INSIDE} wg show mncni-wg0 private-key; {INSIDE} wg show mncni-wg0 public-key"
+    return tuple(node_sh(lab, node, shown).split())
+
+
+def kept_anywhere(lab, node, text):
+    """The files in which a node still has a text, less those of the lab."""
+    return labs.run([*labs.node_argv(lab, node), "grep", "-rlF", text, "/var/lib/mncni", "/run/mncni", "/etc/cni", "/tmp"])[1].split()
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ def ghost(lab, number, key, cidrs=None):
     """The text of a record that looks like node2's: a younger node with endpoint 192.0.2.<number>, its own key, and the pod CIDRs of
     <number> if no others are given."""
     record = json.loads((lab.store / "node2.json").read_text())
-    record["slots"]["0"]["key"] = key * 4 + record["slots"]["0"]["key"][4:]
+    record["key"] = key * 4 + record["key"][4:]
     record["podCIDRs"] = cidrs or [f"10.244.{number}.0/24", f"fd00:10:244:{number}::/64"]
     return json.dumps({**record, "endpoints": [f"192.0.2.{number}"], "uid": f"ghost-{key}", "created": "2999-01-01T00:00:00Z"})
 
@@ -146,7 +146,7 @@ def test_a_node_that_comes_back_with_another_key_is_followed(lab):
 
     before = key()
     labs.stop_agent(lab, "node2")
-    node_sh(lab, "node2", f"rm /var/lib/mncni/key0; {INSIDE} ip link delete mncni-wg0")
+    node_sh(lab, "node2", f"rm /var/lib/mncni/key; {INSIDE} ip link delete mncni-wg0")
     labs.start_agent(lab, "node2")
     labs.wait_until(lambda: key() != before, 20, "new key in the record")
     for node in ("node1", "node2"):

@@ -7,11 +7,12 @@ import contextlib
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from deploy import lab as labs
-from tests.e2e.conftest import RECORD, cluster_up, is_well, node_sh, stream, things, wg_peers
+from tests.e2e.conftest import RECORD, cluster_up, is_well, keys_of, node_sh, rotate, stream, things, wg_peers
 
 pytestmark = pytest.mark.root
 
@@ -34,12 +35,12 @@ def status(lab):
 def ghost(api, number, key="A"):
     """A Node that nobody runs, with a good record."""
     record = json.loads(api.call("node", "node2")["metadata"]["annotations"][RECORD])
-    record["slots"]["0"]["key"] = f"{key * 3}{number:03d}" + record["slots"]["0"]["key"][6:]
+    record["key"] = f"{key * 3}{number:03d}" + record["key"][6:]
     cidrs = [f"10.244.{number}.0/24", f"fd00:10:244:{number:x}::/64"]
     node = api.call("create_node", f"ghost{number}", pod_cidrs=cidrs, addresses=[f"192.0.2.{number}"])
     record.update(podCIDRs=cidrs, endpoints=[f"192.0.2.{number}"], uid=node["metadata"]["uid"])
     api.call("patch_node", f"ghost{number}", {"metadata": {"annotations": {RECORD: json.dumps(record)}}})
-    return record["slots"]["0"]["key"]
+    return record["key"]
 
 
 def test_pods_reach_each_other_in_both_families_and_status_is_well(cluster):
@@ -58,7 +59,7 @@ def test_nodes_have_records_and_a_network_says_the_cluster(cluster):
 
     labs.wait_until(available, HEAL_S, "condition of both nodes")
     node = api.call("node", "node1")
-    beginning = json.dumps({"v": 1, "podCIDRs": node["spec"]["podCIDRs"], "uid": node["metadata"]["uid"]}, separators=(",", ":"))
+    beginning = json.dumps({"v": 2, "podCIDRs": node["spec"]["podCIDRs"], "uid": node["metadata"]["uid"]}, separators=(",", ":"))
     assert node["metadata"]["annotations"][RECORD].startswith(beginning[:-1])
 
 
@@ -198,6 +199,68 @@ def test_a_fault_of_the_api_costs_a_running_pod_no_packet(cluster, event, fault)
         return join_s(lab, api)
 
     row(lab, act, fault, event)
+
+
+NEW_KEYS = {
+    "new key for the node that receives": ("node2",),
+    "new key for the node that sends": ("node1",),
+    "new keys for both nodes at once": ("node1", "node2"),
+}
+
+
+def knows(lab, node, other):
+    return set(wg_peers(lab, node)) == {keys_of(lab, other)[2]}
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("event", NEW_KEYS)
+def test_a_new_key_is_hardly_noticed(cluster, event, fault):
+    lab, _ = cluster
+
+    def act():
+        with ThreadPoolExecutor() as pool:
+            assert [code for code, *_ in pool.map(lambda node: rotate(lab, node), NEW_KEYS[event])] == [0] * len(NEW_KEYS[event])
+        time.sleep(1)  # of traffic
+
+    for _ in range(3):  # a busy machine is silent by itself
+        before = {node: keys_of(lab, node) for node in lab.nodes()}
+        [flow] = stream(lab, act, rate=500, count=500)
+        for node in lab.nodes():
+            on_disk, in_device, public = keys_of(lab, node)
+            assert on_disk == in_device and (public != before[node][2]) is (node in NEW_KEYS[event])
+        assert knows(lab, "node1", "node2") and knows(lab, "node2", "node1")
+        if flow.silence_s <= 0.3:
+            break
+    times = f"silence {1000 * flow.silence_s:.0f} ms, TCP {1000 * flow.stall_s:.0f} ms"
+    fault(f"API server: {event}: {times}", flow.lost, flow.sent, 0, flow.silence_s)
+    assert flow.silence_s <= 0.3
+
+
+def test_a_new_key_waits_for_an_api_server_that_is_away_also_in_an_agent_that_starts(cluster, fault):
+    lab, api = cluster
+
+    def act():
+        before = keys_of(lab, "node1")
+        api.call("down")
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(rotate, lab, "node1")
+            labs.wait_until(lambda: status(lab).get("nextKey"), HEAL_S, "new key that waits")
+            restart_alone(lab)
+            labs.wait_until(lambda: status(lab).get("nextKey"), HEAL_S, "new key that waits in a new agent")
+            new = status(lab)["nextKey"]
+            assert f"a new key waits until the node store has it: {new}" in agent_says(lab)
+            assert keys_of(lab, "node1") == before and new != before[2]
+            api.call("up")
+            assert waiting.result()[0] == 0, waiting.result()
+        assert keys_of(lab, "node1")[2] == new == status(lab)["publicKey"]
+        return join_s(lab, api)
+
+    row(lab, act, fault, "new key, API server away, agent killed")
+    assert knows(lab, "node2", "node1")
+
+
+def agent_says(lab):
+    return labs.run([*labs.node_argv(lab, "node1"), labs.PYTHON, "/opt/mncni/agent.py", "status"])[1]
 
 
 def test_an_agent_that_starts_without_the_api_keeps_the_network(cluster, fault):

@@ -24,14 +24,14 @@ def cluster(tmp_path_factory):
 def key_of(api, node):
     """The key in a node's record, "" if it has none."""
     text = api.call("node", node)["metadata"].get("annotations", {}).get(RECORD, "")
-    return text and json.loads(text)["slots"]["0"]["key"]
+    return text and json.loads(text)["key"]
 
 
 def rekey(lab, api, node):
     """As after a lost disk: a new key. Only its record is to tell the others."""
     before = key_of(api, node)
     labs.stop_agent(lab, node)
-    node_sh(lab, node, "rm /var/lib/mncni/key0; nsenter --net=/run/netns/mncni-wg ip link delete mncni-wg0")
+    node_sh(lab, node, "rm /var/lib/mncni/key; nsenter --net=/run/netns/mncni-wg ip link delete mncni-wg0")
     labs.start_agent(lab, node)
     labs.wait_until(lambda: key_of(api, node) not in ("", before), SETTLE_S, f"new key of {node}")
 

@@ -215,7 +215,7 @@ def test_a_killed_uninstall_is_finished_by_the_next(new_node, survived):
 
 PEERS = {  # what becomes of node2's record -> what it says before, and after; None: no record
     "comes": (None, {}),
-    "has another key and address": ({}, {"slots": {"0": {"key": key_of(3), "port": 28385}}, "endpoints": ["192.0.2.3"], "gen": 2}),
+    "has another key and address": ({}, {"key": key_of(3), "port": 28385, "endpoints": ["192.0.2.3"], "gen": 2}),
     "goes": ({}, None),
 }
 
@@ -244,6 +244,43 @@ def test_a_killed_change_of_a_peer_is_finished_by_the_next_start(new_node, chang
         if not child.killed:
             break
     survived(f"agent, while a peer {change},", len(killed["steps"]))
+
+
+KEYS = "cd /var/lib/mncni; wg pubkey <key; nsenter --net=/run/netns/mncni-wg wg show mncni-wg0 public-key; test ! -e key.new"
+
+
+def told_key(node):
+    return json.loads(node.record(1).read_text())["key"]
+
+
+def test_a_killed_change_of_the_key_is_finished_by_the_next_start_and_leaves_one_whole_key(new_node, survived):
+    node = new_node()
+    node.start().outcome()
+    for child in each_step(lambda at: (leave_next_key(node), node.start(at))[1]):
+        killed = child.outcome()
+        node.check_ways_out(killed)
+        whole = node.sh("cd /var/lib/mncni; wg pubkey <key; test ! -e key.new || wg pubkey <key.new").split()
+        assert told_key(node) in whole, killed  # nobody knows a key that is nowhere
+        node.start().outcome()
+        assert node.sh(KEYS).split() == [told_key(node)] * 2 == [whole[-1]] * 2, killed
+    survived("agent, while it changes its key,", len(killed["steps"]))
+
+
+def leave_next_key(node):
+    """As `agent.py rotate` does it."""
+    before = node.sh("wg pubkey </var/lib/mncni/key")
+    node.sh("umask 077; wg genkey >/var/lib/mncni/key.new")
+    assert before != node.sh("wg pubkey </var/lib/mncni/key.new")
+
+
+def test_a_next_key_whose_writing_was_killed_is_whole_or_absent(new_node, survived):
+    node = new_node()
+    node.start().outcome()
+    for child in each_step(lambda at: Child(node.enter, lambda: agent.write_next_key("/var/lib/mncni/key", agent.make_key()), at)):
+        killed = child.outcome()
+        assert node.sh("cd /var/lib/mncni; test ! -e key.new || wg pubkey <key.new").strip() != told_key(node), killed
+        node.sh("rm -f /var/lib/mncni/key.new")
+    survived("writing of a next key", len(killed["steps"]))
 
 
 # ---- requests to an API server: of the agent, and of the allocator ----

@@ -108,7 +108,7 @@ def reset_marks(host):
         os.unlink(f"{host.tmp}/data/net/last.0")
 
 
-AGENT_FILES = ("nodes.json", ".nodes.json.new", "key0", "key0.new", ".key0.new.new")
+AGENT_FILES = ("nodes.json", ".nodes.json.new", "key", "key.new", ".key.new.new")
 
 
 @contextlib.contextmanager
@@ -134,17 +134,17 @@ def test_io_errors_under_the_agent_are_no_loss(lab, call, fault):
     before = things(lab, "node1")
 
     def act():
-        key = node_sh(lab, "node1", f"cat {STATE}/key0")
+        key = node_sh(lab, "node1", f"cat {STATE}/key")
         with broken_disk(lab, call):
             labs.write_atomically(lab.store / "new.json", ghost_record(lab, "new", 99, "A"))
             if call in ("write", "rename"):  # the list of nodes is a help: nobody waits for it to be on the disk
                 labs.wait_until(lambda: is_told("nodes.json", status(lab)["store"]), 60, "word of the list of nodes")
             if call != "openat":
-                node_sh(lab, "node1", f"rm {STATE}/key0")
-            labs.wait_until(lambda: is_told("key0", status(lab)["reason"]), 60, "word of the key")
+                node_sh(lab, "node1", f"rm {STATE}/key")
+            labs.wait_until(lambda: is_told("key", status(lab)["reason"]), 60, "word of the key")
         labs.wait_until(lambda: len(wg_peers(lab, "node1")) == 2, 60, "peer")
         labs.wait_until(lambda: is_well(lab) and not status(lab)["store"], 60, "agent that is well")
-        assert node_sh(lab, "node1", f"cat {STATE}/key0") == key
+        assert node_sh(lab, "node1", f"cat {STATE}/key") == key
         (lab.store / "new.json").unlink()
         labs.wait_until(lambda: len(wg_peers(lab, "node1")) == 1, 60, "end of the peer")
 

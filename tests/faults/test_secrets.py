@@ -16,7 +16,7 @@ import agent
 import kube
 import mncni
 from deploy import lab as labs
-from tests.e2e.conftest import lab_up, node_sh
+from tests.e2e.conftest import lab_up, node_sh, rotate
 from tests.unit.agent_data import FakeWireGuard
 from tests.unit.test_agent_state import Bench
 
@@ -41,7 +41,7 @@ def bench(tmp_path, monkeypatch, caplog):
 def test_a_command_that_handles_the_key_and_fails_does_not_tell_it(bench, caplog, capsys, act, how):
     """Each command that gets or gives the key, each way to go wrong: log, status, pages and errors without a word of it."""
     os.makedirs(bench.settings.state_dir, mode=0o700)
-    Path(bench.settings.state_dir, "key0").write_text(KEY + "\n")
+    Path(bench.settings.state_dir, "key").write_text(KEY + "\n")
     device = FakeWireGuard()
 
     def run(command):
@@ -70,7 +70,7 @@ def test_a_command_that_handles_the_key_and_fails_does_not_tell_it(bench, caplog
         with contextlib.suppress(mncni.CNIError):
             texts.append(kube.pages(bench.agent, agent.look_figures, agent.METRICS)[page]()[1])
     texts += [
-        path.read_text(errors="replace") for path in bench.dir.rglob("*") if path.is_file() and path.name != "key0" and path.suffix != ".py"
+        path.read_text(errors="replace") for path in bench.dir.rglob("*") if path.is_file() and path.name != "key" and path.suffix != ".py"
     ]
     assert KEY not in "\n".join(texts)
 
@@ -102,7 +102,8 @@ def texts_of(lab, node):
         script = f"import urllib.request as r; print(r.urlopen('http://127.0.0.1:28386/{page}').read().decode())"
         found.append(node_sh(lab, node, f'{labs.PYTHON} -c "{script}"'))
     for name in ("run/mncni", "var/lib/mncni", "etc/cni/net.d", "var/lib/cni"):
-        found += [path.read_text(errors="replace") for path in (root / name).rglob("*") if path.is_file() and path.name != "key0"]
+        paths = [path for path in (root / name).rglob("*") if path.is_file() and path.name not in ("key", "key.new")]
+        found += [path.read_text(errors="replace") for path in paths]
     return found
 
 
@@ -114,27 +115,29 @@ def test_no_process_shows_a_key_while_agents_start_restart_lose_their_device_and
         with lab_up(f"mncni-secrets-{os.getpid()}", families=("ipv4",)) as lab:
 
             def note_keys():
-                keys.update(lab.inside(node, "/var/lib/mncni/key0").read_text().strip() for node in lab.nodes())
+                keys.update(lab.inside(node, "/var/lib/mncni/key").read_text().strip() for node in lab.nodes())
 
             def restart(node, before):
                 labs.stop_agent(lab, node)
                 node_sh(lab, node, before)
                 labs.start_agent(lab, node)
                 status = [*labs.node_argv(lab, node), labs.PYTHON, "/opt/mncni/agent.py", "status"]
-                is_up = lambda: lab.inside(node, "/var/lib/mncni/key0").exists() and labs.run(status)[0] == 0  # noqa: E731
+                is_up = lambda: lab.inside(node, "/var/lib/mncni/key").exists() and labs.run(status)[0] == 0  # noqa: E731
                 labs.wait_until(is_up, 60, f"agent of {node}")
 
             note_keys()
             first, second = lab.nodes()
             restart(first, "true")
             restart(first, "ip -n mncni-wg link delete mncni-wg0")
-            restart(second, "ip -n mncni-wg link delete mncni-wg0; rm /var/lib/mncni/key0")
+            restart(second, "ip -n mncni-wg link delete mncni-wg0; rm /var/lib/mncni/key")
+            note_keys()
+            assert rotate(lab, first)[0] == 0
             note_keys()
             said = "\n".join(text for node in lab.nodes() for text in texts_of(lab, node))
     finally:
         sampler.stopping.set()
         sampler.join()
-    assert len(keys) == 3 and sampler.rounds > 10
+    assert len(keys) == 4 and sampler.rounds > 10
     for key in keys:
         assert key not in said
         assert not any(key.encode() in text for text in sampler.seen)
@@ -148,7 +151,7 @@ def test_no_process_shows_a_key_while_agents_start_restart_lose_their_device_and
 
 MODES = {  # of all that agent and plugin make, whatever the umask
     "state_dir": 0o700,
-    "state_dir/key0": 0o600,
+    "state_dir/key": 0o600,
     "state_dir/nodes.json": 0o600,
     "run_dir": 0o755,
     "run_dir/ready": 0o644,
@@ -263,7 +266,7 @@ def outside(tmp_path):
 
 @pytest.mark.parametrize("how", ["symbolic", "hard"])
 def test_a_key_file_that_is_a_link_is_refused_with_its_path_and_the_way_out(bench, outside, how):
-    path = os.path.join(bench.settings.state_dir, "key0")
+    path = os.path.join(bench.settings.state_dir, "key")
     planted(path, how, outside)
     assert not bench.tick()
     assert bench.agent.reason.startswith(f"{path} is a link") and "put the file itself there, or remove it" in bench.agent.reason
@@ -275,7 +278,7 @@ def test_a_key_file_that_is_a_link_is_refused_with_its_path_and_the_way_out(benc
 def test_a_key_that_a_link_leads_to_is_not_taken_for_ours(bench, tmp_path):
     (tmp_path / "theirs").write_text(KEY + "\n")
     (tmp_path / "theirs").chmod(0o644)
-    planted(os.path.join(bench.settings.state_dir, "key0"), "symbolic", tmp_path / "theirs")
+    planted(os.path.join(bench.settings.state_dir, "key"), "symbolic", tmp_path / "theirs")
     assert not bench.tick() and bench.run.private == ""
     assert mode_of(tmp_path / "theirs") == 0o644
 
@@ -360,7 +363,7 @@ def test_a_state_directory_that_others_can_change_is_refused_with_its_path_and_t
     with pytest.raises(mncni.CNIError), mncni.Locked(f"{path}/lock"):
         pass
     with pytest.raises(mncni.CNIError):
-        agent.ensure_key(f"{path}/key0", "")
+        agent.ensure_key(f"{path}/key", "")
     assert os.listdir(place) == []
 
 

@@ -52,7 +52,7 @@ def seconds_until(is_so, what, timeout_s=60):
 def ghost(lab, name="ghost"):
     """A node of a record alone joins and leaves; returns how many seconds it took until node1 had it as a peer."""
     text = ghost_record(lab, name, 99, "A")
-    key = json.loads(text)["slots"]["0"]["key"]
+    key = json.loads(text)["key"]
     labs.write_atomically(lab.store / f"{name}.json", text)
     took_s = seconds_until(lambda: key in wg_peers(lab, "node1"), "peer")
     (lab.store / f"{name}.json").unlink()
@@ -62,7 +62,7 @@ def ghost(lab, name="ghost"):
 
 def ghost_record(lab, name, number, letter):
     record = json.loads((lab.store / "node2.json").read_text())
-    record["slots"]["0"]["key"] = letter * 6 + record["slots"]["0"]["key"][6:]
+    record["key"] = letter * 6 + record["key"][6:]
     record.update(podCIDRs=[f"10.244.{number}.0/24"], endpoints=[f"192.0.2.{number}"], uid=name, created="2999-01-01T00:00:00Z")
     return json.dumps(record)
 
@@ -432,14 +432,14 @@ def test_a_key_that_cannot_be_kept_is_no_loss(lab, disks, kind, fault):
     breaks, heals = DISKS[kind]
 
     def act():
-        key = node_sh(lab, "node1", f"cat {STATE}/key0; rm {STATE}/key0")
+        key = node_sh(lab, "node1", f"cat {STATE}/key; rm {STATE}/key")
         disks(breaks)
         restart_agent(lab)
-        labs.wait_until(lambda: f"cannot write {STATE}/key0" in status(lab)["reason"], 60, "word of the disk")
-        assert "key0" not in node_sh(lab, "node1", STATE_FILES)
+        labs.wait_until(lambda: f"cannot write {STATE}/key" in status(lab)["reason"], 60, "word of the disk")
+        assert "key" not in node_sh(lab, "node1", STATE_FILES)
         disks(heals)
         took_s = seconds_until(lambda: is_well(lab), "agent that is well")
-        assert node_sh(lab, "node1", f"cat {STATE}/key0") == key
+        assert node_sh(lab, "node1", f"cat {STATE}/key") == key
         return took_s
 
     quiet(lab, fault, f"disk {kind}: key", act)

@@ -51,9 +51,9 @@ def answer(acts):
 
 def record_of(node, number):
     """A node's record; number makes its key."""
-    record = {"v": 1, "podCIDRs": node["spec"]["podCIDRs"], "uid": node["metadata"]["uid"]}
+    record = {"v": 2, "podCIDRs": node["spec"]["podCIDRs"], "uid": node["metadata"]["uid"]}
     record["endpoints"] = [entry["address"] for entry in node["status"]["addresses"] if entry["type"] == "InternalIP"]
-    return json.dumps({**record, "slots": {"0": {"key": key_of(number), "port": 28384}}, "gen": 1}, separators=(",", ":"))
+    return json.dumps({**record, "key": key_of(number), "port": 28384, "gen": 1}, separators=(",", ":"))
 
 
 def serve(directory, count):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from deploy import lab as labs
-from tests.unit.agent_data import key_of, text_of
+from tests.unit.agent_data import text_of
 from tests.unit.test_agent_records import BAD_RECORDS
 
 pytestmark = pytest.mark.root
@@ -243,8 +243,8 @@ def test_a_new_record_leads_to_a_first_pong_within_seconds(nodes, figure):
 def test_hostile_records_leave_honest_peers_up_are_shown_and_believed_again_when_repaired(nodes):
     node = nodes[0]
     hostile = {f"hostile{number}": text for number, (text, _) in enumerate(BAD_RECORDS.values())}
-    good_key = json.loads(nodes[1].record().read_text())["slots"]["0"]
-    hostile["copier"] = text_of(66, slots={"0": good_key}, created="2099-01-01T00:00:00Z")
+    good_key = json.loads(nodes[1].record().read_text())["key"]
+    hostile["copier"] = text_of(66, key=good_key, created="2099-01-01T00:00:00Z")
     hostile["squatter"] = text_of(66, podCIDRs=["10.244.2.0/25"], created="2099-01-01T00:00:00Z")
     hostile["a\nb\x1b[2J"] = text_of(66)
     files = {node.lab.store / f"{name}.json": text for name, text in hostile.items()}
@@ -259,7 +259,7 @@ def test_hostile_records_leave_honest_peers_up_are_shown_and_believed_again_when
             assert (code, stderr, node.peers()) == (1, "", {"node2", "node3"})
             assert all(f"\n{name}: quarantined: " in stdout for name in names), stdout
             repaired = node.lab.store / "hostile0.json"
-            labs.write_atomically(repaired, text_of(66, slots={"0": {"key": key_of(66), "port": 1}}))
+            labs.write_atomically(repaired, text_of(66, port=1))
             node.wait_peers("node2", "node3", "hostile0")
             assert "hostile0" not in node.status()[1]["quarantine"]
     finally:
@@ -422,7 +422,7 @@ def test_a_full_state_directory_is_named_and_the_key_in_use_stays(nodes):
     node.sh("mount -t tmpfs -o size=4k,mode=700 full /var/lib/mncni; head -c 4096 /dev/zero > /var/lib/mncni/filler")
     try:
         logged = node.start()
-        node.wait_log(logged, "cannot write /var/lib/mncni/key0.new: No space left on device")
+        node.wait_log(logged, "cannot write /var/lib/mncni/key.new: No space left on device")
         assert node.sh("nsenter --net=/run/netns/mncni-wg wg show mncni-wg0 public-key").strip() == key
         assert "No space left" in node.run(labs.PYTHON, AGENT, "status")[1]
     finally:
@@ -449,7 +449,7 @@ def test_a_read_only_state_directory_is_named_and_the_network_stays(nodes):
 
 def test_files_have_the_modes_that_they_need(nodes):
     expected = {"/run/mncni/agent.lock": 0o600, "/run/mncni/ready": 0o644, "/run/mncni/status.json": 0o644}
-    expected |= {"/var/lib/mncni": 0o700, "/var/lib/mncni/key0": 0o600, "/var/lib/mncni/nodes.json": 0o600}
+    expected |= {"/var/lib/mncni": 0o700, "/var/lib/mncni/key": 0o600, "/var/lib/mncni/nodes.json": 0o600}
     expected |= {"/etc/cni/net.d/10-mncni.conflist": 0o644, "/opt/cni/bin/mncni.py": 0o755, "/opt/cni/bin/mncni": 0o755}
     for path, mode in expected.items():
         status = nodes[0].path(path).stat()
@@ -461,10 +461,10 @@ def test_the_private_key_is_in_no_log_command_line_file_or_status(nodes):
     node = nodes[2]
     node.end()
     node.sh("ip netns delete mncni-wg")
-    key = node.path("/var/lib/mncni/key0").read_text().strip()
+    key = node.path("/var/lib/mncni/key").read_text().strip()
     logged = node.start()
     node.wait_log(logged, "the network is up")
-    assert "private-key /var/lib/mncni/key0" in logged(), "it was set under our eyes"
+    assert "private-key /var/lib/mncni/key" in logged(), "it was set under our eyes"
     said = node.log() + node.run(labs.PYTHON, AGENT, "status")[1] + node.sh("cat /proc/[0-9]*/cmdline | tr '\\0' ' '", check=False)
     said += node.sh("nft list ruleset; ip -details link", check=False)
     for top in ("/run/mncni", "/var/lib/mncni-lab", "/etc/cni", "/opt/cni", "/var/log", "/tmp"):

@@ -128,8 +128,8 @@ def cluster(server, tmp_path, monkeypatch, caplog):
 def test_a_record_begins_with_what_the_admission_policy_compares(cluster):
     cluster.settle()
     text = cluster.own()["metadata"]["annotations"][agent.RECORD]
-    assert text.startswith('{"v":1,"podCIDRs":["10.244.1.0/24"],"uid":"uid-1","endpoints":["192.0.2.1"],"slots":{"0":{"key":"')
-    assert text.endswith('"port":28384}},"gen":1}')
+    assert text.startswith('{"v":2,"podCIDRs":["10.244.1.0/24"],"uid":"uid-1","endpoints":["192.0.2.1"],"key":"')
+    assert text.endswith('"port":28384,"gen":1}')
 
 
 def test_a_quiet_agent_writes_nothing_and_reads_nothing_again(cluster):
@@ -155,7 +155,7 @@ def test_a_restarted_agent_writes_nothing_either(cluster):
 def test_a_record_that_somebody_changed_is_written_again_with_its_uid_as_precondition(cluster):
     cluster.settle()
     cluster.server.patch_node("n1", {"metadata": {"annotations": {agent.RECORD: "mine now"}}})
-    cluster.tick(lambda: cluster.own()["metadata"]["annotations"][agent.RECORD].startswith('{"v":1'))
+    cluster.tick(lambda: cluster.own()["metadata"]["annotations"][agent.RECORD].startswith('{"v":2'))
     assert cluster.peers() == [2, 3]
 
 
@@ -271,12 +271,12 @@ HOSTILE = {
     "huge": " " * 200_000,
     "deep": "[" * 100_000,
     "number": "7",
-    "surrogate": record_of(9, slots={"0": {"key": "\ud800" * 44, "port": 1}}),
-    "key with a newline": record_of(9, slots={"0": {"key": key_of(9) + "\n", "port": 28384}}),
-    "short key": record_of(9, slots={"0": {"key": "AAAA", "port": 28384}}),
-    "zero key": record_of(9, slots={"0": {"key": key_of(0), "port": 28384}}),
-    "key of another": record_of(9, slots={"0": {"key": key_of(2), "port": 28384}}),
-    "port 0": record_of(9, slots={"0": {"key": key_of(9), "port": 0}}),
+    "surrogate": record_of(9, key="\ud800" * 44, port=1),
+    "key with a newline": record_of(9, key=key_of(9) + "\n"),
+    "short key": record_of(9, key="AAAA"),
+    "zero key": record_of(9, key=key_of(0)),
+    "key of another": record_of(9, key=key_of(2)),
+    "port 0": record_of(9, port=0),
     "everything": record_of(9, podCIDRs=["0.0.0.0/0"]),
     "own CIDR": record_of(9, podCIDRs=["10.244.1.0/24"]),
     "another's CIDR": record_of(9, podCIDRs=["10.244.2.0/24"]),
@@ -322,7 +322,7 @@ def test_what_a_node_need_not_have_may_be_absent_or_null(rest):
 
 def test_the_older_of_two_nodes_is_the_one_that_the_cluster_made_first(cluster):
     for number, created in ((4, "2024-02-02T00:00:00Z"), (5, "2023-02-02T00:00:00Z")):
-        node = node_of(number, slots={"0": {"key": key_of(44), "port": 28384}})
+        node = node_of(number, key=key_of(44))
         node["metadata"]["creationTimestamp"] = created
         cluster.server.put("nodes", node)
     cluster.tick(lambda: cluster.peers() == [2, 3, 44] and "that of node n5" in cluster.agent.quarantine.get("n4", ""))
@@ -417,7 +417,7 @@ def test_events_in_the_wrong_order_end_in_the_right_state(cluster):
     cluster.settle()
     cluster.server.fault("reorder", name="n2")
     for number in (20, 21, 22):
-        cluster.join(2, slots={"0": {"key": key_of(number), "port": 28384}})
+        cluster.join(2, key=key_of(number))
     cluster.tick(lambda: cluster.peers() == [3, 22])
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import hashlib
 import ipaddress
 import json
 
@@ -45,14 +46,20 @@ def key_of(number):
     return base64.b64encode(number.to_bytes(32, "big")).decode()
 
 
+def public_of(private):
+    """The public key of a private one, for FakeWireGuard: another for each."""
+    return base64.b64encode(hashlib.sha256(private.encode()).digest()).decode()
+
+
 def record(number=1, **changes):
     """A good record of node <number> as a dict, less its keys that are changed to `...`."""
     fields = {
-        "v": 1,
+        "v": 2,
         "podCIDRs": [f"10.244.{number}.0/24"],
         "uid": f"uid-{number}",
         "endpoints": [f"192.0.2.{number}"],
-        "slots": {"0": {"key": key_of(number), "port": 28384}},
+        "key": key_of(number),
+        "port": 28384,
         "gen": 1,
         "created": "2024-01-01T00:00:00Z",
     }
@@ -78,6 +85,8 @@ class FakeWireGuard:
         if command.argv[:3] == ["nft", "-j", "list"]:
             return mncni.Reply(0, FIREWALL, "")
         self.log.append(str(command))
+        if command.argv == ["wg", "pubkey"]:
+            return mncni.Reply(0, public_of(command.stdin) + "\n", "")
         assert command.argv[:2] == ["nsenter", "--net=/run/netns/mncni-wg"] and command.argv[2] == "wg", command
         verb, _, *words = command.argv[3:]
         if self.broken is not None:
@@ -85,12 +94,12 @@ class FakeWireGuard:
         return mncni.Reply(0, self.dump() if verb == "show" else self.set(words), "")
 
     def public(self):
-        return key_of(4711) if self.private else "(none)"
+        return public_of(self.private) if self.private else "(none)"
 
     def dump(self):
         lines = [[self.private or "(none)", self.public(), str(self.port), "off"]]
         for key, fields in self.peers.items():
-            lines.append([key, "(none)", fields["endpoint"], fields["allowed-ips"], "0", "0", "0", "off"])
+            lines.append([key, "(none)", fields["endpoint"], fields["allowed-ips"], fields["handshake"], "0", "0", "off"])
         return "".join("\t".join(words) + "\n" for words in lines)
 
     def set(self, words):
@@ -103,7 +112,7 @@ class FakeWireGuard:
                 self.private = mncni.read_file(words.pop(0)).strip()
             elif name == "peer":
                 peer = words.pop(0)
-                self.peers.setdefault(peer, {"endpoint": "(none)", "allowed-ips": "(none)"})
+                self.peers.setdefault(peer, {"endpoint": "(none)", "allowed-ips": "(none)", "handshake": "0"})
             elif name == "remove":
                 del self.peers[peer]
             else:

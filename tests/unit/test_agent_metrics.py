@@ -16,6 +16,7 @@ STATUS = {
     "store": "",
     "admission_guard": None,
     "dropped": {"leaked": 3, "refused": 4},
+    "keyTime": 1700000000,
     "leases": 2,
     "peers": [{"name": "node2", "handshake": 1700000000, "rx": 10, "tx": 20}],
     "quarantine": {"node3": 'its key is "no\nkey"'},

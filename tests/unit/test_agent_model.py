@@ -44,11 +44,12 @@ class Model:
     def record(self, number):
         node = self.nodes[number]
         return {
-            "v": 1,
+            "v": 2,
             "podCIDRs": [f"10.244.{node['cidr']}.0/24"],
             "uid": str(node["uid"]),
             "endpoints": [f"192.0.2.{node['endpoint']}"],
-            "slots": {"0": {"key": key_of(node["key"]), "port": 28384}},
+            "key": key_of(node["key"]),
+            "port": 28384,
             "gen": 1,
             "created": "2024-01-01T00:00:00Z",
         }
@@ -56,7 +57,7 @@ class Model:
     def peers(self, without=None):
         """What WireGuard is to have: {key: (endpoint, allowed IPs)}."""
         records = [self.record(number) for number in self.nodes if number != without]
-        return {row["slots"]["0"]["key"]: (f"{row['endpoints'][0]}:28384", row["podCIDRs"][0]) for row in records}
+        return {row["key"]: (f"{row['endpoints'][0]}:28384", row["podCIDRs"][0]) for row in records}
 
 
 class DirectoryFeed:

@@ -87,6 +87,56 @@ def test_a_peer_whose_clock_was_set_back_is_made_anew_and_greeted():
     assert [words[2] for words in agent.plan_peers(desired, {}, sent)] == ["endpoint"]  # there is none to forget
 
 
+def greeting(key):
+    return [["peer", key, "persistent-keepalive", "1"], ["peer", key, "persistent-keepalive", "0"]]
+
+
+def test_a_node_that_changed_its_key_gets_a_new_peer_that_is_greeted_and_awaited():
+    sent, there = {A: peer("a", "192.0.2.1:1", "10.244.1.0/24")}, {A: present("192.0.2.1:1", "10.244.1.0/24")}
+    desired = {B: peer("a", "192.0.2.1:1", "10.244.1.0/24"), C: peer("c", "192.0.2.3:1", "10.244.3.0/24")}
+    assert agent.changed_keys(desired, sent) == {B} and agent.changed_keys(desired, desired) == set()  # C is of another node
+    anew, awaited = agent.plan_greetings({}, there, {B}, A, 5)
+    assert (anew, awaited) == ({B}, {B: (5 + agent.GREET_S, agent.GREET_S)})
+    plan = agent.plan_peers(desired, there, sent, anew)
+    first = ["peer", B, "endpoint", "192.0.2.1:1", "allowed-ips", "10.244.1.0/24"]
+    second = ["peer", C, "endpoint", "192.0.2.3:1", "allowed-ips", "10.244.3.0/24"]
+    assert plan == [first, *greeting(B), second, ["peer", A, "remove"]]
+
+
+def test_a_new_key_that_does_not_answer_is_made_anew_and_greeted_less_and_less_often_and_not_for_ever():
+    desired, there = {B: peer("b", "192.0.2.2:1", "10.244.2.0/24")}, {B: present("192.0.2.2:1", "10.244.2.0/24")}
+    _, awaited = agent.plan_greetings({}, {}, {B}, A, 0)
+    times, now = [], 0
+    while awaited:
+        now = round(now + 0.05, 2)
+        anew, awaited = agent.plan_greetings(awaited, there, set(), A, now)
+        times += [now] if anew else []
+        plan = agent.plan_peers(desired, there, desired, anew)
+        made = ["peer", B, "endpoint", "192.0.2.2:1", "allowed-ips", "10.244.2.0/24"]
+        assert plan == ([["peer", B, "remove"], made, *greeting(B)] if anew else [])
+    assert times == pytest.approx([0.1, 0.3, 0.7, 1.5, 3.1, 6.3], abs=0.15)
+
+
+def test_of_one_node_two_keys_a_minute_are_greeted():
+    greeted, allowed = {}, []
+    for now in (0, 10, 20, 59, 61, 65, 71):
+        keys, greeted = agent.limit_greetings({str(now): "a"}, greeted, now)
+        allowed += keys
+    assert allowed == ["0", "10", "61", "71"]
+    assert agent.limit_greetings({"other": "b"}, greeted, 72)[0] == {"other"}
+    assert agent.limit_greetings({}, greeted, 200) == (set(), {})
+
+
+@pytest.mark.parametrize("there", [{B: {**present("192.0.2.2:1"), "handshake": 1700000000}}, {}])
+def test_a_new_key_that_has_answered_or_is_gone_is_no_longer_awaited(there):
+    assert agent.plan_greetings({B: (1, 0.1)}, there, set(), A, 2) == (set(), {})
+
+
+def test_of_two_that_greet_each_other_one_is_twice_as_fast():
+    pauses = [agent.plan_greetings({}, {}, {theirs}, ours, 0)[1][theirs][1] for ours, theirs in ((A, B), (B, A))]
+    assert pauses[1] == 2 * pauses[0]
+
+
 def test_removals_come_last_and_the_order_is_by_name():
     desired = {C: peer("b", "192.0.2.3:1", "10.244.3.0/24"), A: peer("c", "192.0.2.1:1", "10.244.1.0/24")}
     plan = agent.plan_peers(desired, {B: present("192.0.2.2:1", "10.244.2.0/24"), D: present("")}, {})
@@ -571,8 +621,8 @@ def test_peers_that_are_not_there_yet_or_not_wanted_are_not_doubted():
 def test_the_record_has_its_keys_in_the_order_that_policies_compare():
     text = agent.format_record(BOTH, "u-1", (V4, V6), A, 7, "2024-01-01T00:00:00Z")
     assert text == (
-        '{"v":1,"podCIDRs":["10.244.255.0/24","fd00:244:ffff::/64"],"uid":"u-1","endpoints":["192.0.2.1","2001:db8::1"],'
-        f'"slots":{{"0":{{"key":"{A}","port":28384}}}},"gen":7,"created":"2024-01-01T00:00:00Z"}}'
+        '{"v":2,"podCIDRs":["10.244.255.0/24","fd00:244:ffff::/64"],"uid":"u-1","endpoints":["192.0.2.1","2001:db8::1"],'
+        f'"key":"{A}","port":28384,"gen":7,"created":"2024-01-01T00:00:00Z"}}'
     )
     assert agent.format_record(BOTH, "u-1", (V4, V6), A, 7, None, 1700000000).endswith(',"gen":7,"setBack":1700000000}')
 
@@ -593,7 +643,8 @@ def test_the_plugin_accepts_the_conflist(settings):
     assert plugin["type"] == "mncni" and plugin["plugin"][0] == "naivewg" and len(stages) == len(plugin["plugin"])
 
 
-WHY = {"Command": 2, "ip_batch": 2, "look_ip": 4, "write_sysctls": 3, "apply_lines": 2, "wg_set": 2}  # its place among the arguments
+# Its place among the arguments.
+WHY = {"Command": 2, "SecretInput": 2, "ip_batch": 2, "look_ip": 4, "write_sysctls": 3, "apply_lines": 2, "set_device": 2}
 
 
 def test_every_command_of_the_agent_says_why():

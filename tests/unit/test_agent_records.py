@@ -15,10 +15,6 @@ CLUSTER = make_settings().cluster_cidrs
 OWN_KEY = key_of(999_999)
 
 
-def slot(**changes):
-    return {"0": {"key": key_of(1), "port": 28384, **changes}}
-
-
 def judge(records, roster=None, own_endpoints=(V4, V6)):
     """(names believed, {name: reason}) of {name: text}."""
     nodes, quarantine = (roster or agent.Roster(make_settings())).judge(records, OWN_KEY, own_endpoints)
@@ -56,9 +52,8 @@ def test_what_format_record_writes_parse_record_reads():
     )
 
 
-def test_unknown_keys_slot_1_and_a_missing_creation_time_are_no_fault():
-    both = {**slot(), "1": {"key": "later", "port": "later"}}
-    node = agent.parse_record("node1", text_of(slots=both, created=..., gen=..., future={"a": []}), CLUSTER)
+def test_unknown_keys_and_a_missing_creation_time_are_no_fault():
+    node = agent.parse_record("node1", text_of(created=..., gen=..., future={"a": []}), CLUSTER)
     assert node.created == ""
 
 
@@ -76,43 +71,40 @@ BAD_RECORDS = {
     "a megabyte": (text_of(uid="u" * 1_000_000), "longer than 65536"),
     "a megabyte of nothing": (" " * 1_000_000, "longer than 65536"),
     "a key twice": (text_of()[:-1] + ',"uid":"another"}', "duplicate key"),
-    "a key twice, deeper": (text_of().replace('"port"', '"port":1,"port"'), "duplicate key"),
+    "a key twice, deeper": (text_of(future={"a": 1}).replace('"a"', '"a": 2, "a"'), "duplicate key"),
     "INI injection": ("[Peer]\nPublicKey = x\nAllowedIPs = 0.0.0.0/0", "is no JSON"),
-    "version 2": (text_of(v=2), "version is 2"),
+    "version 1": (text_of(v=1), "version is 1, this agent reads 2"),
+    "version 3": (text_of(v=3), "version is 3"),
     "no version": (text_of(v=...), '"v" is null'),
-    "true for 1": (text_of(v=True), '"v" is true'),
-    "1.0 for 1": (text_of(v=1.0), '"v" is 1.0'),
-    "text for 1": (text_of(v="1"), '"v" is "1"'),
-    "huge version": (text_of().replace('"v": 1', '"v": ' + "9" * 4000), "version is 999"),
-    "number too long to read": (text_of().replace('"v": 1', '"v": -' + "9" * 60_000), "JSON|version is"),
+    "true": (text_of(v=True), '"v" is true'),
+    "2.0 for 2": (text_of(v=2.0), '"v" is 2.0'),
+    "text for 2": (text_of(v="2"), '"v" is "2"'),
+    "huge version": (text_of().replace('"v": 2', '"v": ' + "9" * 4000), "version is 999"),
+    "number too long to read": (text_of().replace('"v": 2', '"v": -' + "9" * 60_000), "JSON|version is"),
     "no uid": (text_of(uid=...), '"uid" is null'),
     "empty uid": (text_of(uid=""), '"uid" is ""'),
     "uid a list": (text_of(uid=["u"]), '"uid" is .*, not a string'),
-    "no slots": (text_of(slots=...), '"slots" is null, not an object'),
-    "slots a list": (text_of(slots=[slot()]), '"slots" is '),
-    "slot 1 alone": (text_of(slots={"1": slot()["0"]}), '"0" is null'),
-    "slot null": (text_of(slots={"0": None}), '"0" is null'),
-    "slot an integer": (text_of(slots={"0": 28384}), '"0" is 28384'),
-    "no key": (text_of(slots={"0": {"port": 1}}), '"key" is null'),
-    "key a number": (text_of(slots=slot(key=1)), '"key" is 1, not a string'),
-    "key empty": (text_of(slots=slot(key="")), '"key" is ""'),
-    "key of 31 bytes": (text_of(slots=slot(key=base64.b64encode(b"k" * 31).decode())), "31 bytes"),
-    "key of 33 bytes": (text_of(slots=slot(key=base64.b64encode(b"k" * 33).decode())), "33 bytes"),
-    "key of zeros": (text_of(slots=slot(key=key_of(0))), "all zero"),
-    "key with a newline behind": (text_of(slots=slot(key=key_of(1) + "\n")), "no base64"),
-    "key with a peer behind": (text_of(slots=slot(key=key_of(1) + "\n[Peer]\nAllowedIPs=0.0.0.0/0")), "no base64"),
-    "key with NUL": (text_of(slots=slot(key=key_of(1)[:-1] + "\0")), "no base64"),
-    "key in unicode": (text_of(slots=slot(key="ключ")), "no base64"),
-    "key URL-safe": (text_of(slots=slot(key=base64.urlsafe_b64encode(b"\xff" * 32).decode())), "no base64"),
-    "key with spare bits": (text_of(slots=slot(key="B" * 42 + "B=")), "canonical"),
-    "key in hex": (text_of(slots=slot(key="01" * 32)), "48 bytes"),
+    "no key": (text_of(key=...), '"key" is null'),
+    "no port": (text_of(port=...), '"port" is null'),
+    "key a number": (text_of(key=1), '"key" is 1, not a string'),
+    "key empty": (text_of(key=""), '"key" is ""'),
+    "key of 31 bytes": (text_of(key=base64.b64encode(b"k" * 31).decode()), "31 bytes"),
+    "key of 33 bytes": (text_of(key=base64.b64encode(b"k" * 33).decode()), "33 bytes"),
+    "key of zeros": (text_of(key=key_of(0)), "all zero"),
+    "key with a newline behind": (text_of(key=key_of(1) + "\n"), "no base64"),
+    "key with a peer behind": (text_of(key=key_of(1) + "\n[Peer]\nAllowedIPs=0.0.0.0/0"), "no base64"),
+    "key with NUL": (text_of(key=key_of(1)[:-1] + "\0"), "no base64"),
+    "key in unicode": (text_of(key="ключ"), "no base64"),
+    "key URL-safe": (text_of(key=base64.urlsafe_b64encode(b"\xff" * 32).decode()), "no base64"),
+    "key with spare bits": (text_of(key="B" * 42 + "B="), "canonical"),
+    "key in hex": (text_of(key="01" * 32), "48 bytes"),
     "key a lone surrogate": (text_of().replace(key_of(1), "\\ud800"), "no base64"),
-    "port 0": (text_of(slots=slot(port=0)), "port 0 "),
-    "port 65536": (text_of(slots=slot(port=65536)), "port 65536"),
-    "port negative": (text_of(slots=slot(port=-1)), "port -1"),
-    "port true": (text_of(slots=slot(port=True)), '"port" is true'),
-    "port text": (text_of(slots=slot(port="28384")), '"port" is "28384"'),
-    "port 1.5": (text_of(slots=slot(port=1.5)), '"port" is 1.5'),
+    "port 0": (text_of(port=0), "port 0 "),
+    "port 65536": (text_of(port=65536), "port 65536"),
+    "port negative": (text_of(port=-1), "port -1"),
+    "port true": (text_of(port=True), '"port" is true'),
+    "port text": (text_of(port="28384"), '"port" is "28384"'),
+    "port 1.5": (text_of(port=1.5), '"port" is 1.5'),
     "port NaN": (text_of().replace("28384", "NaN"), '"port" is NaN'),
     "port huge": (text_of().replace("28384", "9" * 4000), "port 999.*out of range"),
     "no pod CIDRs": (text_of(podCIDRs=[]), '"podCIDRs" is'),
@@ -185,7 +177,7 @@ def test_a_bad_creation_time_is_no_fault_but_counts_as_youngest(created):
     assert judge({**honest, **liar})[0] == ["b"]
 
 
-@pytest.mark.parametrize("key", ["v", "uid", "podCIDRs", "endpoints", "slots", "created"])
+@pytest.mark.parametrize("key", ["v", "uid", "podCIDRs", "endpoints", "key", "port", "created"])
 @pytest.mark.parametrize("opening, closing", ["[]", ('{"a":', "}")])
 def test_no_depth_of_nesting_gets_past_the_refusal(key, opening, closing):
     """Where reading a value just succeeds, showing it in the message can be the call that goes too deep."""
@@ -215,7 +207,7 @@ def test_the_own_record_is_not_judged():
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"slots": slot(key=OWN_KEY)}, "this node's key"),
+        ({"key": OWN_KEY}, "this node's key"),
         ({"podCIDRs": ["10.244.255.0/24"]}, "10.244.255.0/24 is this node's"),
         ({"podCIDRs": ["10.244.255.128/25"]}, "10.244.255.128/25 is this node's"),
         ({"podCIDRs": ["10.244.254.0/23"]}, "10.244.254.0/23 is this node's"),
@@ -247,7 +239,7 @@ OLD, YOUNG = "2024-01-01T00:00:00Z", "2024-01-01T00:00:01Z"
 @pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
 def test_of_two_with_one_key_or_overlapping_pod_cidrs_the_older_wins(names, older, younger):
     first, second = names
-    same_key = {first: text_of(1, **older), second: text_of(2, **younger, slots=slot())}
+    same_key = {first: text_of(1, **older), second: text_of(2, **younger, key=key_of(1))}
     assert judge(same_key) == ([first], {second: f"its key is that of node {first}, which had it before or is older"})
     for theirs in ("10.244.1.0/24", "10.244.1.128/25", "10.244.0.0/23"):
         overlap = {first: text_of(1, **older), second: text_of(2, **younger, podCIDRs=["10.244.2.0/24", theirs])}
@@ -435,8 +427,7 @@ def mutate(random_source, text):
         return text[:place] + chr(random_source.randrange(0x110000)) + text[place + 1 :]
     values = [None, True, 0, -1, 1 << 70, 1.5, "", "x", "0.0.0.0/0", "::", "2001:db8::%a", [], {}, [[]], [None], {"0": {}}]
     fields = record(66)
-    target = random_source.choice([fields, fields["slots"], fields["slots"]["0"]])
-    target[random_source.choice(list(target))] = random_source.choice(values)
+    fields[random_source.choice(list(fields))] = random_source.choice(values)
     return json.dumps(fields)
 
 

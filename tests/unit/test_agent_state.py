@@ -23,7 +23,7 @@ import pytest
 import agent
 import kube
 import mncni
-from tests.unit.agent_data import V4, FakeWireGuard, key_of, make_settings, parse, record, text_of
+from tests.unit.agent_data import V4, FakeWireGuard, key_of, make_settings, parse, public_of, record, text_of
 
 # ---- settings ----
 
@@ -44,10 +44,15 @@ GOOD = ("--cluster-cidr", "10.244.0.0/16", "--pod-cidr", "10.244.1.0/24")
         ([*GOOD, "--pod-cidr", "10.244.2.0/31"], "--pod-cidr 10.244.2.0/31 is too small"),
         ([*GOOD, "--endpoint", "10.244.9.9"], "--endpoint 10.244.9.9 is inside --cluster-cidr"),
         (["--endpoint", "node1"], "--endpoint.*node1"),
-        (["--port", "1"], "--port.*'1'"),
-        (["--port", "1,1"], "--port.*'1,1'"),
-        (["--port", "1,65536"], "--port.*'1,65536'"),
-        (["--port", "a,b"], "--port.*'a,b'"),
+        (["--port", "0"], "--port.*'0'"),
+        (["--port", "1,2"], "--port.*'1,2'"),
+        (["--port", "65536"], "--port.*'65536'"),
+        (["--port", "a"], "--port.*'a'"),
+        (["--key-max-age", "30"], "--key-max-age.*'30'"),
+        (["--key-max-age", "-1d"], "--key-max-age.*"),
+        (["--key-max-age", "1w"], "--key-max-age.*'1w'"),
+        (["--key-max-age", "d"], "--key-max-age.*'d'"),
+        (["--key-max-age", ""], "--key-max-age.*''"),
         (["--bridge", "0123456789abcdef"], "--bridge.*0123456789abcdef"),
         (["--bridge", "a b"], "--bridge.*'a b'"),
         (["--namespace", "../x"], r"--namespace.*'\.\./x'"),
@@ -78,7 +83,7 @@ def test_a_wrong_flag_exits_2_naming_flag_and_value(argv, said, capsys):
         ({"MNCNI_CLUSTER_CIDR": "10.0.0.0/8,x"}, "MNCNI_CLUSTER_CIDR: 'x'"),
         ({"MNCNI_POD_CIDR": "10.0.0.1/8"}, "MNCNI_POD_CIDR: 10.0.0.1/8 has host bits set"),
         ({"MNCNI_ENDPOINT": "node1"}, "MNCNI_ENDPOINT: 'node1'"),
-        ({"MNCNI_PORT": "7"}, "--port.*'7'"),
+        ({"MNCNI_PORT": "1,2"}, "--port.*'1,2'"),
         ({"MNCNI_MASQUERADE": "1"}, "--masquerade.*'1'"),
         ({"MNCNI_CLUSTER_CIDR": "10.0.0.0/8", "KUBERNETES_SERVICE_HOST": "10.96.0.1"}, "_SERVICE_HOST 10.96.0.1 is inside --cluster"),
     ],
@@ -108,7 +113,8 @@ def test_every_flag_of_run_has_its_variable_and_the_flag_wins():
         "MNCNI_POD_CIDR": "10.7.0.0/24,fd00:0:7::/64",
         "MNCNI_SERVICE_CIDR": "11.0.0.0/16",
         "MNCNI_ENDPOINT": "192.0.2.7,2001:db8::7",
-        "MNCNI_PORT": "1,2",
+        "MNCNI_PORT": "1",
+        "MNCNI_KEY_MAX_AGE": "2h",
         "MNCNI_BRIDGE": "br7",
         "MNCNI_NAMESPACE": "ns7",
         "MNCNI_MTU": "1400",
@@ -130,7 +136,8 @@ def test_every_flag_of_run_has_its_variable_and_the_flag_wins():
         "pod_cidrs": ["10.7.0.0/24", "fd00:0:7::/64"],
         "service_cidrs": ["11.0.0.0/16"],
         "endpoints": ["192.0.2.7", "2001:db8::7"],
-        "ports": ["1", "2"],
+        "port": 1,
+        "key_max_age": 7200,
         "bridge": "br7",
         "namespace": "ns7",
         "mtu": 1400,
@@ -318,7 +325,7 @@ def mode_of(path):
 
 @pytest.fixture
 def key_path(tmp_path):
-    return str(tmp_path / "state" / "key0")
+    return str(tmp_path / "state" / "key")
 
 
 @pytest.fixture(params=[0o022, 0o000, 0o077])
@@ -332,7 +339,7 @@ def test_a_key_is_made_once_0600_in_a_0700_directory(key_path, umask):
     key = agent.ensure_key(key_path, "")
     assert is_clamped(key) and agent.ensure_key(key_path, "other") == key
     assert (mode_of(key_path), mode_of(os.path.dirname(key_path))) == (0o600, 0o700)
-    assert os.listdir(os.path.dirname(key_path)) == ["key0"]
+    assert os.listdir(os.path.dirname(key_path)) == ["key"]
 
 
 def test_keys_differ():
@@ -606,7 +613,7 @@ def test_a_new_device_makes_itself_known_to_peers_that_know_its_key(bench):
 
 
 def test_a_thousand_new_peers_go_in_batches_that_fit_a_command_line(bench):
-    text = '{{"v":1,"podCIDRs":["10.244.{}.{}/30"],"uid":"u","endpoints":["192.0.2.1"],"slots":{{"0":{{"key":"{}","port":1}}}}}}'
+    text = '{{"v":2,"podCIDRs":["10.244.{}.{}/30"],"uid":"u","endpoints":["192.0.2.1"],"key":"{}","port":1}}'
     for number in range(1, 1001):
         bench.write(number, text=text.format(number // 64, number % 64 * 4, key_of(number)))
     assert bench.tick() and len(bench.run.names()) == 1000
@@ -782,12 +789,12 @@ def test_a_doubted_store_is_not_written_to_at_every_look(bench):
 def test_our_record_is_written_once_and_its_generation_grows_with_its_changes(bench):
     bench.settle()
     first = json.loads(bench.own.read_text())
-    assert list(first) == ["v", "podCIDRs", "uid", "endpoints", "slots", "gen", "created"] and first["gen"] == 1
-    bench.settings = dataclasses.replace(bench.settings, ports=(4711, 4712))
+    assert list(first) == ["v", "podCIDRs", "uid", "endpoints", "key", "port", "gen", "created"] and first["gen"] == 1
+    bench.settings = dataclasses.replace(bench.settings, port=4711)
     bench.start()
     bench.settle()
     second = json.loads(bench.own.read_text())
-    assert second == {**first, "slots": {"0": {"key": key_of(4711), "port": 4711}}, "gen": 2}
+    assert second == {**first, "port": 4711, "gen": 2}
     bench.start()
     bench.settle()
     assert json.loads(bench.own.read_text()) == second
@@ -1059,7 +1066,7 @@ def test_running_pods_outside_the_pod_cidrs_are_told_in_log_status_metrics_and_a
     assert bench.tick(10) and bench.status()["stranded"] == {} and len(notes) == 1
 
 
-@pytest.mark.parametrize("name", ["key0", "nodes.json"])
+@pytest.mark.parametrize("name", ["key", "nodes.json"])
 def test_a_full_disk_is_named_with_the_file_and_costs_the_network_only_at_the_key(bench, monkeypatch, name):
     real = agent.write_file
 
@@ -1069,8 +1076,8 @@ def test_a_full_disk_is_named_with_the_file_and_costs_the_network_only_at_the_ke
         real(path, text, mode)
 
     monkeypatch.setattr(agent, "write_file", write_file)
-    assert bench.tick() is (name != "key0")
-    said = bench.status()["reason" if name == "key0" else "store"]
+    assert bench.tick() is (name != "key")
+    said = bench.status()["reason" if name == "key" else "store"]
     assert said.startswith(f"cannot write {bench.settings.state_dir}/{name}") and "No space left on device" in said
     monkeypatch.undo()
 
@@ -1080,7 +1087,8 @@ def test_a_full_disk_is_named_with_the_file_and_costs_the_network_only_at_the_ke
 
 def everything_said(bench, caplog):
     """All that the agent says or keeps for others: commands, logs, every file but the key."""
-    files = [path.read_text() for path in bench.dir.rglob("*") if path.is_file() and path.name != "key0" and path.suffix != ".py"]
+    paths = [path for path in bench.dir.rglob("*") if path.is_file() and path.name not in ("key", "key.new") and path.suffix != ".py"]
+    files = [path.read_text() for path in paths]
     return "\n".join([*bench.run.log, caplog.text, *(str(entry.__dict__) for entry in caplog.records), *files])
 
 
@@ -1088,7 +1096,7 @@ def everything_said(bench, caplog):
 def test_the_private_key_is_in_no_command_log_file_or_error(bench, caplog, broken):
     bench.write(1, 2)
     bench.settle()
-    key = mncni.read_file(f"{bench.settings.state_dir}/key0").strip()
+    key = mncni.read_file(f"{bench.settings.state_dir}/key").strip()
     assert bench.run.private == key
     broken_dumps = {
         "nothing": None,
@@ -1110,10 +1118,195 @@ def test_files_are_readable_by_those_who_need_them_and_no_others(bench, umask):
     bench.write(1)
     bench.settle()
     modes = {str(path.relative_to(bench.dir)): oct(mode_of(path)) for path in bench.dir.rglob("*")}
-    for name in ("state_dir/key0", "state_dir/nodes.json"):
+    for name in ("state_dir/key", "state_dir/nodes.json"):
         assert modes[name] == "0o600"
     assert modes["state_dir"] == "0o700"
     assert all(int(mode, 8) & 0o022 == 0 for name, mode in modes.items() if "/" in name and "self" in name)
+
+
+# ---- a new key ----
+
+
+class Key:
+    """The bench's key file and the one beside it."""
+
+    def __init__(self, bench):
+        self.bench = bench
+        self.path, self.next = (bench.dir / "state_dir" / name for name in ("key", "key.new"))
+
+    def leave_next(self):
+        """As `agent.py rotate` does it. Returns its public key."""
+        agent.write_next_key(str(self.path), agent.make_key())
+        return self.public(self.next)
+
+    def public(self, path=None):
+        return public_of((path or self.path).read_text().strip())
+
+    def told(self):
+        return json.loads(self.bench.own.read_text())["key"]
+
+    def make_old(self, seconds):
+        os.utime(self.path, (time.time() - seconds,) * 2)
+
+
+@pytest.fixture
+def key(bench):
+    bench.write(1, 2)
+    bench.settle()
+    return Key(bench)
+
+
+def test_a_next_key_is_told_used_and_all_that_is_left(bench, key):
+    before, new = key.path.read_text().strip(), key.leave_next()
+    assert bench.tick()
+    assert key.told() == key.public() == bench.run.public() == bench.status()["publicKey"] == new
+    assert not key.next.exists() and mode_of(key.path) == 0o600
+    assert before not in "\n".join(path.read_text() for path in bench.dir.rglob("*") if path.is_file())
+    assert bench.run.writes() == [f"set mncni-wg0 private-key {key.next}"]
+    bench.settle()
+    assert bench.run.writes() == [] and json.loads(bench.own.read_text())["gen"] == 2
+    bench.start()
+    bench.settle()
+    assert bench.run.public() == new
+
+
+def test_keys_are_in_no_command_log_or_status_while_one_changes(bench, key, caplog):
+    texts = [key.path.read_text().strip()]
+    for _ in range(2):
+        key.leave_next()
+        texts.append(key.next.read_text().strip())
+        assert bench.tick() and bench.tick()
+    said = everything_said(bench, caplog)
+    assert "wg pubkey" in said and not any(text in said for text in texts)
+
+
+def test_a_next_key_waits_for_a_store_that_is_away_and_a_new_agent_keeps_the_key_that_the_others_know(bench, key):
+    former, new, away = key.public(), key.leave_next(), bench.settings.nodes_dir + ".away"
+    os.rename(bench.settings.nodes_dir, away)
+    for _ in range(3):
+        assert bench.tick(10) and bench.run.public() == key.public() == former
+        bench.start()
+    assert bench.tick() and bench.status()["nextKey"] == new and "No such file" in bench.status()["store"]
+    assert f"a new key waits until the node store has it: {new}\n" in agent.format_status(status_of(bench), time.time())
+    os.rename(away, bench.settings.nodes_dir)
+    assert bench.tick() and bench.run.public() == key.public() == key.told() == new and bench.status()["nextKey"] == ""
+
+
+def test_a_store_that_is_well_again_hears_of_a_next_key_after_some_seconds(bench, key, monkeypatch):
+    former, new = key.public(), key.leave_next()
+    monkeypatch.setattr(agent.DirectoryStore, "trouble", "the API server does not answer")
+    assert bench.tick() and key.told() == former and bench.status()["nextKey"] == new
+    monkeypatch.setattr(agent.DirectoryStore, "trouble", "")
+    assert bench.tick(9) and key.told() == former
+    bench.tick(10)
+    assert key.told() == key.public() == new
+
+
+@pytest.mark.parametrize("where", ["told", "device"])
+def test_an_agent_that_was_killed_on_the_way_is_followed_by_one_that_goes_on(bench, key, where):
+    new = key.leave_next()
+    bench.own.write_text(bench.own.read_text().replace(key.public(), new))
+    if where == "device":
+        bench.run.private = key.next.read_text().strip()
+    bench.start()
+    assert bench.tick() and bench.run.public() == key.public() == key.told() == new and not key.next.exists()
+
+
+@pytest.mark.parametrize("damage", ["", "AAAA", "\0" * 45, key_of(1)[:-4]])
+def test_a_damaged_next_key_is_written_again(bench, key, damage):
+    former = key.public()
+    key.next.write_text(damage)
+    assert bench.tick() and bench.run.public() == key.public() == key.told() != former and not key.next.exists()
+
+
+def test_a_next_key_that_cannot_be_written_costs_nothing_else(bench, key, mocker):
+    former = key.public()
+    bench.agent.context.settings = dataclasses.replace(bench.settings, key_max_age=60)
+    key.make_old(100)
+    mocker.patch.object(agent, "write_next_key", side_effect=OSError(28, "No space left on device", str(key.next)))
+    assert bench.tick(10) and "No space left on device" in bench.status()["store"] and bench.run.public() == former
+    mocker.stopall()
+    assert bench.tick(10) and bench.status()["store"] == "" and bench.run.public() == key.public() != former
+
+
+@pytest.mark.parametrize("limit, age, changes", [(0, 10**9, False), (86400, 86460, True), (86400, 77000, False), (86400, -(10**6), False)])
+def test_a_key_changes_when_it_is_too_old(bench, key, limit, age, changes):
+    former = key.public()
+    bench.agent.context.settings = dataclasses.replace(bench.settings, key_max_age=limit)
+    key.make_old(age)
+    for _ in range(3):
+        assert bench.tick(10)
+    assert (bench.run.public() != former) is changes
+    now = bench.run.public()
+    bench.tick(10)
+    assert bench.run.public() == now, "once"
+
+
+def test_keys_of_one_age_do_not_all_change_at_once(bench, key):
+    bench.agent.context.settings = dataclasses.replace(bench.settings, key_max_age=1000)
+    key.make_old(950)
+    early = 0
+    for number in range(256):
+        bench.agent.context.public_key = base64.b64encode(bytes([number]) + bytes(31)).decode()
+        early += bench.agent.is_key_too_old()
+    assert 100 < early < 156
+
+
+def test_two_nodes_never_hold_one_key_not_even_while_one_changes(bench, key):
+    """Who claims this node's next key, of which the record tells, gets no peer when it is in use."""
+    new = key.leave_next()
+    bench.write(3, text=text_of(3, key=new))
+    for _ in range(4):
+        bench.tick()
+    assert bench.run.public() == new and new not in bench.run.peers and "this node's key" in bench.status()["quarantine"]["n3"]
+
+
+def test_a_node_whose_key_changes_all_the_time_has_this_node_send_little(bench):
+    bench.write(1)
+    bench.settle()
+    for number in range(100, 130):
+        bench.write(1, text=text_of(1, key=key_of(number), endpoints=["198.51.100.1"]))
+        assert bench.tick(1) and bench.run.names() == [number]
+    assert sum(line.count("persistent-keepalive 1") for line in bench.run.writes()) <= 4
+
+
+def test_an_agent_that_waits_for_an_answer_looks_again_soon_unless_the_network_is_down(bench):
+    bench.write(1)
+    bench.settle()
+    bench.write(1, text=text_of(1, key=key_of(5)))
+    assert bench.agent.wait_s() == agent.POLL_S
+    assert bench.tick() and 0 < bench.agent.wait_s() <= 2 * agent.GREET_S
+    bench.run.writes()
+    assert bench.tick(0.25) and "remove" in bench.run.writes()[0]
+    bench.run.broken = (1, "", "No such device")
+    assert not bench.tick(10) and bench.agent.wait_s() == agent.POLL_S
+
+
+def test_a_command_that_changes_the_key_needs_an_agent(bench, key):
+    with pytest.raises(mncni.CNIError, match="no agent runs on this node.*start it"):
+        agent.rotate(bench.settings, bench.run)
+    assert not key.next.exists()
+
+
+def test_a_command_that_changes_the_key_waits_until_it_is_in_use_and_takes_one_that_waits_already(bench, key):
+    former, new = key.public(), key.leave_next()
+    with agent.agent_lock(bench.settings):
+        threading.Timer(0.1, bench.tick).start()
+        assert agent.rotate(bench.settings, bench.run) == f"this node's key is {new}; nothing is left of {former}"
+
+
+def test_a_command_that_changes_the_key_says_why_it_did_not_get_there(bench, key, monkeypatch):
+    monkeypatch.setattr(agent, "ROTATE_S", 0.1)
+    os.rename(bench.settings.nodes_dir, bench.settings.nodes_dir + ".away")
+    bench.tick()
+    with agent.agent_lock(bench.settings), pytest.raises(mncni.CNIError, match="not in use after 0.1 s .*No such file.* as soon as"):
+        agent.rotate(bench.settings, bench.run)
+    assert key.next.exists() and mode_of(key.next) == 0o600
+
+
+@pytest.mark.parametrize("seconds, text", [(-5, "0 s"), (59, "59 s"), (61, "1 m"), (7300, "2 h"), (86400 * 31.5, "31 d")])
+def test_an_age_is_told_in_its_largest_unit(seconds, text):
+    assert agent.age_text(seconds) == text
 
 
 # ---- status ----
@@ -1143,7 +1336,8 @@ def test_status_of_a_healthy_node(running):
     running.run.peers[key_of(1)]["endpoint"] = "198.51.100.9:4711"
     assert agent.format_status(status_of(running), 0) == (
         "node self: ok\n"
-        f"pods 10.244.255.0/24, MTU 1400, endpoint 192.0.2.1, key {key_of(4711)}\n"
+        f"pods 10.244.255.0/24, MTU 1400, endpoint 192.0.2.1\n"
+        f"key {running.run.public()}, 0 s old\n"
         "PEER  ENDPOINT           PODS           HANDSHAKE  RECEIVED  SENT\n"
         "n1    198.51.100.9:4711  10.244.1.0/24  never      0 B       0 B\n"
         "n2    192.0.2.2:28384    10.244.2.0/24  never      0 B       0 B\n"
