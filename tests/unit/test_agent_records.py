@@ -259,7 +259,7 @@ def test_who_lost_takes_nothing_from_others():
 @pytest.mark.parametrize(
     "lie, what",
     [
-        ({"slots": slot()}, "key"),
+        ({"key": key_of(1)}, "key"),
         ({"podCIDRs": ["10.244.1.0/24"]}, "pod CIDR"),
         ({"podCIDRs": ["10.244.0.0/22"]}, "pod CIDR"),
         ({"podCIDRs": ["10.244.2.0/24", "10.244.1.128/25"]}, "pod CIDR"),
@@ -279,10 +279,10 @@ def test_what_a_node_is_known_to_have_no_older_node_takes_from_it(lie, what, was
 def test_a_node_that_changes_its_key_keeps_its_pod_cidr_and_the_new_key():
     roster = agent.Roster(make_settings())
     assert judge({"young": text_of(1, created=YOUNG), "old": text_of(2, created=OLD)}, roster)[0] == ["old", "young"]
-    changed = {"young": text_of(1, created=YOUNG, slots=slot(key=key_of(3)))}
+    changed = {"young": text_of(1, created=YOUNG, key=key_of(3))}
     assert judge({**changed, "old": text_of(2, created=OLD, podCIDRs=["10.244.1.0/24"])}, roster)[0] == ["young"]
-    assert judge({**changed, "old": text_of(2, created=OLD, slots=slot(key=key_of(3)))}, roster)[0] == ["young"]
-    former = {"old": text_of(2, created=OLD, slots=slot(key=key_of(1)))}
+    assert judge({**changed, "old": text_of(2, created=OLD, key=key_of(3))}, roster)[0] == ["young"]
+    former = {"old": text_of(2, created=OLD, key=key_of(1))}
     assert judge({**changed, **former}, roster)[0] == ["old", "young"], "nobody has the former key"
 
 
