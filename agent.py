@@ -1883,7 +1883,7 @@ def ensure_peers(context, now, greet=False):
     changes = plan_peers(context.peers, present, context.sent, anew)
     if greet and not present:
         changes += greetings(context.peers)
-    if fresh:
+    if greetable:
         time.sleep(LEAD_S)
     set_device(context, changes, "peers: the nodes whose record is believed")
     context.sent = context.peers
