@@ -559,10 +559,11 @@ def start_thread(act, *arguments, **options):
 
 
 def run_loop(loop, turn, listen, look_figures, metrics):
-    """Call turn() until SIGTERM or SIGINT, and serve the pages of the loop meanwhile, see pages().
+    """Call turn() until SIGTERM or SIGINT, and serve the pages of the loop in a thread meanwhile, see pages().
 
-    If turn() hangs, the process ends and logs where each thread was. A liveness probe could do that, too, but whoever keeps the HTTP
-    server busy could have kubelet kill a program that is well."""
+    If turn() hangs, the process ends and logs where each thread was. A liveness probe would do that, too, but whoever keeps the HTTP
+    server busy could then have kubelet kill a program that is well.
+    """
     stopping = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stopping.append(number))
