@@ -19,7 +19,8 @@ import cnisnoop
 import mncni
 
 OPTIONS = {"plugin": None, "command": None, "container": None, "failed": False, "show_secrets": False, "json": False, "full": True}
-TEXTS = ("", "ADD", "ADD+VERSION", "\0", "\x1b[2J", "\xff\xfe", "|", "CNI_COMMAND=ADD", "CNI_COMMAND=ADD+VERSION", "CNI_PATH=/x", "CNI_ARGS=;=;",
+TEXTS = ("", "ADD", "ADD+VERSION", "\0", "\x1b[2J", "\xff\xfe", "|", "CNI_COMMAND=ADD", "CNI_COMMAND=ADD+VERSION", "CNI_PATH=/x",
+         "CNI_ARGS=;=;",
          "CNI_NETNS=/proc/self/ns/net", "/x/plugin", "uid=x", '{"plugin": [[]], "name": {}}', '{"code": []}', "[" * 5000, "9" * 5000)
 IN_PYTHON = ["/usr/bin/python3", "-IS"]
 
@@ -30,7 +31,8 @@ def forged_events(random_number, count):
     for ts in range(count):
         pid = below(1, 5)
         yield ("begin", ts, pid, below(5), pick((0, pid, 2**31)), pick(TEXTS))
-        yield from (("word", ts, pid, number, text) for number, text in ((0, "/x/plugin"), (1024, f"CNI_COMMAND={pick(TEXTS)}"), (1032, "CNI_PATH=/x")))
+        words = (0, "/x/plugin"), (1024, f"CNI_COMMAND={pick(TEXTS)}"), (1032, "CNI_PATH=/x")
+        yield from (("word", ts, pid, number, text) for number, text in words)
         yield from (("word", ts, pid, pick((0, 1, 2, 1023, 1024, 1040, 1152, 9999)), pick(TEXTS)) for _ in range(below(3)))
         yield ("exec", ts, pid, pick((0, 0, 0, -2, -9999)), *(pid * 8 + number for number in (1, 2, 3)))
         yield from (("data", ts, pid, pid * 8 + below(1, 4), pick((0, 5, 2**40)), pick(TEXTS).encode()) for _ in range(below(4)))
@@ -53,9 +55,11 @@ def test_calls_that_call_each_other_a_thousand_times_end_no_trace(capsys):
     calls, depth = cnisnoop.Calls(lambda pid: {}), 3000
     options = argparse.Namespace(**OPTIONS, replay="error")
     for pid in range(1, depth):
-        for event in (("begin", pid, pid, pid - 1, 0, "x"), ("word", pid, pid, 0, "/x/p"), ("word", pid, pid, 1024, "CNI_COMMAND=ADD+VERSION"),
-                      ("word", pid, pid, 1032, "CNI_PATH=/x"), ("exec", pid, pid, 0, 0, 0, 0)):
-            calls.feed(event)
+        words = (0, "/x/p"), (1024, "CNI_COMMAND=ADD+VERSION"), (1032, "CNI_PATH=/x")
+        calls.feed(("begin", pid, pid, pid - 1, 0, "x"))
+        for number, text in words:
+            calls.feed(("word", pid, pid, number, text))
+        calls.feed(("exec", pid, pid, 0, 0, 0, 0))
     ended = [cnisnoop.survive(calls.feed, ("exit", depth, pid, 256)) for pid in range(depth - 1, 0, -1)]
     for call in filter(None, ended):
         cnisnoop.survive(cnisnoop.show, call, options, Counter())
@@ -80,14 +84,18 @@ def test_a_path_that_a_call_names_is_opened_only_if_it_is_a_network_namespace(tm
     with open(tmp_path / "huge", "w") as file:
         file.truncate(1 << 40)
     begin = time.monotonic()
-    for path in (*(str(tmp_path / name) for name in ("fifo", "loop", "file", "huge", "none")), "/dev/zero", "/dev/tty", "/", "/proc/self/ns/mnt", "\0"):
+    made = [str(tmp_path / name) for name in ("fifo", "loop", "file", "huge", "none")]
+    for path in (*made, "/dev/zero", "/dev/tty", "/", "/proc/self/ns/mnt", "\0"):
         assert cnisnoop.open_netns(path) is None, path
     assert time.monotonic() - begin < 5
     os.close(cnisnoop.open_netns("/proc/self/ns/net"))
 
 
-@pytest.mark.parametrize("ipam", [{"type": "../../../../made"}, {"type": "..", "dataDir": "{TMP}/made"}, {"dataDir": "{TMP}/made"}, {}, {"DATADIR": "{TMP}/made"},
-                                  {"type": "host-local", "dataDir": "{TMP}/made"}], ids=str)
+MADE = {"dataDir": "{TMP}/made"}
+IPAMS = ({"type": "../../../../made"}, {"type": "..", **MADE}, MADE, {}, {"DATADIR": "{TMP}/made"}, {"type": "host-local", **MADE})
+
+
+@pytest.mark.parametrize("ipam", IPAMS, ids=str)
 @pytest.mark.parametrize("command", ["ADD", "DEL", "GC", "CHECK"])
 def test_explain_writes_nothing_of_what_a_conflist_names(tmp_path, ipam, command):
     """Neither by the name of a delegate nor by a directory for leases, in which GC would release them all."""
@@ -113,10 +121,11 @@ def test_with_umask_0_nobody_else_may_change_what_a_call_leaves(tmp_path, how):
         shutil.copy(mncni.__file__, bin_dir / "naivewg")
     else:
         umask = "0" if how == "install" else "022"
-        subprocess.run(["sh", "-c", f"umask {umask}; exec {' '.join(IN_PYTHON)} {mncni.__file__} install --bin-dir {bin_dir} --names naivewg"], check=True)
+        install = f"{' '.join(IN_PYTHON)} {mncni.__file__} install --bin-dir {bin_dir} --names naivewg"
+        subprocess.run(["sh", "-c", f"umask {umask}; exec {install}"], check=True)
     program = bin_dir / "naivewg"
-    done = subprocess.run(["sh", "-c", f"umask 0; exec {program}"], env={"CNI_COMMAND": "VERSION"}, capture_output=True, text=True, check=True)
-    assert "supportedVersions" in done.stdout
+    said = subprocess.check_output(["sh", "-c", f"umask 0; exec {program}"], env={"CNI_COMMAND": "VERSION"}, text=True)
+    assert "supportedVersions" in said
     paths = [bin_dir, *Path(bin_dir).rglob("*")]
     assert how == "copy" or any(path.name == "__pycache__" for path in paths), "something is written"
     assert not [path for path in paths if path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)]
