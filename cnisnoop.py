@@ -27,8 +27,8 @@ Both backends give the same events. An event is a tuple (kind, time in ns, proce
     ("begin", ts, pid, owner, parent, comm)    The process wants to execute a program. owner: the nearest process above it, itself
                                                included, of which an "exec" was reported; 0 if there is none.
     ("word", ts, pid, number, text)            A string of that program: number 0 is the path, 1 to 1023 are the arguments, from ENV on
-                                               come the CNI_* variables. Each has 8 numbers, because a long one comes in parts. The 17th is "uid=N",
-                                               whose process it is, from bpftrace alone.
+                                               come the CNI_* variables. Each has 8 numbers, because a long one comes in parts.
+                                               From bpftrace, the 17th variable is "uid=N", the user who calls.
     ("exec", ts, pid, error, in, out, err)     error 0: the program runs, and its descriptors 0, 1 and 2 stand for these streams. A stream
                                                is 8 * PID of the process whose stdin, stdout or stderr it is, plus 1, 2 or 3; 4 more
                                                if that process put it there after its first program. Else error is minus the errno:

@@ -87,9 +87,10 @@ class Request:
 
     command, container_id, netns, ifname: the CNI_* variables ("" when absent); netns is the path of the pod's network namespace.
     args: CNI_ARGS ("K=V;K2=V2") as a dict; a part that is no pair is ignored, it must not make a DEL fail. path: the directories of
-    CNI_PATH, where plugins are. run_dir: the directory for state that a reboot ends. data_dir: the default directory for leases. conf: the network configuration (dict). network:
-    its name. attachment: (network, container ID, interface). prev_result: the result of the plugin before this one, as a 1.1.0 dict, or
-    None. at_once: independent commands may run at the same time. links: the names of the links on the host that the plugins of this call
+    CNI_PATH, where plugins are. run_dir: the directory for state that a reboot ends. data_dir: the default directory for leases. conf: the
+    network configuration (dict). network: its name. attachment: (network, container ID, interface). prev_result: the result of the plugin
+    before this one, as a 1.1.0 dict, or None. at_once: independent commands may run at the same time. links: the names of the links on the
+    host that the plugins of this call
     make. new_peer: {"ifname", "mtu"} of the host's end of the pod's interface, if a plugin of this call has just made it.
     """
 
@@ -1520,7 +1521,8 @@ def plan_pod_rules(state):
     of_ipv4 = [
         f"ether type ip ip saddr {{ {ipv4} }} goto ipv4_of_pod",
         f"ether type arp arp saddr ether {mac} arp saddr ip {{ {ipv4} }} accept",
-        f"ether type arp arp operation request arp saddr ether {mac} arp saddr ip 0.0.0.0 arp daddr ip {{ {ipv4} }} accept",  # is my address in use?
+        # "Is my address in use?"
+        f"ether type arp arp operation request arp saddr ether {mac} arp saddr ip 0.0.0.0 arp daddr ip {{ {ipv4} }} accept",
     ]
     rules = [
         f"ether saddr != {mac} goto refused",
@@ -1618,8 +1620,8 @@ def diff_spoof(states, run):
 
 
 def restore_spoof(run_dir, run):
-    """Write the table again if anything is wrong with it, for example after `nft flush ruleset`. Returns what was wrong, a list of messages.
-    Without states it starts no command."""
+    """Write the table again if anything is wrong with it, for example after `nft flush ruleset`. Returns what was wrong, a list of
+    messages. Without states it starts no command."""
     if not look_spoofs(run_dir):
         return []
     with states_lock(run_dir, "spoof") as lock:
@@ -2002,7 +2004,7 @@ def with_gateways(conf, ipam):
 def naivewg_del(request, run):
     """DEL: delete the veth pair and its rules, then release the addresses: none may be given out again while it is in use. It needs neither
     the namespace nor prevResult."""
-    # At the same time, because for both the kernel waits 10 to 20 ms. Nothing sends by now: runtimes call DEL when the pod's programs are dead.
+    # At the same time, because for both the kernel waits 10 to 20 ms. Nothing sends by now: runtimes end the pod's programs before DEL.
     all_of([(delete_links, (request.links, run)), (spoof_del, (request, run))], request.at_once)
     ipam_del(request, run)
 
@@ -2263,8 +2265,8 @@ def switch_localnet(devices, is_open, run):
 
 
 def close_localnet(device, run):
-    """Drop what comes in by a device to or from 127.0.0.1; whether that worked. Such packets are sent back out of the device, which a bridge
-    does not do: they end there. tc's own word for it, drop, needs a module more than bandwidth does."""
+    """Drop what comes in by a device to or from 127.0.0.1; whether that worked. Such packets are sent back out of the device, where a
+    bridge drops what is addressed to itself. tc's own word for it, drop, needs a module more than bandwidth does."""
     run(Command(["tc", "qdisc", "add", "dev", device, "ingress"], "", "a hook for filters; it fails if there is one, which serves as well"))
     bytecode = ",".join([str(len(LOCALNET_FILTER)), *(" ".join(map(str, step)) for step in LOCALNET_FILTER)])
     argv = ["tc", "filter", "replace", "dev", device, "ingress", "pref", f"{LOCALNET_PREF}", "handle", "1", "protocol", "ip"]
@@ -3162,7 +3164,7 @@ def command_line(arguments):
     command.add_argument("conflist", metavar="CONFLIST", help="a CNI configuration, as in /etc/cni/net.d")
     command.add_argument("--command", default="ADD", choices=VERBS, help="(default ADD)")
     command.set_defaults(act=explain_command)
-    command = commands.add_parser("portmap-restore", help="write the nft tables of host ports and spoofCheck again, as after nft flush ruleset")
+    command = commands.add_parser("portmap-restore", help="write the tables of host ports and spoofCheck again, after nft flush ruleset")
     command.set_defaults(act=portmap_restore_command)
     command = commands.add_parser("forget-flows", help="delete conntrack's UDP entries to host ports; portmap does it by itself")
     command.add_argument("ports", metavar="[ADDRESS/]PORT", nargs="+", help="as in 53 or 192.0.2.1/53")

@@ -147,7 +147,8 @@ def make_chains(world, kind, before):
 
 
 def our_conf(world, name="ours", **keys):
-    conf = {"cniVersion": "1.0.0", "name": name, "plugin": ["naivewg", "portmap", "bandwidth"], "bridge": f"{name}0", "ipMasq": True, "spoofCheck": True}
+    conf = {"cniVersion": "1.0.0", "name": name, "plugin": ["naivewg", "portmap", "bandwidth"], "bridge": f"{name}0"}
+    conf.update(ipMasq=True, spoofCheck=True)
     conf["ipam"] = {"dataDir": f"{world.tmp}/leases", "ranges": [[{"subnet": "10.88.0.0/16"}]]}
     return {**conf, "runtimeConfig": ASKED, **keys}
 

@@ -225,7 +225,8 @@ def test_a_killed_restore_of_host_ports_and_spoof_check_is_finished_by_the_next(
         restore().outcome()
         killed = child.outcome()
         assert diff(whole, node.snapshot()) == "", killed
-        node.host.sh("nft delete table inet mncni_portmap; nft delete table bridge mncni_spoof; tc qdisc delete dev mncni0 ingress; echo 0 > /proc/sys/net/ipv4/conf/mncni0/route_localnet")
+        node.host.sh("nft delete table inet mncni_portmap; nft delete table bridge mncni_spoof; tc qdisc delete dev mncni0 ingress")
+        node.host.sh("echo 0 > /proc/sys/net/ipv4/conf/mncni0/route_localnet")
     survived("restore of host ports and spoofCheck", len(killed["steps"]))
 
 

@@ -6,7 +6,6 @@ and on the bridge know it. Beside them are the pod's own frames of each kind, wh
 
 import ipaddress
 import json
-import os
 import select
 import subprocess
 import time
@@ -89,6 +88,10 @@ def neighbour(kind, source, sender, address, option="", to="ff02::1"):
     return ipv6(source, sender, to, icmpv6(kind, body, sender, to))
 
 
+def message(net, kind, body, sender, to="ff02::1"):
+    return ipv6(net.mac, sender, to, icmpv6(kind, body, sender, to))
+
+
 def echo(source, sender, target):
     return ipv6(source, sender, target, icmpv6(128, bytes(4) + bytes(8), sender, target))
 
@@ -102,7 +105,7 @@ def fragments(source, sender, target, message, first):
 class Net:
     """A network of its own on a host: an attacker and a victim, and listeners."""
 
-    def __init__(self, host, name, check, number):
+    def __init__(self, host, name, check):
         self.host, self.name, self.bridge = host, name, f"{name}0"
         ranges = [[{"subnet": "10.88.0.0/24"}], [{"subnet": "fd00:88::/64"}]]
         keys = {"name": name, "bridge": self.bridge, "spoofCheck": check, "ipam": {"dataDir": f"{host.tmp}/data", "ranges": ranges}}
@@ -166,15 +169,11 @@ class Net:
 @pytest.fixture(scope="module")
 def nets(tmp_path_factory):
     host = Host(tmp_path_factory.mktemp("host"))
-    checked, free = Net(host, "checked", True, 0), Net(host, "free", False, 1)
+    checked, free = Net(host, "checked", True), Net(host, "free", False)
     yield checked, free
     checked.close()
     free.close()
     host.close()
-
-
-def gateway_of(net):
-    return "10.88.0.1", "fd00:88::1"
 
 
 ATTACKS = {
@@ -200,8 +199,8 @@ ATTACKS = {
         136, b"\xa0" + bytes(3) + ip("fd00:88::1") + b"\2\1" + packed(n.mac), n.ip6, "ff02::1"), 60)],
     "NDP: with a second option": lambda n: [ipv6(n.mac, n.ip6, "ff02::1", icmpv6(
         136, b"\xa0" + bytes(3) + ip(n.ip6) + bytes([14, 1]) + bytes(6) + b"\2\1" + packed(n.victim_mac), n.ip6, "ff02::1"))],
-    "a router advertisement": lambda n: [ipv6(n.mac, n.link_local, "ff02::1", icmpv6(134, bytes.fromhex("40000708") + bytes(8), n.link_local, "ff02::1"))],
-    "a redirect": lambda n: [ipv6(n.mac, n.link_local, n.victim6, icmpv6(137, bytes(4) + ip("fd00:88::1") + ip(ELSE6), n.link_local, n.victim6))],
+    "a router advertisement": lambda n: [message(n, 134, bytes.fromhex("40000708") + bytes(8), n.link_local)],
+    "a redirect": lambda n: [message(n, 137, bytes(4) + ip("fd00:88::1") + ip(ELSE6), n.link_local, n.victim6)],
     # sources
     **{f"IPv4 from {what}": lambda n, address=address: [ipv4(n.mac, address, n.victim4, to=n.victim_mac)] for what, address in {
         "the gateway": "10.88.0.1", "a neighbour": ELSE4, "a remote pod": "10.244.9.9", "a node": "192.0.2.55", "a Service": "10.96.0.1",
@@ -223,7 +222,7 @@ ATTACKS = {
     "two VLAN tags": lambda n: [ether(n.mac, 0x88A8, b"\0\0\x81\0\0\0\x08\0" + ipv4(n.mac, n.ip4, n.victim4)[14:])],
     # who leads the multicast
     "an IGMP query": lambda n: [ipv4(n.mac, n.ip4, "224.0.0.1", b"\x11\x64\xee\x9b" + bytes(4), 2, "01:00:5e:00:00:01")],
-    "an MLD query": lambda n: [ipv6(n.mac, n.link_local, "ff02::1", icmpv6(130, bytes(4) + bytes(16), n.link_local, "ff02::1"))],
+    "an MLD query": lambda n: [message(n, 130, bytes(20), n.link_local)],
     "a PIM hello": lambda n: [ipv4(n.mac, n.ip4, "224.0.0.13", b"\x20\0\0\0" + bytes(8), 103)],
 }
 OWN = {
@@ -234,8 +233,9 @@ OWN = {
     "NDP answers": lambda n: [neighbour(136, n.mac, n.ip6, own, n.mac) for own in (n.ip6, n.link_local)],
     "NDP without an option": lambda n: [neighbour(kind, n.mac, n.ip6, n.ip6) for kind in (135, 136)],
     "NDP: is my address in use?": lambda n: [neighbour(135, n.mac, "::", own) for own in (n.ip6, n.link_local)],
-    "NDP: the same with a nonce": lambda n: [ipv6(n.mac, "::", "ff02::1", icmpv6(135, bytes(4) + ip(n.ip6) + bytes([14, 1]) + b"nonces", "::", "ff02::1"))],
-    "MLD reports": lambda n: [ipv6(n.mac, own, "ff02::16", b"\x3a\0\5\2\0\0\1\0" + icmpv6(143, bytes(24), own, "ff02::16"), 0) for own in ("::", n.link_local)],
+    "NDP: the same with a nonce": lambda n: [message(n, 135, bytes(4) + ip(n.ip6) + b"\x0e\1nonces", "::")],
+    "MLD reports": lambda n: [
+        ipv6(n.mac, own, "ff02::16", b"\x3a\0\5\2\0\0\1\0" + icmpv6(143, bytes(24), own, "ff02::16"), 0) for own in ("::", n.link_local)],
     "IPv4": lambda n: [ipv4(n.mac, n.ip4, n.victim4, to=n.victim_mac)],
     "IPv4 fragments": lambda n: [ipv4(n.mac, n.ip4, n.victim4, fragment=place) for place in (0x2000, 3)],
     "IPv6": lambda n: [echo(n.mac, own, n.victim6) for own in (n.ip6, n.link_local)],

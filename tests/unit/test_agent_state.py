@@ -923,7 +923,8 @@ def test_before_the_first_success_there_is_neither_ready_file_nor_conflist(bench
     assert bench.text("run_dir/ready") is None and not os.path.exists(bench.settings.conf_dir)
     break_stage(monkeypatch, None)
     assert bench.tick(1)
-    assert json.loads(bench.text("run_dir/ready")) == {"bootID": mncni.boot_id(), "device": "mncni-host", "ok": True, "reason": ""}
+    ready = {"bootID": mncni.boot_id(), "device": "mncni-host", "port": 28384, "ok": True, "reason": ""}
+    assert json.loads(bench.text("run_dir/ready")) == ready
     assert bench.text("conf_dir/10-mncni.conflist") == agent.conflist(bench.settings, 1400)
 
 
