@@ -2392,7 +2392,7 @@ class Agent:
                 write_if_changed(path, self.ready_text(reason))
 
     def ready_text(self, reason):
-        ready = {"bootID": self.context.boot_id, "device": HOST_VETH, "port": self.settings.ports[0], "ok": not reason, "reason": reason}
+        ready = {"bootID": self.context.boot_id, "device": HOST_VETH, "port": self.settings.port, "ok": not reason, "reason": reason}
         return json.dumps(ready) + "\n"
 
     def write_status(self):
