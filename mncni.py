@@ -1889,7 +1889,8 @@ def masq_mark(request):
 
 
 def plan_masq(request, conf, ips, present=""):
-    """The command that writes the network's masquerade rules, in a list; [] if the rules with the stamp `present` are the same.
+    """The command that writes the network's masquerade rules, in a list; [] if the rules with the stamp `present` are the same. If they
+    are, but its subnets are not in the configuration, a command that adds these.
 
     Masquerade replaces the source address by the host's. It is for packets from the network's subnets to anything but them, the
     clusterCIDRs and multicast. There is one rule for each family and none for a pod, so a pod leaves nothing behind. fully-random: two
@@ -1900,8 +1901,9 @@ def plan_masq(request, conf, ips, present=""):
     belongs to no connection is dropped.
     """
     key, network = short_hash(request.network), request.network
-    nat, last = f"net_{key}", f"last_{key}"
-    # Only a delegate or the runtime knows the subnets of pods that are not in the configuration: these are collected.
+    nat, last, elements = f"net_{key}", f"last_{key}", []
+    # Only a delegate or the runtime knows the subnets of pods that are not in the configuration: these are collected, and no rule is
+    # replaced for them: while a rule is replaced together with its set of ranges, a packet may miss both.
     is_static = conf["ranges"] and not runtime_config(request, "ipRanges", list, [])
     subnets = [entry["subnet"] for entry in conf["ranges"]] + [ipaddress.ip_interface(ip["address"]).network for ip in ips]
     lines = [
@@ -1919,14 +1921,16 @@ def plan_masq(request, conf, ips, present=""):
         spared = ipaddress.collapse_addresses([*cluster, ipaddress.ip_network(multicast)])
         lines.append(f"add set inet mncni_masq {name} {{ type {kind}; flags interval; auto-merge; }}")
         lines += [f"flush set inet mncni_masq {name}"] if is_static else []
-        lines += [f"add element inet mncni_masq {name} {{ {subnet} }}" for subnet in own]
+        elements += [f"add element inet mncni_masq {name} {{ {subnet} }}" for subnet in own]
         match = f"{protocol} saddr @{name} {protocol} daddr != @{name} {protocol} daddr != {{ {', '.join(map(str, spared))} }}"
         lines.append(f'add rule inet mncni_masq {nat} {match} masquerade fully-random comment "{network[:80]} STAMP"')
         lines.append(f'add rule inet mncni_masq {last} {match} drop comment "{network[:80]} STAMP"')
-    stamp = short_hash(*lines)
-    script = "\n".join(lines).replace("STAMP", stamp) + "\n"
+    stamp = short_hash(*lines, *(elements if is_static else []))
+    if stamp == present:
+        lines = []
+    script = "\n".join([*lines, *elements]).replace("STAMP", stamp) + "\n"
     why = "masquerade: packets from pods to the outside leave with the host's address; one rule for the network, none for a pod"
-    return [] if stamp == present else [Command(["nft", "-f", "-"], script, why)]
+    return [] if stamp == present and is_static else [Command(["nft", "-f", "-"], script, why)]
 
 
 def ensure_masq(request, conf, ips, present, run):

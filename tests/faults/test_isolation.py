@@ -76,6 +76,15 @@ def agent_standing_still(lab, node):
         wait_well(lab, node)
 
 
+@contextlib.contextmanager
+def without_spoof_check(lab, node):
+    """As for pods of a conflist without it: then the agent's firewall is what stands in the way."""
+    with agent_standing_still(lab, node):
+        node_sh(lab, node, "nft delete table bridge mncni_spoof")
+        yield
+    labs.wait_until(lambda: "mncni_spoof" in node_sh(lab, node, "nft list tables"), 20, "rules of spoofCheck, written again by the agent")
+
+
 def pod_sh(lab, pod, command, node="node1"):
     return labs.must([*labs.pod_argv(lab, node, pod), "sh", "-c", command])
 
@@ -105,8 +114,8 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_what_a_pod_sends_from_another_address_dies_at_the_bridge(lab, source):
-    """On its way to a remote pod, to the node, and to the world."""
+def test_what_a_pod_sends_from_another_address_dies_at_its_veth_and_at_the_bridge(lab, source):
+    """On its way to a remote pod, to the node, and to the world: spoofCheck drops it, and without that the agent's firewall does."""
     own = addresses(lab, "node1")
     targets = {4: ["10.244.2.2", "192.0.2.1", "192.0.2.2"], 6: ["fd00:10:244:2::2", "fd00:10:244:1::1"]}
     mac = node_sh(lab, "node1", "cat /sys/class/net/mncni0/address").strip()
@@ -119,7 +128,10 @@ def test_what_a_pod_sends_from_another_address_dies_at_the_bridge(lab, source):
         try:
             for target in set(targets[family]) - {address}:
                 assert probe_from_pod(lab, own[family], target) == {"came": COUNT, "went": COUNT}, "from its own address it gets through"
-                assert probe_from_pod(lab, address, target) == {"came": COUNT, "went": 0}
+                assert probe_from_pod(lab, address, target) == {"came": 0, "went": 0}
+            with without_spoof_check(lab, "node1"):
+                for target in targets[family]:
+                    assert probe_from_pod(lab, address, target) == {"came": COUNT, "went": 0}
         finally:
             pod_sh(lab, "pod1", f"ip address delete {address}/{length} dev eth0")
     pod_sh(lab, "pod1", "ip neighbour flush dev eth0 nud permanent")
@@ -233,6 +245,9 @@ def test_pods_do_not_reach_127_0_0_1_of_their_node(lab, node):
         assert counts["came"] >= 1 and counts["went"] == 0
         with agent_standing_still(lab, node):  # the test of the test: without what is in its way, it would get there
             node_sh(lab, node, "nft delete table inet mncni_portmap 2>/dev/null; echo 1 >/proc/sys/net/ipv4/conf/mncni0/route_localnet")
+            if node == "node1":
+                assert not reaches(argv, "127.0.0.1"), "tc's filter stands when nft is flushed"
+                node_sh(lab, node, "tc filter delete dev mncni0 ingress pref 127")
             with counting(lab, node, "mncni0", f"ip daddr 127.0.0.1 tcp dport {HTTP}") as counts:
                 reaches(argv, "127.0.0.1")
             assert counts["went"] >= 1
@@ -253,15 +268,22 @@ sender.sendto(packet, ("ff02::1", 0, 0, socket.if_nametoindex("eth0")))
 
 
 def test_a_pod_that_calls_itself_a_router_is_not_believed(lab):
-    """Neither by the node nor by other pods, but by one that was told to: so it was heard."""
+    """spoofCheck drops what it says. Without that, neither the node believes it nor pods, but one that was told to: so it was heard."""
     labs.add_pod(lab, "node1", "believer")
     try:
         pod_sh(lab, "believer", "echo 1 >/proc/sys/net/ipv6/conf/eth0/accept_ra")
         look = "ip -6 address show; ip -6 route show"
         before = pod_sh(lab, "pod1", look), node_sh(lab, "node1", look)
-        labs.must([*labs.pod_argv(lab, "node1", "web"), labs.PYTHON, "-c", ADVERTISE])
-        labs.wait_until(lambda: "proto ra" in pod_sh(lab, "believer", look), 10, "pod that believes in the router")
-        assert (pod_sh(lab, "pod1", look), node_sh(lab, "node1", look)) == before
+        advertise = [*labs.pod_argv(lab, "node1", "web"), labs.PYTHON, "-c", ADVERTISE]
+        dropped = "nft list counter bridge mncni_spoof dropped | grep -o 'packets [0-9]*'"
+        count = node_sh(lab, "node1", dropped)
+        labs.must(advertise)
+        labs.wait_until(lambda: node_sh(lab, "node1", dropped) != count, 10, "dropped advertisement")
+        assert "proto ra" not in pod_sh(lab, "believer", look)
+        with without_spoof_check(lab, "node1"):
+            labs.must(advertise)
+            labs.wait_until(lambda: "proto ra" in pod_sh(lab, "believer", look), 10, "pod that believes in the router")
+            assert (pod_sh(lab, "pod1", look), node_sh(lab, "node1", look)) == before
     finally:
         labs.del_pod(lab, "node1", "believer")
 
