@@ -400,7 +400,7 @@ class KubernetesStore(Store):
     """
 
     EVENT_PAUSE_S = 5  # between two Kubernetes Events; at most 20 wait
-    GUARD_S = 3600  # how often the admission policies are tested
+    GUARD_S, SERVICES_S = 3600, 600  # how often the admission policies are tested, and the networks of Services read
     POLICY_LIMIT = 4096  # characters of a record, in deploy/naivewg/policy.yaml
 
     def __init__(self, api, node_name, wake=lambda: None):
@@ -424,6 +424,7 @@ class KubernetesStore(Store):
         start_thread(kube.follow_nodes, self.api, self._parse_node, self._take_nodes, tell_nodes, never, is_whole=self._is_whole)
         start_thread(kube.follow_nodes, self.api, self._parse_own, self._take_own, tell_own, never, only_own)
         start_thread(self._write)
+        start_thread(self._follow_services)
 
     @property
     def trouble(self):
@@ -537,20 +538,27 @@ class KubernetesStore(Store):
             raise ApiError(404, "NotFound", f"the cluster has no node {self.node_name}: is --node-name right?")
 
     def _is_whole(self):
-        """Whether to read whole Nodes, see the class. This is asked before each list of all Nodes."""
-        self._look_services()
+        """Whether to read whole Nodes, see the class."""
         if self.guard is None or time.monotonic() >= self.test_at:
             self._test_guard()
         return not self.guard
 
+    def _follow_services(self):
+        """Thread: read the networks of Services every SERVICES_S, and soon again if the API server does not answer."""
+        while True:
+            time.sleep(self._look_services())
+
     def _look_services(self):
-        """Read the networks of Services. What was known stays while they cannot be read; a cluster may have none, or not tell."""
-        with contextlib.suppress(ApiError):
+        """Read the networks of Services; what was known stays if they cannot be read. Returns how many seconds that is good for."""
+        try:
             items = self.api.request("GET", SERVICE_CIDRS)
             with api_errors("read", SERVICE_CIDRS):
                 found = sorted({str(cidr) for item in items["items"] for cidr in kube.parse_cidrs(item["spec"]["cidrs"])})
-            changed, self.service_cidrs = found != self.service_cidrs, found
-            self._announce(changed)
+        except ApiError as error:
+            return self.SERVICES_S if error.status in (403, 404) else 10  # a cluster may have none, or not tell
+        changed, self.service_cidrs = found != self.service_cidrs, found
+        self._announce(changed)
+        return self.SERVICES_S
 
     def _test_guard(self):
         """Try, by dry runs, what the admission policies must refuse: a change of another node's record, a wrong record of our own, and a

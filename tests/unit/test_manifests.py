@@ -243,6 +243,7 @@ def test_the_agent_needs_no_other_rights_and_uses_all_that_it_has(api, tmp_path)
     store.say("it is down")
     store.note("n2", "RecordRefused", "its record is a lie")
     wait_until(lambda: api.node("n1")["metadata"]["annotations"][agent.RECORD] == text)
+    wait_until(lambda: any(row["resource"] == agent.SERVICE_CIDRS for row in api.log))
     wait_until(lambda: api.count("create", "events") and api.count("patch", "nodes/status") and api.watches() == 2)
     assert store.guard is True
     store.withdraw("n1")
