@@ -1356,13 +1356,13 @@ def changed_keys(desired, sent):
 
 
 def limit_greetings(names, greeted, now):
-    """(the keys that may be greeted, greeted for the next call): of a node two keys a minute, whatever its records say. Else a node could
+    """(the keys that may be greeted, greeted for the next call): of a node five keys a minute, whatever its records say. Else a node could
     have all others send as much as it likes to an address of its choice.
     names: {key: node name}. greeted: {node name: [times]}.
     """
     allowed, recent = set(), {name: [time for time in times if now - time < 60] for name, times in greeted.items()}
     for key, name in names.items():
-        if len(recent.setdefault(name, [])) < 2:
+        if len(recent.setdefault(name, [])) < 5:
             recent[name].append(now)
             allowed.add(key)
     return allowed, {name: times for name, times in recent.items() if times}
