@@ -533,7 +533,7 @@ def test_no_packet_gets_in_or_out_while_the_firewall_is_replaced(lab, outside, f
                 times = writer.stdout.read().count("\n")
         got_out = seen["clear"] - int(many)
         figure(f"firewall: of {many} packets each way {counts['went']} got in, {got_out} out; it was replaced {times} times meanwhile")
-        assert counts["came"] > 10_000 and counts["went"] == 0 and times > 20
+        assert counts["came"] > 10_000 and counts["went"] == 0 and times > 3
         assert seen["samples"] == [f"10.244.2.2 > {own} udp"], "what the outsider sent, and nothing else"
     finally:
         node_sh(lab, "node1", "ip route delete 10.244.77.0/24")
