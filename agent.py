@@ -2685,8 +2685,8 @@ def uninstall(settings, run, force):
         shutil.rmtree(directory, ignore_errors=True)
     with contextlib.suppress(OSError):
         os.rmdir(mncni.DEFAULT_DATA_DIR)
-    for table in ("mncni_portmap", "mncni"):
-        run(Command(["nft", "delete", "table", "inet", table], "", "the firewall and the host ports"))
+    for table in (mncni.PORTMAP, f"table {mncni.SPOOF}", "table inet mncni"):
+        run(Command(["nft", "delete", *table.split()], "", "host ports, spoofCheck, the firewall"))
     apply_lines(stale_routes([], look_routes(run)), run, "the floor goes last")
     ensure_rules([], run, "the floor goes last")
     log.info("uninstalled; looked in --conf-dir %s, --bin-dir %s", settings.conf_dir, settings.bin_dir)
