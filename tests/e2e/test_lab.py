@@ -26,6 +26,7 @@ CROSSINGS = (("node1", "pod1", "node2"), ("node1", "", "node2"), ("node2", "pod1
 DELETE_TUNNEL = "ip link delete mncni-host"
 DELETE_NAMESPACE = "ip netns delete mncni-wg"
 DELETE_FLOOR_ROUTES = "ip route flush type unreachable"
+DELETE_FLOOR_RULES = "ip rule flush proto 201"
 DELETE_FLOOR_TABLE = "nft delete table inet mncni"
 # What is destroyed on node1 -> the commands that do it, and the crossings that may or may not work without it.
 DAMAGES = {
@@ -37,6 +38,8 @@ DAMAGES = {
     "nft-table": ([DELETE_FLOOR_TABLE], CROSSINGS),
     "tunnel-and-floor-routes": ([DELETE_TUNNEL, DELETE_FLOOR_ROUTES], ()),
     "tunnel-and-nft-table": ([DELETE_TUNNEL, DELETE_FLOOR_TABLE], ()),
+    "tunnel-and-floor-rules": ([DELETE_TUNNEL, DELETE_FLOOR_RULES], ()),
+    "all-but-floor-rules": ([DELETE_TUNNEL, DELETE_FLOOR_ROUTES, DELETE_FLOOR_TABLE], ()),
 }
 DAMAGES_IN_VM = ("tunnel", "namespace", "wireguard")  # where the kernel's WireGuard may differ; all of them would take too long there
 
@@ -248,7 +251,7 @@ def test_nothing_goes_in_clear_without(part, lab, whole):
 def test_without_the_floor_the_sniffer_sees_packets_in_clear(lab, whole, figure):
     """The test of the tests above: had the floor a hole, they would notice."""
     kill_agent(lab)
-    counts, _ = damage(lab, [DELETE_TUNNEL, DELETE_FLOOR_ROUTES, DELETE_FLOOR_TABLE])
+    counts, _ = damage(lab, [DELETE_TUNNEL, DELETE_FLOOR_ROUTES, DELETE_FLOOR_RULES, DELETE_FLOOR_TABLE])
     assert counts["clear"] > 0
     pods = [labs.pod_record(lab, node, "pod1")["addresses"][0] for node in ("node1", "node2")]
     assert f"{pods[0]} > {pods[1]} icmp" in counts["samples"]
@@ -272,7 +275,7 @@ def test_a_running_agent_heals_a_deleted_tunnel(lab, whole, figure):
 @pytest.mark.vm
 def test_a_new_agent_heals_all_that_was_destroyed_while_there_was_none(lab, whole, figure):
     kill_agent(lab)
-    damage(lab, [DELETE_NAMESPACE, DELETE_FLOOR_ROUTES, DELETE_FLOOR_TABLE])
+    damage(lab, [DELETE_NAMESPACE, DELETE_FLOOR_ROUTES, DELETE_FLOOR_RULES, DELETE_FLOOR_TABLE])
     labs.start_agent(lab, "node1")
     figure(f"lab: tunnel and floor destroyed, every ping answered {wait_whole(lab, whole):.1f} s after the start of a new agent")
 
