@@ -668,22 +668,30 @@ def serve_http(listen, pages):
     One thread serves all clients and waits for none of them. A client, whatever it does, costs a descriptor and some KB of memory, until
     PATIENCE_S are over or CLIENTS newer ones have come. What a new client has already sent is read before that can happen.
     """
-    listener, poll, clients = open_listener(listen), select.epoll(), {}  # clients: {descriptor: (until when, talk())}, oldest first
+    listener, poll, clients = open_listener(listen), select.epoll(), {}  # clients: {descriptor: (socket, until when, talk())}, oldest first
     poll.register(listener, select.EPOLLIN)
+
+    def drop(descriptor):
+        client, _, _ = clients.pop(descriptor)
+        poll.unregister(client)  # not left to close(): a process that is being started may hold a copy of the descriptor
+        client.close()
+
     while True:
         for descriptor, _ in poll.poll(1):
             try:
                 if descriptor == listener.fileno():
                     client, address = listener.accept()
                     descriptor, exchange = client.fileno(), talk(client, address[0], pages)
-                    clients[descriptor] = (time.monotonic() + PATIENCE_S, exchange)
-                    poll.register(client, next(exchange))
+                    event = next(exchange)
+                    poll.register(client, event)
+                    clients[descriptor] = (client, time.monotonic() + PATIENCE_S, exchange)
                 else:
-                    poll.modify(descriptor, next(clients[descriptor][1]))
+                    poll.modify(descriptor, next(clients[descriptor][2]))
             except (OSError, StopIteration):  # the client is gone, or has its answer
-                clients.pop(descriptor, None)
-        while clients and (len(clients) > CLIENTS or next(iter(clients.values()))[0] < time.monotonic()):
-            clients.pop(next(iter(clients)))[1].close()
+                if descriptor in clients:
+                    drop(descriptor)
+        while clients and (len(clients) > CLIENTS or next(iter(clients.values()))[1] < time.monotonic()):
+            drop(next(iter(clients)))
 
 
 def open_listener(listen):
@@ -698,25 +706,24 @@ def open_listener(listen):
 
 
 def talk(client, address, pages):
-    """A coroutine that answers one request and closes the connection, also when it is closed itself. It yields the event (see epoll) that
-    it waits for. OSError."""
-    with client:
-        client.setblocking(False)
-        heard = b""
-        while b"\r\n\r\n" not in heard and len(heard) < LONGEST_REQUEST:
-            yield select.EPOLLIN
-            data = client.recv(LONGEST_REQUEST)
-            if not data:
-                return
-            heard += data
-        unsent = answer_request(heard, address, pages)
-        while unsent:
-            yield select.EPOLLOUT
-            unsent = unsent[client.send(unsent) :]
-        client.shutdown(socket.SHUT_WR)
-        while data:  # closing at once, with something unread, could take the answer away from the client
-            yield select.EPOLLIN
-            data = client.recv(LONGEST_REQUEST)
+    """A coroutine that answers one request. It ends when the connection can be closed, and yields the event (see epoll) that it waits for.
+    OSError."""
+    client.setblocking(False)
+    heard = b""
+    while b"\r\n\r\n" not in heard and len(heard) < LONGEST_REQUEST:
+        yield select.EPOLLIN
+        data = client.recv(LONGEST_REQUEST)
+        if not data:
+            return
+        heard += data
+    unsent = answer_request(heard, address, pages)
+    while unsent:
+        yield select.EPOLLOUT
+        unsent = unsent[client.send(unsent) :]
+    client.shutdown(socket.SHUT_WR)
+    while data:  # closing at once, with something unread, could take the answer away from the client
+        yield select.EPOLLIN
+        data = client.recv(LONGEST_REQUEST)
 
 
 def answer_request(request, address, pages):

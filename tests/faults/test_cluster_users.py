@@ -49,6 +49,7 @@ class Program:
         deadline = time.monotonic() + 20
         while self.health() != 200:
             assert time.monotonic() < deadline
+        time.sleep(0.5)  # the server closes a connection a moment after the client
 
     def connect(self):
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)

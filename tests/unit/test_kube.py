@@ -3,6 +3,7 @@
 import argparse
 import http.client
 import socket
+import subprocess
 import threading
 import time
 
@@ -101,3 +102,20 @@ def test_a_bad_listen_address_is_refused(text):
 def test_listen_addresses_of_both_families():
     assert kube.listen_address("0.0.0.0:1") == ("0.0.0.0", 1)
     assert kube.listen_address("[::]:28386") == ("::", 28386)
+
+
+def test_a_process_that_is_being_started_stops_no_answer(server):
+    """Between fork and exec it has copies of all descriptors, so what the server closes stays open for a moment."""
+    ended = threading.Event()
+
+    def start_processes():
+        while not ended.is_set():
+            subprocess.run(["/bin/true"], preexec_fn=lambda: time.sleep(0.02), check=True)
+
+    starter = threading.Thread(target=start_processes)
+    starter.start()
+    try:
+        assert [server("/healthz") for _ in range(300)] == [(200, "ok\n")] * 300
+    finally:
+        ended.set()
+        starter.join()
