@@ -14,11 +14,13 @@ write_file() {  # name, source
     printf '  - path: %s/%s\n    encoding: gz+b64\n    content: %s\n' "$setup" "$1" "$(gzip -9 -n -c "$2" | base64 -w 0)"
 }
 
-# The same for a file that would be too large: by xz, which cloud-init does not unpack, so runcmd does.
+# The same for a file that would be too large: by xz and base85, which cloud-init does not unpack, so runcmd does.
 write_large_file() {  # name, source
-    printf '  - path: %s/%s.xz\n    encoding: b64\n    content: %s\n' "$setup" "$1" "$(python3 -IS -c "$xz" "$2" | base64 -w 0)"
+    printf "  - path: %s/%s.xz\n    content: '%s'\n" "$setup" "$1" "$(python3 -IS -c "$pack" "$2")"
 }
-xz='import lzma, sys; sys.stdout.buffer.write(lzma.compress(open(sys.argv[1], "rb").read(), preset=9 | lzma.PRESET_EXTREME))'
+pack='import base64, lzma, sys
+print(base64.b85encode(lzma.compress(open(sys.argv[1], "rb").read(), preset=9 | lzma.PRESET_EXTREME)).decode())'
+unpack="import base64, lzma; open('$setup/mncni.py', 'wb').write(lzma.decompress(base64.b85decode(open('$setup/mncni.py.xz').read())))"
 
 [[ $# == 1 ]] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 python3 -IS "$here/../../mncni.py" explain "$1" >/dev/null || die "$1 does not work"
@@ -35,7 +37,7 @@ $(write_file deploy/node-image/bake.sh "$here/bake.sh")
 $(write_file node.conflist "$1")
 # It refuses what would not work, see /var/log/cloud-init-output.log. /run may be noexec.
 runcmd:
-  - [/usr/bin/python3, -IS, -c, "import lzma; open('$setup/mncni.py', 'wb').write(lzma.open('$setup/mncni.py.xz').read())"]
+  - [/usr/bin/python3, -IS, -c, "$unpack"]
   - [bash, $setup/deploy/node-image/bake.sh, /, $setup/node.conflist]
 END
 )

@@ -220,11 +220,11 @@ def read_cloud_init():
 def first_boot(node, document):
     """What cloud-init does with write_files and runcmd: files in the order of the list, then the commands."""
     for entry in document["write_files"]:
-        assert entry["encoding"] in ("gz+b64", "b64")
+        assert entry.get("encoding", "text/plain") in ("gz+b64", "text/plain")
         path = node.path(entry["path"].lstrip("/"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = base64.b64decode(entry["content"])
-        path.write_bytes(gzip.decompress(content) if "gz" in entry["encoding"] else content)
+        is_packed, content = "encoding" in entry, entry["content"]
+        path.write_bytes(gzip.decompress(base64.b64decode(content)) if is_packed else content.encode())
     for argv in document["runcmd"]:
         done = node.run(*argv)
         assert done.returncode == 0, done
