@@ -1537,11 +1537,14 @@ def plan_pod_rules(state):
     return [(chain, rule) for rule in rules]
 
 
-def plan_spoof(states, is_whole=False):
-    """The command that lets pods send what their states say, in one transaction. It fails if the table is not there. is_whole: it makes
-    the table anew, and there is nothing but these states."""
-    lines = [f"table {SPOOF}", f"delete table {SPOOF}", SPOOF_CHAINS] if is_whole else []
-    rules = list(SPOOF_RULES) if is_whole else []
+REPLACE = [f"table {SPOOF}", f"delete table {SPOOF}"]
+
+
+def plan_spoof(states, first=()):
+    """The command that lets pods send what their states say, in one transaction. first: lines that say what becomes of a table that is
+    there; then it makes the table, and there is nothing but these states. Without them it fails if there is no table."""
+    lines = [*first, SPOOF_CHAINS] if first else []
+    rules = list(SPOOF_RULES) if first else []
     for state in states:
         pod = plan_pod_rules(state)
         lines += [f"add chain {SPOOF} {pod[0][0]}", f"flush chain {SPOOF} {pod[0][0]}"]
@@ -1563,7 +1566,7 @@ def plan_unspoof(devices, is_last):
         element = f'element {SPOOF} pods {{ "{name}"'
         lines += [f"add chain {SPOOF} {name}", f"add {element} : jump {name} }}", f"delete {element} }}"]
         lines += [f"flush chain {SPOOF} {name}", f"delete chain {SPOOF} {name}"]
-    lines = [f"table {SPOOF}", f"delete table {SPOOF}"] if is_last else lines
+    lines = REPLACE if is_last else lines
     return Command(["nft", "-f", "-"], "\n".join(lines) + "\n", "the veth is gone, and with it what it may send")
 
 
@@ -1571,11 +1574,11 @@ def spoof_add(request, mac, ips, run):
     """Let the pod send from its MAC and addresses, and from no others."""
     state, path = own_spoof(request, mac, ips), state_path(request, "spoof")
     with states_lock(request.run_dir, "spoof") as lock:
-        is_first = not has_others(path)
+        create = [] if has_others(path) else [f"create table {SPOOF}"]  # without a deletion, for which the kernel waits 15 ms
         write_file(path, to_json({**state, "addresses": [str(address) for address in state["addresses"]]}))
         run = lock.held(run)
-        if is_first or run(plan_spoof([state])).exit_code != 0:  # somebody flushed the table
-            apply([plan_spoof(look_spoofs(request.run_dir).values(), is_whole=True)], run)
+        if run(plan_spoof([state], create)).exit_code != 0:  # somebody flushed the table, or one is left
+            apply([plan_spoof(look_spoofs(request.run_dir).values(), REPLACE)], run)
 
 
 def has_others(*paths):
@@ -1628,7 +1631,7 @@ def restore_spoof(run_dir, run):
         states = look_spoofs(run_dir).values()
         missing, extra = diff_spoof(states, run)
         if missing + extra:
-            apply([plan_spoof(states, is_whole=True)], lock.held(run))
+            apply([plan_spoof(states, REPLACE)], lock.held(run))
     return missing + extra
 
 
@@ -2252,9 +2255,9 @@ LOCALNET_FILTER = (  # for `tc ... bpf bytecode`, see tc-bpf(8): code, steps if 
 def switch_localnet(devices, is_open, run):
     """Let devices accept packets to and from 127.0.0.1, or not. Returns the devices that were switched; those that are gone are no error.
 
-    A filter of tc keeps out what pods send there. It is there as long as the switch is on, so `nft flush ruleset` opens no way; and after
-    `tc filter delete` there is the chain `guard`. Where tc cannot do that, 127.0.0.1 of the host stays without host ports. Replies carry
-    127.0.0.1 already where br_netfilter translates them on the bridge, so nft marks them; what pods send comes without a mark.
+    A filter of tc keeps out what pods send there. It is made before the switch is on and stays with the device, so `nft flush ruleset`
+    opens no way; and after `tc filter delete` there is the chain `guard`. Where tc cannot do that, 127.0.0.1 of the host has no host ports.
+    Replies carry 127.0.0.1 already where br_netfilter translates them on the bridge, so nft marks them; a pod's packets have no mark.
     """
     keys = {device: f"net/ipv4/conf/{device}/route_localnet" for device in sorted(devices)}
     keys = {device: key for device, key in keys.items() if read_file(f"/proc/sys/{key}") != f"{int(is_open)}\n"}
@@ -2263,24 +2266,24 @@ def switch_localnet(devices, is_open, run):
     why = "let 127.0.0.1 of the host reach host ports, too" if is_open else "no host port needs 127.0.0.1 on this device any more"
     if keys:
         run(write_sysctls(keys.values(), int(is_open), why=why))
-    for device in [] if is_open else keys:
-        run(Command(["tc", "filter", "delete", "dev", device, "ingress", "pref", f"{LOCALNET_PREF}"], "", "nor the filter against pods"))
     return list(keys)
 
 
 def close_localnet(device, run):
     """Drop what comes in by a device to or from 127.0.0.1; whether that worked. Such packets are sent back out of the device, where a
     bridge drops what is addressed to itself. tc's own word for it, drop, needs a module more than bandwidth does."""
-    run(Command(["tc", "qdisc", "add", "dev", device, "ingress"], "", "a hook for filters; it fails if there is one, which serves as well"))
     bytecode = ",".join([str(len(LOCALNET_FILTER)), *(" ".join(map(str, step)) for step in LOCALNET_FILTER)])
     argv = ["tc", "filter", "replace", "dev", device, "ingress", "pref", f"{LOCALNET_PREF}", "handle", "1", "protocol", "ip"]
     argv += ["bpf", "bytecode", bytecode, "action", "mirred", "egress", "redirect", "dev", device]
-    try:
-        apply([Command(argv, "", "no pod is to reach 127.0.0.1 of the host, whatever becomes of nft's rules")], run)
-    except CNIError as error:
-        tell(f"host ports do not work on 127.0.0.1 of the host: nothing would keep the pods behind {device} from it: {error}")
-        return False
-    return True
+    guard = Command(argv, "", "no pod is to reach 127.0.0.1 of the host, whatever becomes of nft's rules")
+    if run(guard).exit_code == 0:
+        return True
+    run(Command(["tc", "qdisc", "add", "dev", device, "ingress"], "", "filters need a hook for arriving packets"))
+    reply = run(guard)
+    if reply.exit_code:
+        what = command_failed(guard, reply)
+        tell(f"host ports do not work on 127.0.0.1 of the host: nothing would keep the pods behind {device} from it: {what}")
+    return reply.exit_code == 0
 
 
 def is_localnet_closed(device, run):

@@ -254,7 +254,7 @@ def test_the_host_ports_of_all_pods_are_written_in_one_transaction(tmp_path):
     """Each ADD and DEL runs one nft, however many pods there are, which writes one rule for each of them; the last DEL leaves no file."""
     for number in range(2, 60):
         ran = portmap_call("ADD", number, tmp_path)
-        assert [command.split()[0] for command in ran] == ["ip", "nft", "tc", "tc", "tee"]  # tc and tee: for 127.0.0.1
+        assert [command.split()[0] for command in ran] == ["ip", "nft", "tc", "tee"]  # tc and tee: for 127.0.0.1
         assert ran[1].count(" dnat ip to ") == number - 1
     for number in range(2, 60):
         ran = [command for command in portmap_call("DEL", number, tmp_path) if command.startswith("nft")]
