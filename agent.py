@@ -1830,7 +1830,7 @@ def plan_ports(bridge, links):
     for link in links:
         if is_pod_link(link) and link.get("master") != bridge:
             lines.append(f"link set dev {link['ifname']} master {bridge} up")
-            lines.append(f"link set dev {link['ifname']} type bridge_slave hairpin on")
+            lines.append(f"link set dev {link['ifname']} type bridge_slave hairpin on {mncni.SPOOF_PORT}")
     return lines
 
 

@@ -1486,6 +1486,9 @@ SPOOF_RULES = (
     ("ipv6_of_pod", "goto refused"),
     ("prerouting", "iifname vmap @pods"),
 )
+# The words for a pod's port of the bridge. guard: against BPDUs. The mask: what is addressed to the bridge's own neighbours (LLDP, LACP and
+# the like), and may be any packet, the bridge else hands to the host as come in by the veth, without asking the firewall.
+SPOOF_PORT = "guard on group_fwd_mask 0xfffd"
 
 
 def link_local(mac):
@@ -1846,7 +1849,7 @@ def plan_attach(request, conf, ipam, mac):
         f"link add name {veth} {mtu}address {mac_of(veth, '0a:59')} type veth peer name {ifname} netns {request.netns} {mtu}address {mac}",
         f"link set dev {veth} alias {link_alias(request)} master {conf['bridge']} up",
     ]
-    slave = [*(["hairpin on"] if conf["hairpinMode"] else []), *(["guard on"] if conf["spoofCheck"] else [])]  # guard: against BPDUs
+    slave = [*(["hairpin on"] if conf["hairpinMode"] else []), *([SPOOF_PORT] if conf["spoofCheck"] else [])]
     if slave:
         host.append(f"link set dev {veth} type bridge_slave {' '.join(slave)}")
     pod = [f"address add {ip['address']} dev {ifname} {'nodad' if ':' in ip['address'] else 'brd +'}" for ip in ipam["ips"]]

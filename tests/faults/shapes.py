@@ -35,7 +35,7 @@ IP_LINES = (
     "link add name <NAME> mtu <NUMBER> (?:address <MAC> )?type ifb", "link set dev <NAME>(?: mtu <NUMBER>)?(?: up)?",
         "link delete dev <NAME>"),
     *(f"link set dev <NAME> alias {ALIAS}(?: master <NAME>)?(?: up)?", "link set dev <NAME> master <NAME> up"),
-    *("link set dev <NAME> type bridge_slave hairpin on", "link set dev mncni-wg0 netns <NETNS>"),
+    *("link set dev <NAME> type bridge_slave hairpin on guard on group_fwd_mask 0xfffd", "link set dev mncni-wg0 netns <NETNS>"),
     *("address (?:delete|replace) <PREFIX> dev <NAME>(?: nodad)?", r"address add <PREFIX> dev <NAME> (?:nodad|brd \+)"),
     f"route prepend <PREFIX>(?: via <ADDRESS>)? dev <NAME>{METRICS}",
     "route (?:replace|delete) (?:[A-Za-z]+ )?<PREFIX>(?: via <ADDRESS>)?(?: dev <NAME>)?(?: src "

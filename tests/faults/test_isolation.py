@@ -288,6 +288,21 @@ def test_a_pod_that_calls_itself_a_router_is_not_believed(lab):
         labs.del_pod(lab, "node1", "believer")
 
 
+def test_what_pods_address_to_the_bridges_neighbours_is_checked_after_somebody_deleted_the_bridge(lab):
+    """The new bridge's ports are as the plugin made them: else such frames would reach the node unchecked."""
+
+    def ports():
+        links = json.loads(labs.run([*labs.node_argv(lab, "node1"), "ip", "-json", "-details", "link", "show", "master", "mncni0"])[1] or "[]")
+        keys = ("hairpin", "guard", "group_fwd_mask")
+        return {link["ifname"]: [link["linkinfo"]["info_slave_data"].get(key) for key in keys] for link in links}
+
+    before = ports()
+    assert before and all(port[:2] == [True, True] for port in before.values())
+    node_sh(lab, "node1", "ip link delete mncni0")
+    labs.wait_until(lambda: ports().keys() == before.keys(), 20, "all pods at a new bridge")
+    labs.wait_until(lambda: ports() == before, 20, "ports that are as the plugin made them")
+
+
 # ---- the underlay ----
 
 NODE1 = {4: "192.0.2.1", 6: "2001:db8::1"}

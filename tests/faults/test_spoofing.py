@@ -280,3 +280,43 @@ def test_the_bridge_learns_no_mac_from_a_pod_but_its_own(nets, to):
     assert free.learnt(nobody) == free.results["attacker"]["interfaces"][1]["name"]
     assert not checked.learnt(nobody)
     assert checked.learnt(checked.victim_mac) == checked.results["victim"]["interfaces"][1]["name"]
+
+
+COUNT_INPUT = "table inet probe {{ chain input {{ type filter hook input priority 10; iifname {} meta l4proto {{ 17, 58 }} counter; }}; }}"
+ADVERTISEMENT = bytes.fromhex("40000708") + bytes(8)
+
+
+@pytest.mark.parametrize("to", [LLDP, "01:80:c2:00:00:02", "01:80:c2:00:00:03"])
+def test_the_host_hears_no_lie_that_is_addressed_to_the_bridges_own_neighbours(nets, to):
+    """The bridge hands frames to LLDP's address and its like to the host, which takes them as come in by the pod's veth: packets from other
+    pods, nodes and the world, and router advertisements."""
+    heard = {}
+    for net in nets:
+        veth, lies = net.results["attacker"]["interfaces"][1]["name"], (ELSE4, "192.0.2.55", "198.51.100.1")
+        advertisement = icmpv6(134, ADVERTISEMENT, net.link_local, "ff02::1")
+        frames = [ipv4(net.mac, source, "10.88.0.1", to=to) for source in lies]
+        net.host.sh(f"nft '{COUNT_INPUT.format(veth)}'")
+        net.send([*frames, ipv6(net.mac, net.link_local, "ff02::1", advertisement, to=to)])
+        assert net.arrives([]), "what was sent before has been looked at"
+        listed = json.loads(net.host.sh("nft -j list chain inet probe input; nft delete table inet probe"))["nftables"]
+        heard[net.name] = next(word["counter"]["packets"] for item in listed for word in item.get("rule", {}).get("expr", []) if "counter" in word)
+    assert heard == {"checked": 0, "free": 4}
+
+
+@pytest.mark.parametrize("to", ["33:33:00:00:00:01", LLDP])
+def test_a_host_that_does_not_forward_ipv6_believes_no_pod_that_calls_itself_a_router(tmp_path, to):
+    """Nor does it get a default route that leads to the pod."""
+    host = Host(tmp_path)
+    try:
+        host.sh("for name in all default; do echo 0 >/proc/sys/net/ipv6/conf/$name/forwarding; done")
+        for check in (True, False):
+            pod = host.pod(f"pod{check}")
+            links = host.add(host.conf(spoofCheck=check), f"c{check}", pod)["interfaces"]
+            own = str(mncni.link_local(links[2]["mac"]))
+            frame = ipv6(links[2]["mac"], own, "ff02::1", icmpv6(134, ADVERTISEMENT, own, "ff02::1"), to=to)
+            argv = ["nsenter", f"--net={pod}", "/usr/bin/python3", "-c", SEND]
+            subprocess.run(argv, input=frame.hex(), text=True, check=True, timeout=60)
+            believed = [route["dev"] for route in json.loads(host.ip("-6 -json route show default") or "[]")]
+            assert believed == ([links[1]["name"]] if not check and to == LLDP else []), "a veth without spoofCheck believes, no bridge does"
+    finally:
+        host.close()
