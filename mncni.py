@@ -2089,12 +2089,14 @@ def naivewg_status(request, run):
 # it goes, the port returns to the older one.
 #
 # The rules change the destination of a connection's first packet (dnat). conntrack, the kernel's table of connections (ct), remembers it
-# and changes all others, and the replies back. Only connections to an address of the host are changed, and get the label 109 (one bit of
-# 128). Two kinds also need an address of the host as their source (masquerade), or the replies would not come back through the host: from
-# the pod's own subnet, the pod itself included, and from 127.0.0.1. For 127.0.0.1 the pods' device must accept such packets
-# (route_localnet), so the chain `guard` drops those of pods.
+# and changes all others, and the replies back. Only connections to an address of the host are changed. Two kinds also need an address of
+# the host as their source (masquerade), or the replies would not come back through the host: from the pod's own subnet, the pod itself
+# included, and from 127.0.0.1. What a connection was addressed to (ct original) tells host ports from the Services that kube-proxy
+# translates; a mark or a label on the connection would not do, as other programs write these, too. For 127.0.0.1 the pods' device must
+# accept such packets (route_localnet), so the chain `guard` drops those of pods.
 
 PORTMAP = "table inet mncni_portmap"
+LOCALNET = "127.0.0.0/8"
 PORTMAP_CHAINS = f"""\
 {PORTMAP} {{
   chain ports {{ }}
@@ -2164,13 +2166,14 @@ def devices_of(states):
 
 
 def look_node_addresses(run):
-    """The addresses whose ports are host ports. Not those on dummy devices, where kube-proxy keeps the addresses of Services in its IPVS
-    mode, and load balancers keep theirs; except one that the node itself sends from, as where a routing daemon announces the node."""
+    """The addresses whose ports are host ports, besides LOCALNET. Not those on dummy devices, where kube-proxy keeps the addresses of
+    Services in its IPVS mode, and load balancers keep theirs; except one that the node itself sends from, as where a routing daemon
+    announces the node."""
     facts = look_ip(["address show scope global", "route show default"], run, why="the node's own addresses: only on these are host ports")
     kept = [link for link in facts if link.get("ifname") == "kube-ipvs0" or link.get("linkinfo", {}).get("info_kind") in ("dummy", "ifb")]
     if any(":" in address for link in kept for address in addresses_of(link)):
         facts += look_ip(["route show default"], run, "", "-6", "does the node send from an address on a dummy device?")
-    sources, found = {route["prefsrc"] for route in facts if "prefsrc" in route}, {"127.0.0.0/8"}
+    sources, found = {route["prefsrc"] for route in facts if "prefsrc" in route}, set()
     for link in [link for link in facts if "addr_info" in link]:
         addresses = {address.partition("/")[0] for address in addresses_of(link)}
         found |= addresses & sources if link in kept else addresses
@@ -2186,23 +2189,27 @@ def plan_rules(states, node_addresses):
         owner = f"{network[:30]}:{container_id[:60]}:{ifname}"  # a comment has at most 128 bytes
         ports.update({key: (*target, owner) for key, target in state["ports"].items()})
     rules = []
-    for (version, host_ip, protocol, port), (own, container_port, owner) in sorted(ports.items(), key=lambda item: (not item[0][1], item)):
-        ip, target = ("ip", own.ip) if version == 4 else ("ip6", f"[{own.ip}]")
+    for (version, host_ip, protocol, port), (pod, container_port, owner) in sorted(ports.items(), key=lambda item: (not item[0][1], item)):
+        ip, target = ("ip", pod.ip) if version == 4 else ("ip6", f"[{pod.ip}]")
         match = f"{ip} daddr {host_ip}" if host_ip else f"meta nfproto ipv{version}"  # those for a given address come first
         rules.append(("ports", f"{match} {protocol} dport {port} dnat {ip} to {target}:{container_port}", owner))
-    given = {host_ip for _, host_ip, _, _ in ports if host_ip and not host_ip.startswith("127.")}  # 127.0.0.0/8 is there as a whole
-    # A rule per address, no set: a lookup in a set with ranges may miss while a transaction replaces it.
-    for address in sorted({*node_addresses, *given}) if ports else []:
-        to_host = f"fib daddr type local {'ip6' if ':' in address else 'ip'} daddr {address} ct label set 109 jump ports"
-        rules += [(chain, to_host, "all") for chain in ("prerouting", "output")]
-    for subnet in sorted({str(own.network) for own, _, _ in ports.values()}):
-        ip = "ip6" if ":" in subnet else "ip"
-        rules.append(("postrouting", f"ct status dnat ct label 109 {ip} saddr {subnet} {ip} daddr {subnet} masquerade fully-random", "all"))
+    given = {host_ip for _, host_ip, _, _ in ports if host_ip and not host_ip.startswith("127.")}  # LOCALNET is there as a whole
+    addresses = sorted({*node_addresses, *given}) if ports else []
+    own = {"ip": [address for address in addresses if ":" not in address], "ip6": [address for address in addresses if ":" in address]}
+    own = {ip: f"daddr {{ {', '.join(addresses)} }}" for ip, addresses in own.items() if addresses}
+    # 127.0.0.0/8 has a rule of its own: a lookup in a set with ranges may miss while a transaction replaces it.
+    for to_host in [*([f"ip daddr {LOCALNET}"] if ports else []), *(" ".join(item) for item in own.items())]:
+        rules += [(chain, f"fib daddr type local {to_host} jump ports", "all") for chain in ("prerouting", "output")]
+    for ip, subnet in sorted({("ip" if pod.version == 4 else "ip6", str(pod.network)) for pod, _, _ in ports.values()}):
+        if ip in own:
+            inside = f"ct status dnat {ip} saddr {subnet} {ip} daddr {subnet}"
+            rules.append(("postrouting", f"{inside} ct original {ip} {own[ip]} masquerade fully-random", "all"))
     for device in sorted(devices_of(states)):
-        rules.append(("postrouting", f'ct status dnat ip saddr 127.0.0.0/8 oifname "{device}" masquerade fully-random', "all"))
-        rules += [("guard", f'iifname "{device}" ip {end} 127.0.0.0/8 drop', "all") for end in ("saddr", "daddr")]
-        replies = f'iifname "{device}" ct status dnat ct label 109 ct direction reply'
-        rules.append(("replies", f"{replies} meta mark set meta mark | {LOCALNET_MARK:#x}", "all"))
+        rules.append(("postrouting", f'ct status dnat ip saddr {LOCALNET} oifname "{device}" masquerade fully-random', "all"))
+        for end in ("saddr", "daddr"):
+            rules.append(("guard", f'iifname "{device}" ip {end} {LOCALNET} drop', "all"))
+            replies = f'iifname "{device}" ct status dnat ct direction reply ct original ip {end} {LOCALNET}'
+            rules.append(("replies", f"{replies} meta mark set meta mark | {LOCALNET_MARK:#x}", "all"))
     return rules
 
 

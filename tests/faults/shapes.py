@@ -70,10 +70,14 @@ NFT_LINES = (
                 "<ID>:<ID>:<NAME>",
             ),
             (
-                "(?:prerouting|output) fib daddr type local <FAMILY> daddr <ENDS> ct label set 109 jump ports",
+                "(?:prerouting|output) fib daddr type local <FAMILY> daddr (?:127.0.0.0/8|\\{ <ADDRESS>(?:, <ADDRESS>)* \\}) jump ports",
                 "all",
             ),
-            ("postrouting ct status dnat ct label 109 <FAMILY> saddr <PREFIX> <FAMILY> daddr <PREFIX> masquerade fully-random", "all"),
+            (
+                "postrouting ct status dnat <FAMILY> saddr <PREFIX> <FAMILY> daddr <PREFIX> "
+                "ct original <FAMILY> daddr \\{ <ADDRESS>(?:, <ADDRESS>)* \\} masquerade fully-random",
+                "all",
+            ),
             ('postrouting ct status dnat ip saddr 127.0.0.0/8 oifname "<NAME>" masquerade fully-random', "all"),
             ('guard iifname "<NAME>" ip [sd]addr 127.0.0.0/8 drop', "all"),
         )

@@ -299,7 +299,8 @@ def test_the_host_hears_no_lie_that_is_addressed_to_the_bridges_own_neighbours(n
         net.send([*frames, ipv6(net.mac, net.link_local, "ff02::1", advertisement, to=to)])
         assert net.arrives([]), "what was sent before has been looked at"
         listed = json.loads(net.host.sh("nft -j list chain inet probe input; nft delete table inet probe"))["nftables"]
-        heard[net.name] = next(word["counter"]["packets"] for item in listed for word in item.get("rule", {}).get("expr", []) if "counter" in word)
+        words = [word for item in listed for word in item.get("rule", {}).get("expr", [])]
+        heard[net.name] = next(word["counter"]["packets"] for word in words if "counter" in word)
     assert heard == {"checked": 0, "free": 4}
 
 
@@ -317,6 +318,7 @@ def test_a_host_that_does_not_forward_ipv6_believes_no_pod_that_calls_itself_a_r
             argv = ["nsenter", f"--net={pod}", "/usr/bin/python3", "-c", SEND]
             subprocess.run(argv, input=frame.hex(), text=True, check=True, timeout=60)
             believed = [route["dev"] for route in json.loads(host.ip("-6 -json route show default") or "[]")]
-            assert believed == ([links[1]["name"]] if not check and to == LLDP else []), "a veth without spoofCheck believes, no bridge does"
+            by_veth = [links[1]["name"]] if not check and to == LLDP else []
+            assert believed == by_veth, "a veth without spoofCheck believes, no bridge does"
     finally:
         host.close()
