@@ -252,8 +252,8 @@ class Election:
             if error.status != 409:  # 409: another replica was faster
                 missing = "; if it is not there, apply deploy/nodeipam/account.yaml again" if error.status == 403 else ""
                 trouble = f"cannot get or keep the lease {self.name}, without which nothing is written: {error}{missing}"
-        if trouble and trouble != self.trouble:
-            log.warning("%s", trouble)
+        if trouble != self.trouble:
+            log.log(logging.WARNING if trouble else logging.INFO, "%s", trouble or f"the lease {self.name} can be read and written again")
         self.trouble = trouble
 
     def request(self, *arguments):
@@ -347,8 +347,8 @@ class NodeIpam:
         """Forget everything, because a new term has begun. As leader, read all Nodes anew."""
         self.stopping.set()
         self.events, self.stopping, self.term = queue.SimpleQueue(), threading.Event(), self.election.term
-        # claims: {uid: Claim}, None before the first list. given, freed: see plan_allocations. former: {name: CIDRs} of Nodes that are gone.
-        # told: {uid: the reason that was sent}.
+        # claims: {uid: Claim}, None before the first list. given, freed: see plan_allocations. former: {name: CIDRs} of Nodes that have
+        # gone. told: {uid: the reason that was sent}.
         self.claims, self.given, self.freed, self.former, self.told = None, {}, {}, {}, {}
         self.next_pass = self.not_before = 0
         if self.election.ours:
@@ -370,8 +370,9 @@ class NodeIpam:
 
     def tell(self, trouble):
         """Log why the Nodes cannot be followed; "" if they can."""
-        if trouble not in ("", self.trouble):
-            log.warning("cannot follow the nodes: %s", trouble)
+        if trouble != self.trouble:
+            said = f"cannot follow the nodes: {trouble}" if trouble else "following the nodes again"
+            log.log(logging.WARNING if trouble else logging.INFO, "%s", said)
         self.trouble = trouble
 
     def observe(self, kind, claims):
@@ -401,8 +402,8 @@ class NodeIpam:
         self.freed.update({span_of(cidr): self.clock() + REUSE_S for cidr in self.given.pop(uid, ())})
 
     def give_back(self, claim):
-        """Reserve, for a Node that is registered anew, the ranges that its name had: if they still rest, nobody else has a part of them, and
-        they are such as would be given."""
+        """Reserve, for a Node that is registered anew, the ranges that its name had: if they still rest, nobody else has a part of them,
+        and they are such as would be given."""
         cidrs, used = self.former.pop(claim.name, ()), [each for others in self.given.values() for each in others]
         sizes = [(family, mask) for family, (mask, _) in self.pools.items()]
         rest = all(self.freed.get(span_of(cidr), 0) > self.clock() and not any(map(cidr.overlaps, used)) for cidr in cidrs)
