@@ -17,8 +17,8 @@ the node in clear.
 
 What it owns: the network namespace mncni-wg with the WireGuard device, the veth pair mncni-host / mncni-ns, the bridge mncni0, the routes
 and routing rules of protocol 201, the nft table "inet mncni" (one in the host, one in the namespace), files below /run/mncni and
-/var/lib/mncni, and 10-mncni.conflist. It changes nothing else, but switches IP forwarding on, and refuses objects of these names that
-others have made.
+/var/lib/mncni, and 10-mncni.conflist. It changes nothing else, but switches IP forwarding on, and in Kubernetes netfilter for bridged
+packets, and refuses objects of these names that others have made.
 
 What it needs: root (CAP_NET_ADMIN in both namespaces, CAP_SYS_ADMIN to create one), python3, iproute2, nftables, wireguard-tools, and
 WireGuard in the kernel or as the program wireguard-go.
@@ -85,7 +85,7 @@ GLANCE_S = 1.5  # how often the agent looks at peers and at the namespace's fire
 AUDIT_S = 10  # how often it makes a full pass, whether or not there was an event
 HOLD_S = 60  # how long nodes that vanish in great number are kept
 COUNTERS = {  # of the host's firewall: {name: what it counts}
-    "leaked": "Packets for the cluster that were about to leave in clear, and were dropped.",
+    "leaked": "Packets for pods or Services of the cluster that were about to leave in clear, and were dropped.",
     "refused": "Packets from or to the cluster that came in by neither the bridge nor the tunnel, and were dropped.",
 }
 DOUBT_S = 120  # how long packets wait for a peer before its endpoint is doubted
@@ -99,6 +99,10 @@ LEAD_S = 0.05
 GREET_S = 0.1  # how long a peer with a new key has to answer, before it is greeted again
 CALM_S = 10  # how long the node store has to be well before a new key is told
 ROTATE_S = 60  # how long `agent.py rotate` waits for the new key
+UNBRIDGED = (
+    "a pod cannot use a Service whose backend is on the same node, unless nothing here translates Services: the kernel module br_netfilter"
+    " is missing; load it (modprobe br_netfilter), and at each boot (a file in /etc/modules-load.d)"
+)
 UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 KEY = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")  # 32 bytes in canonical base64
 BROADCAST = ipaddress.ip_address("255.255.255.255")
@@ -309,8 +313,8 @@ class Store:
         """Ask for a new list of all nodes. Returns whether one has been read since it was asked for."""
         return True
 
-    def say(self, reason):
-        """Tell the cluster that the node's network is up ("") or why not."""
+    def say(self, reason, stranded=""):
+        """Tell the cluster that the node's network is up ("") or why not. stranded: see stranded_text."""
 
     def note(self, name, what, message):
         """Tell the cluster something about a node. what: one word for it, in CamelCase."""
@@ -461,21 +465,27 @@ class KubernetesStore(Store):
         self.work.set()
 
     def withdraw(self, name):
+        """Also removes the condition NetworkUnavailable, if it is MNCNI's: without MNCNI it would say what nobody knows."""
+        path, gone = f"{NODES}/{name}", {"metadata": {"annotations": {RECORD: None}}}
+        no_condition = {"status": {"conditions": [{"type": "NetworkUnavailable", "$patch": "delete"}]}}
         for failures in (1, 2, 3):
             try:
-                self.api.request("PATCH", f"{NODES}/{name}", {"metadata": {"annotations": {RECORD: None}}}, content_type=kube.MERGE_PATCH)
+                _, own = self._parse_own(self.api.request("PATCH", path, gone, content_type=kube.MERGE_PATCH))
+                if (own["condition"].get("reason") or "").startswith("Mncni"):
+                    self.api.request("PATCH", f"{path}/status", no_condition, content_type=kube.STRATEGIC_PATCH)
                 return
             except ApiError as error:
                 trouble = error
                 time.sleep(kube.pause_s(failures, error.retry_after_s or 0))
         raise StoreError(str(trouble))
 
-    def say(self, reason):
+    def say(self, reason, stranded=""):
         if self.own and reason != self.said:  # before the first answer of the API server, all that is wrong may be its absence
             self.said = reason
             down = ("NetworkDown", f"MNCNI's network is not up: {reason}")
             self.note(self.node_name, *(down if reason else ("NetworkUp", "MNCNI's network is up again")))
         up = ("False", "MncniIsUp", "MNCNI connects this node's pods with those of other nodes")
+        up = ("False", "MncniPodsWithoutNetwork", stranded[:1000]) if stranded else up  # not True: new pods have network
         self.condition = ("True", "MncniIsDown", reason[:1000]) if reason else up
         self.work.set()
 
@@ -1173,6 +1183,9 @@ def host_firewall(settings, counts=None):
     to pods do come like that. `forward` lets through what the node itself has translated, and answers: no packet gets to a pod by another
     way, such as a source route.
 
+    A packet for a Service that `outbound` sees has not been translated, because kube-proxy does not know the Service yet. A routing rule,
+    as of the floor, cannot drop it: the node routes its own packets before kube-proxy translates them.
+
     Connection tracking translates no packet that it calls invalid, such as a TCP segment beyond the window. One from outside then reaches
     the host instead of the pod, and the host, which knows no such connection, would reset it. A reset that belongs to no connection is
     therefore dropped. The sysctl nf_conntrack_tcp_be_liberal would do as well, but it weakens the host's own firewall.
@@ -1190,8 +1203,7 @@ def host_firewall(settings, counts=None):
         else:
             answers += [f"{target} {verdict}" for target in targets for verdict in ("ct direction reply accept", refuse)]
         inbound += inbound_rules(settings, version, pods) if pods else [f'iifname "{settings.bridge}" meta nfproto ipv{version} drop']
-        leaks += [f"oifname != {own} {ip} daddr {cidr} counter name leaked drop" for cidr in cluster]
-        leaks += [f"oifname != {own} {ip} daddr {cidr} drop" for cidr in services]
+        leaks += [f"oifname != {own} {ip} daddr {cidr} counter name leaked drop" for cidr in (*cluster, *services)]
         # With --masquerade, what still has a pod's address here was not translated: it is invalid, or nobody tracks it.
         leaks += [f"oifname != {own} {rule} drop" for rule in to_outside(version, pods, cluster) if settings.masquerade]
         nat += nat_rules(settings, version, pods, cluster) if pods else []
@@ -1423,6 +1435,7 @@ class Context:
     heard: dict = field(default_factory=dict)  # see doubted
     awaited: dict = field(default_factory=dict)  # see plan_greetings
     greeted: dict = field(default_factory=dict)  # see limit_greetings
+    unbridged: str = ""  # see ensure_bridged
 
 
 def apply_lines(lines, run, why, netns=""):
@@ -1605,7 +1618,7 @@ def ensure_firewall(context, where, text_of):
     if listing == expected and text == text_of({}):
         return
     if counts["leaked"][0]:
-        log.warning("%d packets for the cluster were about to leave in clear and were dropped", counts["leaked"][0])
+        log.warning("%d packets for pods or Services were about to leave in clear and were dropped", counts["leaked"][0])
     why = f"replace the firewall of the {'namespace' if netns else 'host'}, in one transaction"
     apply([Command(in_netns(netns, ["nft", "-f", "-"]), text_of(counts), why)], context.run)
     context.loaded[where] = [text_of({}), look_firewall(context.run, netns)[0]]
@@ -1864,6 +1877,20 @@ def ensure_forwarding(context):
     apply([mncni.write_sysctls(keys, value, netns, why) for keys, value, netns, why in rows if keys], run)
 
 
+def ensure_bridged(context):
+    """Packets between two pods of this node pass the host's netfilter, where kube-proxy (or a network policy) may be. Otherwise a pod that
+    asks a Service gets the answer of a backend beside it untranslated, and drops it. Each network namespace has sysctls of its own."""
+    keys = [f"net/bridge/bridge-nf-call-{ {4: 'iptables', 6: 'ip6tables'}[version] }" for version in context.settings.families]
+    values = {} if context.settings.nodes_dir else {key: mncni.read_file(f"/proc/sys/{key}") for key in keys}
+    off = [key for key, value in values.items() if value == "0\n"]
+    if off:
+        apply([mncni.write_sysctls(off, 1, "", "Services whose backend is beside the pod: netfilter sees bridged packets")], context.run)
+    trouble = UNBRIDGED if None in values.values() else ""
+    if trouble != context.unbridged:
+        log.warning("%s", trouble or "bridged packets pass netfilter")
+    context.unbridged = trouble
+
+
 def stopped_forwarding(entries, families, names):
     """The sysctls that are to be switched on, from `ip netconf`. "all" sets all links, but only at its change: a link that is younger has
     the default, which may be off (Docker, systemd-networkd). IPv6 forwards by "all" alone."""
@@ -1907,6 +1934,7 @@ STAGES = (
     ensure_ports,
     ensure_addresses,
     ensure_forwarding,
+    ensure_bridged,
     ensure_host_ports,
 )
 
@@ -2325,8 +2353,8 @@ class Agent:
     def note(self, troubles):
         """Log what is wrong with the store, and keep it for the status. Empty texts among the troubles are ignored."""
         trouble = "; ".join(filter(None, dict.fromkeys(troubles)))
-        if trouble and trouble != self.store_trouble:
-            log.warning("%s", trouble)
+        if trouble != self.store_trouble:
+            log.log(logging.WARNING if trouble else logging.INFO, "%s", trouble or "the node store is well again")
         self.store_trouble = trouble
 
     def judge(self):
@@ -2393,7 +2421,7 @@ class Agent:
         if reason != self.reason:
             log.log(logging.ERROR if reason else logging.INFO, "%s", f"the network is not up: {reason}" if reason else "the network is up")
         self.reason = reason
-        self.store.say(reason)
+        self.store.say(reason, stranded_text(self.stranded))
         path = os.path.join(self.settings.run_dir, "ready")
         if reason and os.path.exists(path):  # without the file the plugin refuses pods anyway
             with contextlib.suppress(CNIError):
@@ -2425,6 +2453,7 @@ class Agent:
             ],
             "quarantine": self.quarantine,
             "stranded": self.stranded,
+            "services": context.unbridged,
         }
         with contextlib.suppress(CNIError):
             write_if_changed(os.path.join(settings.run_dir, "status.json"), json.dumps(status) + "\n")
@@ -2525,7 +2554,7 @@ def check_status(status):
     """Raise an error for a status that cannot be shown, see load_json. {} can."""
     if status:
         whole = {**with_figures(status, {}), "ok": False, "up": False, "leases": 0}
-        texts = [status["reason"], status["store"], stranded_text(status.get("stranded", {}))]
+        texts = [status["reason"], status["store"], status.get("services", ""), stranded_text(status.get("stranded", {}))]
         texts += [*status["quarantine"], *status["quarantine"].values()]
         "".join([*texts, format_status(whole, 0), kube.format_metrics(plan_metrics(whole), METRICS)]).encode()
 
@@ -2545,6 +2574,7 @@ def format_status(status, now):
     lines = [f"node {status['node']}: {word}" + (f": {status['reason']}" if status["reason"] else "")]
     if status.get("store"):
         lines.append(f"node store: {status['store']}")
+    lines += [f"Services: {status['services']}"] if status.get("services") else []
     if "admission_guard" in status:
         missing = f"MISSING: {'; '.join(status.get('unguarded') or ['any node can write any record'])}"
         words = {True: "refuses wrong records, and those of other nodes", False: missing}
@@ -2659,8 +2689,9 @@ def rotate(settings, run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 SYSCTLS_STAY = (
-    "sysctls stay as they are: net.ipv4.ip_forward, net.ipv4.conf.<link>.forwarding of uplinks, net.ipv6.conf.all.forwarding, and"
-    " net.ipv6.conf.<link>.accept_ra of links that have addresses or routes by router advertisement"
+    "sysctls stay as they are: net.ipv4.ip_forward, net.ipv4.conf.<link>.forwarding of uplinks, net.ipv6.conf.all.forwarding,"
+    " net.ipv6.conf.<link>.accept_ra of links that have addresses or routes by router advertisement, and in Kubernetes"
+    " net.bridge.bridge-nf-call-iptables and -ip6tables"
 )
 
 

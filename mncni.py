@@ -1165,12 +1165,13 @@ class Leases:
             write_file(os.path.join(self.dir, str(address)), "\n".join(lines) + "\n")
 
     def release(self, container_id, ifname):
-        """Remove an attachment's leases, then its index. Nothing there is fine."""
+        """Remove an attachment's leases, also those of an earlier boot, then its index. Nothing there is fine."""
         attachment, index_path = (container_id, ifname), self.index_path(container_id, ifname)
-        owner, addresses = self._parse(read_file(index_path))
+        owner, addresses = self._parse(read_file(index_path), any_boot=True)
         for address in addresses if owner == attachment else ():
             path = os.path.join(self.dir, address)
-            remove_file(path if self.holder(address) == attachment else unfinished(path))
+            holder, _ = self._parse(read_state(path), any_boot=True)
+            remove_file(path if holder == attachment else unfinished(path))
         remove_file(index_path)
 
     def release_all_but(self, keep):
@@ -1201,12 +1202,13 @@ class Leases:
         with open(os.path.join(self.dir, f"last.{set_index}"), "w") as file:  # only a hint: a torn one costs nothing
             file.write(f"{address}\n")
 
-    def _parse(self, text):
-        """((container ID, interface), addresses) of a lease or index entry of this boot; (None, []) for any other text."""
+    def _parse(self, text, any_boot=False):
+        """((container ID, interface), addresses) of a lease or index entry of this boot, or any_boot; (None, []) for any other text."""
         lines = (text or "").splitlines()
-        if len(lines) < 3 or lines[2] != self.boot_id or not is_identifier(lines[0]) or not is_ifname(lines[1]):
+        if len(lines) < 3 or not is_identifier(lines[0]) or not is_ifname(lines[1]):
             return None, []
-        if lines[3:] and lines[3].startswith("run-") and lines[3] != self.run_id:
+        earlier = lines[2] != self.boot_id or (lines[3:] and lines[3].startswith("run-") and lines[3] != self.run_id)
+        if earlier and not any_boot:
             return None, []
         return (lines[0], lines[1]), [line for line in lines[3:] if is_address(line, ipaddress.ip_address)]
 

@@ -13,7 +13,8 @@ No two nodes may get the same range, even if a replica is paused or cut off at t
 - A write of an earlier leader may still be on its way. So before it gives out ranges, the leader notes in the Lease the highest address
   that may be in use (annotation USED). A new leader gives nothing at or below it for REUSE_S.
 - A freed range is not reused for REUSE_S, because packets to its old node may be on their way. The note in the Lease covers the ranges
-  that were freed under the previous leader, too.
+  that were freed under the previous leader, too. A Node of the same name gets it back at once: it is the same machine, registered anew,
+  and the pods that run there keep their addresses. Only the leader that saw the Node go knows its range.
 
 Pod CIDRs that somebody else set are judged by their value. Inside the pools and without overlap they are taken as if nodeipam had given
 them. All others are the trouble of that Node alone, which an Event names.
@@ -133,8 +134,8 @@ def parse_claim(item):
 def plan_allocations(claims, pools, given, freed, now):
     """({claim: CIDRs to give}, {claim: why it gets none, or what is wrong with those it has}, [span in use after that]).
 
-    pools: {family: (prefix length, cluster CIDRs)}. given: {uid: CIDRs} that nodes have, or were sent by a write of unknown outcome,
-    in the order in which they became known. freed: {span: when it may be reused}.
+    pools: {family: (prefix length, cluster CIDRs)}. given: {uid: CIDRs} that nodes have, get back, or were sent by a write of unknown
+    outcome, in the order in which they became known. freed: {span: when it may be reused}.
     """
     refused, held = find_foreign(claims, pools, given)
     foreign, writes, cluster = {claim.uid for claim in refused}, {}, cidrs_of(pools)
@@ -251,8 +252,8 @@ class Election:
             if error.status != 409:  # 409: another replica was faster
                 missing = "; if it is not there, apply deploy/nodeipam/account.yaml again" if error.status == 403 else ""
                 trouble = f"cannot get or keep the lease {self.name}, without which nothing is written: {error}{missing}"
-        if trouble and trouble != self.trouble:
-            log.warning("%s", trouble)
+        if trouble != self.trouble:
+            log.log(logging.WARNING if trouble else logging.INFO, "%s", trouble or f"the lease {self.name} can be read and written again")
         self.trouble = trouble
 
     def request(self, *arguments):
@@ -346,8 +347,9 @@ class NodeIpam:
         """Forget everything, because a new term has begun. As leader, read all Nodes anew."""
         self.stopping.set()
         self.events, self.stopping, self.term = queue.SimpleQueue(), threading.Event(), self.election.term
-        # claims: {uid: Claim}, None before the first list. given, freed: see plan_allocations. told: {uid: the reason that was sent}.
-        self.claims, self.given, self.freed, self.told = None, {}, {}, {}
+        # claims: {uid: Claim}, None before the first list. given, freed: see plan_allocations. former: {name: CIDRs} of Nodes that have
+        # gone. told: {uid: the reason that was sent}.
+        self.claims, self.given, self.freed, self.former, self.told = None, {}, {}, {}, {}
         self.next_pass = self.not_before = 0
         if self.election.ours:
             self.counts.add("mncni_nodeipam_terms_total")
@@ -368,8 +370,9 @@ class NodeIpam:
 
     def tell(self, trouble):
         """Log why the Nodes cannot be followed; "" if they can."""
-        if trouble not in ("", self.trouble):
-            log.warning("cannot follow the nodes: %s", trouble)
+        if trouble != self.trouble:
+            said = f"cannot follow the nodes: {trouble}" if trouble else "following the nodes again"
+            log.log(logging.WARNING if trouble else logging.INFO, "%s", said)
         self.trouble = trouble
 
     def observe(self, kind, claims):
@@ -379,7 +382,8 @@ class NodeIpam:
         there = {} if kind == "DELETED" else {claim.uid: claim for claim in sorted(claims)}
         for uid in set(self.claims) | set(self.given) if kind == "LIST" else {claim.uid for claim in claims}:
             if uid not in there:
-                self.claims.pop(uid, None)
+                gone = self.claims.pop(uid, None)
+                self.former.update({gone.name: self.given[uid]} if gone and uid in self.given else {})
                 self.release(uid)
                 self.next_pass = 0
         for uid, claim in there.items():
@@ -387,6 +391,8 @@ class NodeIpam:
             if claim == known or (known and known.cidrs and not claim.cidrs):  # the latter is old: the API lets no CIDR be taken away
                 continue
             self.claims[uid], self.next_pass = claim, 0
+            if not known and not claim.cidrs:
+                self.give_back(claim)
             if claim.cidrs and claim.cidrs != self.given.get(uid):
                 self.release(uid)
                 self.given[uid] = claim.cidrs
@@ -395,10 +401,21 @@ class NodeIpam:
         """Free the ranges of a node, to be reused after REUSE_S."""
         self.freed.update({span_of(cidr): self.clock() + REUSE_S for cidr in self.given.pop(uid, ())})
 
+    def give_back(self, claim):
+        """Reserve, for a Node that is registered anew, the ranges that its name had: if they still rest, nobody else has a part of them,
+        and they are such as would be given."""
+        cidrs, used = self.former.pop(claim.name, ()), [each for others in self.given.values() for each in others]
+        sizes = [(family, mask) for family, (mask, _) in self.pools.items()]
+        rest = all(self.freed.get(span_of(cidr), 0) > self.clock() and not any(map(cidr.overlaps, used)) for cidr in cidrs)
+        inside = all(any(cidr.subnet_of(outer) for outer in self.pools.get(cidr.version, (0, ()))[1]) for cidr in cidrs)
+        if rest and inside and [(cidr.version, cidr.prefixlen) for cidr in cidrs] == sizes:
+            self.given[claim.uid] = cidrs
+
     def allocate(self):
         """One pass: plan from all Nodes, note in the Lease what will be in use, write."""
         now = self.clock()
         self.freed = {span: until for span, until in self.freed.items() if until > now}
+        self.former = {name: cidrs for name, cidrs in self.former.items() if all(span_of(cidr) in self.freed for cidr in cidrs)}
         writes, refused, taken = plan_allocations(self.claims.values(), self.pools, self.given, self.freed, now)
         foreign = sum(bool(claim.cidrs or claim.fault) for claim in refused)
         for state, nodes in (("all", len(self.claims)), ("foreign", foreign), ("waiting", len(refused) - foreign)):

@@ -205,6 +205,7 @@ AGENT_CASES = [
     agent_case("changes nothing", NOTHING),
     agent_case("sets its condition", condition(), part="status"),
     agent_case("sets its condition back", condition(status="True"), part="status"),
+    agent_case("removes its condition", {"status": {"conditions": [{"type": "NetworkUnavailable", "$patch": "delete"}]}}, part="status"),
     agent_case("writes record and condition by way of the status", lambda nodes: {**own(gen=3)(nodes), **condition()}, part="status"),
     agent_case("writes another's record", lambda nodes: says(record(nodes["n2"], gen=2)), "agent", node="n2"),
     agent_case("adds a space to another's record", lambda nodes: says(record(nodes["n2"]) + " "), "agent", node="n2"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -121,7 +122,9 @@ def test_an_agent_does_its_work_with_the_token_of_its_pod_and_cannot_touch_anoth
     with pytest.raises(kube.ApiError, match="may not change another Node"):
         api.request("PATCH", f"{kube.NODES}/n2", policies.says(None), None, kube.MERGE_PATCH)
     store.publish("a1", None)  # or it would put the record back
+    store.condition = None
     store.withdraw("a1")
+    assert "NetworkUnavailable" not in [row["type"] for row in conditions(cluster, "a1")]
     assert agent.RECORD not in look_nodes(cluster.api())["a1"]["metadata"].get("annotations", {})
 
 
@@ -161,6 +164,24 @@ def test_a_lease_that_was_deleted_is_applied_again_and_one_in_use_stays_as_it_is
     assert cluster.kubectl(*lease) == before
     cluster.kubectl("delete", "lease", "mncni-nodeipam", "-n", "kube-system")
     assert "lease.coordination.k8s.io/mncni-nodeipam created" in cluster.kubectl("apply", "-k", ".")
+
+
+def test_the_guide_to_removal_works_without_an_error_and_leaves_nothing(cluster):
+    """The kubectl commands at the top of deploy/uninstall.yaml, but those that need pods."""
+    text = (manifests.DEPLOY / "uninstall.yaml").read_text()
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^#   kubectl (.*)$", text, re.MULTILINE)]
+    assert [words[0] for words in commands].count("delete") == 4
+    kinds = "configmap,daemonset,deployment,lease,serviceaccount,role,rolebinding"
+    look = ("get", kinds, "-n", "kube-system", "-o", "name", "--ignore-not-found")
+    policies_of = ("get", "validatingadmissionpolicy,validatingadmissionpolicybinding,clusterrole,clusterrolebinding", "-o", "name")
+    assert "lease.coordination.k8s.io/mncni-nodeipam" in cluster.kubectl(*look).split()
+    try:
+        for words in commands:
+            if words[0] not in ("rollout", "logs"):
+                cluster.kubectl(*words)
+        assert [name for name in (cluster.kubectl(*look) + cluster.kubectl(*policies_of)).split() if "mncni" in name] == []
+    finally:
+        cluster.kubectl("apply", "-k", ".")
 
 
 def test_nodeipams_token_makes_no_lease(cluster):

@@ -26,6 +26,12 @@ def status(lab):
     return json.loads(labs.run(argv)[1])
 
 
+def condition(api, reason):
+    """The condition NetworkUnavailable of the Node, if it has this reason."""
+    rows = api.call("node", "node1")["status"].get("conditions", [])
+    return next((row for row in rows if row["type"] == "NetworkUnavailable" and row["reason"] == reason), None)
+
+
 def test_running_pods_outside_the_new_pod_cidrs_are_named_until_they_are_gone(cluster):
     lab, api = cluster
     labs.wait_until(lambda: is_well(lab), SOON_S, "agent that is well")
@@ -41,6 +47,9 @@ def test_running_pods_outside_the_new_pod_cidrs_are_named_until_they_are_gone(cl
     assert json.loads(lab.inside("node1", "/run/mncni/ready").read_text())["ok"], "new pods do work"
     assert "mncni_stranded_pods 1" in page(labs.node_argv(lab, "node1"), "127.0.0.1", "/metrics")[1].splitlines()
     labs.wait_until(lambda: api.call("count", "create", "events") > before, SOON_S, "Event")
+    told = labs.wait_until(lambda: condition(api, "MncniPodsWithoutNetwork"), SOON_S, "condition that names the pod")
+    assert told["status"] == "False" and addresses[0] in told["message"] and "delete these pods" in told["message"]
     labs.add_pod(lab, "node1", "new")
     labs.del_pod(lab, "node1", "pod1")
     labs.wait_until(lambda: is_well(lab), SOON_S, "agent that is well again")
+    labs.wait_until(lambda: condition(api, "MncniIsUp"), SOON_S, "condition that says so")

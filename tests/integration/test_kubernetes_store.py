@@ -185,6 +185,21 @@ def test_the_condition_is_written_both_ways_with_times_and_a_reason_in_camel_cas
     }
 
 
+@pytest.mark.parametrize("reason, stays", [("MncniIsUp", False), ("MncniIsDown", False), ("FlannelIsUp", True), (None, True)])
+def test_withdrawing_takes_the_record_and_the_agents_condition_and_no_other(cluster, reason, stays):
+    cluster.settle()
+    cluster.store.record = cluster.store.condition = None  # this agent writes no more
+    ours = {"type": "NetworkUnavailable", "status": "False", **({"reason": reason} if reason else {})}
+    rows = [ours, {"type": "Ready", "status": "True"}]
+    cluster.server.patch_node("n1", {"status": {"conditions": rows}, "metadata": {"annotations": {"a": "b"}}})
+    kept = agent.KubernetesStore(kube.open_api(cluster.settings.kubeconfig, {}, None), "n1")
+    kept.withdraw("n1")
+    kept.withdraw("n1")
+    left = {row["type"] for row in cluster.own()["status"]["conditions"]}
+    assert left == ({"Ready", "NetworkUnavailable"} if stays else {"Ready"})
+    assert cluster.record() is None and cluster.own()["metadata"]["annotations"]["a"] == "b"
+
+
 def test_other_conditions_and_annotations_stay(cluster):
     mine = {"metadata": {"annotations": {"a": "b"}}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}}
     cluster.server.patch_node("n1", mine)

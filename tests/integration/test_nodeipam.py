@@ -333,7 +333,9 @@ def test_it_starts_without_a_server_and_stops_when_told(server, start):
     server.create_node("n1")
     allocator = start()
     wait(lambda: "cannot get or keep the lease" in allocator.text())
+    assert "written again" not in allocator.text()
     server.up()
     wait(all_have(server, 1))
+    wait(lambda: "can be read and written again" in allocator.text())
     server.down()
     assert allocator.stop() == 0

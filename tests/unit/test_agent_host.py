@@ -441,3 +441,34 @@ def test_at_start_another_network_is_refused_before_the_floor_later_the_floor_st
     context.loaded["host"] = [agent.host_firewall(BOTH), None]
     agent.ensure_floor(context)
     assert any("route replace unreachable 10.244.0.0/16" in command for command in ran)
+
+
+# ---- netfilter sees bridged packets ----
+
+
+@pytest.mark.parametrize(
+    "families, present, written, missing",
+    [
+        ([4, 6], {"iptables": "0", "ip6tables": "0"}, ["iptables", "ip6tables"], False),
+        ([4, 6], {"iptables": "1", "ip6tables": "0"}, ["ip6tables"], False),
+        ([6], {"iptables": "0", "ip6tables": "1"}, [], False),
+        ([4, 6], {}, [], True),
+    ],
+)
+def test_in_kubernetes_netfilter_sees_bridged_packets_or_log_and_status_say_what_to_do(
+    families, present, written, missing, monkeypatch, mocker, caplog
+):
+    files = {f"/proc/sys/net/bridge/bridge-nf-call-{name}": f"{value}\n" for name, value in present.items()}
+    monkeypatch.setattr(mncni, "read_file", files.get)
+    for nodes_dir in ("", "/nodes"):
+        run = mocker.Mock(return_value=mncni.Reply(0, "", ""))
+        context = agent.Context(make_settings(families, nodes_dir=nodes_dir), run, "boot")
+        agent.ensure_bridged(context)
+        agent.ensure_bridged(context)
+        paths = [f"/proc/sys/net/bridge/bridge-nf-call-{name}" for name in written]
+        assert [call.args[0].argv for call in run.call_args_list] == (2 * [["tee", *paths]] if paths and not nodes_dir else [])
+        assert ("modprobe br_netfilter" in context.unbridged) == (missing and not nodes_dir)
+        status = {"node": "n1", "ok": True, "reason": "", "services": context.unbridged, "peers": [], "quarantine": {}}
+        shown = agent.format_status(status, 0)
+        assert ("modprobe br_netfilter" in shown) == (missing and not nodes_dir) and "n1: ok" in shown
+    assert caplog.text.count("modprobe br_netfilter") == missing, "said once"

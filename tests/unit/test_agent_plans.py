@@ -527,7 +527,7 @@ def test_several_networks_are_told_apart_by_rules_not_by_a_set_of_ranges():
 def test_services_are_neither_reached_from_the_underlay_nor_looked_for_there():
     text = agent.host_firewall(dataclasses.replace(ONLY4, service_cidrs=(ipaddress.ip_network("10.96.0.0/12"),)))
     assert 'iifname != { "mncni0", "mncni-host", "lo" } ip daddr 10.96.0.0/12 counter name refused drop' in text
-    assert 'oifname != { "mncni0", "mncni-host", "lo" } ip daddr 10.96.0.0/12 drop' in text
+    assert 'oifname != { "mncni0", "mncni-host", "lo" } ip daddr 10.96.0.0/12 counter name leaked drop' in text
 
 
 LISTING = """{"nftables": [{"metainfo": {"version": "1.0.6", "release_name": "Lester Gooch #5", "json_schema_version": 1}},

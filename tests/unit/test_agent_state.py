@@ -686,7 +686,9 @@ def test_a_store_that_is_missing_keeps_the_peers_and_one_that_returns_is_believe
     assert caplog.text.count("No such file") == 2, "said once: cannot read, cannot write"
     os.rename(away, bench.settings.nodes_dir)
     bench.write(3)
+    assert "well again" not in caplog.text
     assert bench.tick() and bench.run.names() == [1, 2, 3] and bench.status()["store"] == ""
+    assert bench.tick() and caplog.text.count("the node store is well again") == 1
 
 
 def test_a_store_without_our_record_is_not_believed_and_gets_it_back(bench):

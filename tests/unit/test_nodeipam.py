@@ -277,7 +277,7 @@ class World:
     def __init__(self, pools=POOLS):
         self.pools, self.now, self.version, self.created = pools, 1000.0, 0, 0
         self.nodes, self.lease, self.events, self.writes, self.requests = {}, None, [], [], []
-        self.gone = []  # [(when, network)] of deleted nodes
+        self.gone = []  # [(when, network, name)] of deleted nodes
         self.in_trouble = {"foreign"}  # nodes with ranges that nobody can have given
         self.watchers = []
         self.before = self.after = lambda method, path: None  # may raise an ApiError, or let time pass
@@ -312,7 +312,7 @@ class World:
 
     def delete(self, name):
         node = self.nodes.pop(name)
-        self.gone += [(self.now, network) for network in nets(*node["spec"].get("podCIDRs", ()))]
+        self.gone += [(self.now, network, name) for network in nets(*node["spec"].get("podCIDRs", ()))]
         self.tell("DELETED", node)
 
     def touch(self, name):
@@ -374,8 +374,8 @@ class World:
             for other, texts in self.cidrs().items():
                 overlaps = any(network.overlaps(each) for each in nets(*texts))
                 assert not overlaps or other in self.in_trouble, f"{name} gets {network} of {other}"
-            resting = [when for when, each in self.gone if each.overlaps(network) and self.now - when < REUSE_S]
-            assert not resting, f"{network} is given again after {self.now - resting[-1]} s"
+            resting = [(when, last) for when, each, last in self.gone if each.overlaps(network) and self.now - when < REUSE_S]
+            assert not resting or resting[-1][1] == name, f"{network} is given again after {self.now - resting[-1][0]} s"
         node = json.loads(json.dumps(node))
         node["spec"] = body["spec"]
         node["metadata"]["resourceVersion"] = self.stamp()
@@ -433,18 +433,67 @@ def test_a_quiet_cluster_sees_no_writes_but_renewals(world):
     assert {(method, path.rpartition("/")[2]) for method, path in world.requests} == {("PUT", "mncni-nodeipam")}
 
 
-def test_a_node_deleted_and_created_again_gets_another_range_until_the_old_one_has_rested(world):
+def anew(world, ipam, name, away_s=0):
+    """The ranges of a Node that is deleted and, after a while, registered again."""
+    world.delete(name)
+    world.run(away_s, ipam)
+    world.create(name)
+    world.run(1, ipam)
+    return world.cidrs()[name]
+
+
+@pytest.mark.parametrize("pools", [POOLS, DUAL], ids=["ipv4", "dual"])
+def test_a_node_registered_anew_gets_its_ranges_back_while_they_rest_and_another_node_does_not(pools):
+    world = World(pools)
+    ipam = leading(world)
+    for name in ("n1", "n2"):
+        world.create(name)
+        world.run(1, ipam)
+    before = world.cidrs()
+    for away_s in (0, 60, REUSE_S - 10):
+        assert anew(world, ipam, "n1", away_s) == before["n1"]
+    world.delete("n1")
+    world.create("n3")
+    world.run(1, ipam)
+    assert world.cidrs()["n3"][0] == "10.244.2.0/24" and anew(world, ipam, "n2") == before["n2"]
+
+
+def test_after_its_rest_a_range_goes_to_whoever_comes_first(world):
     ipam = leading(world)
     world.create("n1")
     world.run(1, ipam)
     world.delete("n1")
-    world.create("n1")
-    world.run(1, ipam)
-    assert world.cidrs() == {"n1": ["10.244.1.0/24"]}
-    world.run(REUSE_S, ipam)
+    world.run(REUSE_S + 1, ipam)
     world.create("n2")
     world.run(1, ipam)
-    assert world.cidrs()["n2"] == ["10.244.0.0/24"]
+    world.create("n1")
+    world.run(1, ipam)
+    assert world.cidrs() == {"n1": ["10.244.1.0/24"], "n2": ["10.244.0.0/24"]}
+
+
+@pytest.mark.parametrize("mine", ["10.244.0.0/24", "10.244.0.128/25", "10.244.0.0/23"])
+def test_a_node_registered_anew_does_not_get_a_range_of_which_another_has_a_part_meanwhile(world, mine):
+    ipam = leading(world)
+    world.create("n1")
+    world.run(1, ipam)
+    world.delete("n1")
+    world.create("n2", [mine])  # by somebody else
+    world.create("n1")
+    world.run(1, ipam)
+    assert not any(each.overlaps(nets(mine)[0]) for each in nets(*world.cidrs()["n1"]))
+    world.delete("n2"), world.delete("n1")
+    world.create("n2"), world.create("n1")  # both names had a part of it
+    world.run(1, ipam)
+    assert not nets(*world.cidrs()["n1"])[0].overlaps(nets(*world.cidrs()["n2"])[0])
+
+
+@pytest.mark.parametrize("odd", ["10.244.9.0/25", "10.9.0.0/24", "fd00:10::/64"])
+def test_a_node_registered_anew_does_not_get_back_what_nodeipam_would_not_give(world, odd):
+    ipam = leading(world)
+    world.in_trouble |= {"n1"}
+    world.create("n1", [odd])
+    world.run(1, ipam)
+    assert anew(world, ipam, "n1") == ["10.244.0.0/24"]
 
 
 def test_a_full_range_is_an_event_and_a_count_and_heals_when_a_range_has_rested(caplog):
@@ -534,7 +583,7 @@ def test_a_node_that_is_made_anew_again_and_again_takes_the_ranges_of_no_other(w
         world.delete("churn")
     world.create("n2")
     world.run(1, ipam)
-    assert world.cidrs() == {"n1": ["10.244.0.0/24"], "n2": ["10.244.101.0/24"]} and len(ipam.freed) == 100
+    assert world.cidrs() == {"n1": ["10.244.0.0/24"], "n2": ["10.244.2.0/24"]} and len(ipam.freed) == len(ipam.former) == 1
     world.run(REUSE_S, ipam)
     world.create("n3")
     world.run(1, ipam)
@@ -977,7 +1026,8 @@ def test_an_undisturbed_leader_always_gives_the_lowest_range_that_has_rested(see
     for number in range(600):
         if rng.random() < 0.6 or not world.nodes:
             world.create(f"n{number}")
-            in_use = {texts[0] for texts in world.cidrs().values()} | {str(each) for when, each in world.gone if world.now - when < REUSE_S}
+            in_use = {str(each) for when, each, _ in world.gone if world.now - when < REUSE_S}
+            in_use |= {texts[0] for texts in world.cidrs().values()}
             free = [each for each in ranges if each not in in_use]
             ipam.tick(0)
             assert world.cidrs().get(f"n{number}") == ([free[0]] if free else None)

@@ -88,6 +88,20 @@ def test_a_lease_that_is_torn_or_of_an_earlier_boot_counts_as_free(leases, text)
     assert leases.holder("10.0.0.2") is None
 
 
+@pytest.mark.parametrize("key", ["boot_id", "run_id"])
+def test_a_del_removes_the_leases_of_its_attachment_also_those_of_an_earlier_boot(leases, key):
+    leases.run_id = "run-now"
+    leases.take(["10.0.0.2", "fd00::2"], "c1", "eth0")
+    leases.take(["10.0.0.3"], "c2", "eth0")
+    setattr(leases, key, "run-later")
+    leases.take(["10.0.0.3"], "c3", "eth0")
+    assert leases.holder("10.0.0.2") is None and {"10.0.0.2", "fd00::2"} <= set(os.listdir(leases.dir))
+    leases.release("c1", "eth0")
+    leases.release("c2", "eth0")
+    assert not {"10.0.0.2", "fd00::2"} & set(os.listdir(leases.dir))
+    assert leases.holder("10.0.0.3") == ("c3", "eth0"), "what somebody else holds by now stays"
+
+
 def test_a_crash_between_any_two_steps_leaves_nothing_that_a_del_cannot_find(tmp_path, mocker):
     """Every write and every removal of take() and release() is a point to stop at; then the DEL comes."""
     points = 0
