@@ -530,12 +530,17 @@ The cluster is up: {kubernetes}, kube-proxy {proxy}, containerd {containerd}. As
   make test-cluster     make cluster-down"""
 
 
-def command_up(cluster, _options):
+def wanted_kind():
+    """What cluster the variables of the environment ask for. LabError if there is none such."""
     kind = {"families": os.environ.get("FAMILIES") or "4", "proxy": os.environ.get("PROXY") or "iptables",
             "containerd": os.environ.get("CONTAINERD") or (CACHE / "bin/containerd").resolve().name.partition("-")[2]}
     if kind["families"] not in ("4", "6", "46") or kind["proxy"] not in PROXIES:
         raise LabError(f"FAMILIES={kind['families']} PROXY={kind['proxy']}: use 4, 6 or 46, and one of {', '.join(PROXIES)}")
-    up(cluster, kind)
+    return kind
+
+
+def command_up(cluster, _options):
+    up(cluster, wanted_kind())
     print(USAGE.format(**cluster.state(), me=os.path.relpath(__file__)))
 
 

@@ -1,7 +1,8 @@
 """Runs in pods and on nodes, alone: no file of the project is there. All ports are for TCP and UDP, all families.
 
     peer.py serve PORT NAME      answer whoever asks with {"name": NAME, "peer": the asker's address}, and with as many bytes as asked for
-    peer.py ask                  stdin: [[protocol, host, port, bytes], ...]; stdout: the answers in that order, or {"error": ...}
+    peer.py ask                  stdin: [[protocol, host, port, bytes], ...]; stdout: the answers in that order, or {"error": ...};
+                                 the protocol "connect" is TCP, with nothing asked
     peer.py stream PROTOCOL HOST PORT       ask every 10 ms until stdin ends; then {"sent", "lost", "gap_s": the longest silence, "broken"}
 
 bytes: of question and answer; "mtu" for the largest that fits into one packet, which may then not be fragmented.
@@ -16,20 +17,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 TIMEOUT_S = 5
 EVERY_S = 0.01
-MTU_DISCOVER = {socket.AF_INET: (socket.IPPROTO_IP, 10, 28), socket.AF_INET6: (socket.IPPROTO_IPV6, 23, 48)}  # level, option, bytes of headers
+# Family -> level, option, bytes of headers.
+MTU_DISCOVER = {socket.AF_INET: (socket.IPPROTO_IP, 10, 28), socket.AF_INET6: (socket.IPPROTO_IPV6, 23, 48)}
 HTTP = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{}"
 
 
 def listen(kind, port):
-    """A socket for both families, or for IPv4 where there is no IPv6."""
-    try:
-        sock = socket.socket(socket.AF_INET6, kind)
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        address = "::"
-    except OSError:
-        sock, address = socket.socket(socket.AF_INET, kind), "0.0.0.0"
+    """A socket for both families."""
+    sock = socket.socket(socket.AF_INET6, kind)
+    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind((address, port))
+    sock.bind(("::", port))
     return sock
 
 
@@ -49,12 +47,15 @@ def serve(port, name):
 
 
 def serve_udp(sock, name):
+    """It answers from the address that was asked: of several that a node has, the kernel would take another one."""
+    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
     while True:
-        question, peer = sock.recvfrom(65536)
+        question, ancillary, _, peer = sock.recvmsg(65536, socket.CMSG_SPACE(20))
+        asked = [(level, kind, data[:16] + bytes(4)) for level, kind, data in ancillary]  # the address, and any interface
         # What a stream sends is a number, which it wants back.
         reply = question if question.startswith(b"#") else answer_to(name, peer, len(question))
         try:
-            sock.sendto(reply, peer)
+            sock.sendmsg([reply], asked, 0, peer)
         except OSError as error:
             print(error, flush=True)
 
@@ -75,14 +76,14 @@ def serve_tcp(connection, peer, name):
 
 
 def open_to(protocol, host, port):
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM)[0]
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM)[0]
     sock = socket.socket(family, kind)
     sock.settimeout(TIMEOUT_S)
     sock.connect(address)
     return sock
 
 
-def device_mtu(address):
+def device_mtu():
     """The MTU of a pod's device."""
     with open("/sys/class/net/eth0/mtu") as file:
         return int(file.read())
@@ -91,10 +92,12 @@ def device_mtu(address):
 def ask(protocol, host, port, size=0):
     try:
         with open_to(protocol, host, port) as sock:
+            if protocol == "connect":
+                return {}
             if size == "mtu":
                 level, option, headers = MTU_DISCOVER[sock.family]
                 sock.setsockopt(level, option, 2)
-                size = device_mtu(host) - headers
+                size = device_mtu() - headers
             if protocol == "udp":
                 sock.send(b"?".ljust(size))
                 reply = sock.recv(65536)
