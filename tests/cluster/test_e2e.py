@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 
 import pytest
 
@@ -56,14 +57,17 @@ def summary(report):
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_e2e(group, driver, ready, tmp_path, figure):
+def test_e2e(group, driver, ready, figure):
     if group == "dual-stack" and len(driver.families) == 1:
         pytest.skip("the cluster has one family: FAMILIES=46")
-    log = tmp_path / "log"
+    top = clusters.CACHE / "e2e" / group
+    shutil.rmtree(top, ignore_errors=True)
+    top.mkdir(parents=True)
+    log = top / "log"
     with open(log, "w") as out:
-        child = labs.start(ginkgo_argv(driver, group, tmp_path), stdout=out, stderr=out, cwd=tmp_path, env=dict(os.environ, PATH=labs.PATH))
+        child = labs.start(ginkgo_argv(driver, group, top), stdout=out, stderr=out, cwd=top, env=dict(os.environ, PATH=labs.PATH))
         child.wait(LIMIT_S + 60)
-    states, failed = summary(tmp_path / "report.json")
+    states, failed = summary(top / "report.json")
     seconds = re.findall(r"^Ran .* in ([0-9.]+) seconds", log.read_text(), re.MULTILINE)
     figure(f"e2e {group} ({driver.name}): {states} in {seconds[-1:]} s, log {log}")
     assert states.get("passed") and not failed, "\n".join([f"log: {log}", *failed])
