@@ -59,8 +59,8 @@ build() {
     done
     ((${#missing[@]})) || return 0
     check_machine
-    mkdir -p "$BIN" "$CACHE/build/$name-$version"
     [[ -s $CACHE/build/$name-$version/go.mod ]] || describe "$name" "$module" "$version"
+    mkdir -p "$BIN"
     for package in "${missing[@]}"; do
         program=$(program_of "$package")
         say "$name $version: $program"
@@ -107,6 +107,7 @@ describe() {  # NAME MODULE VERSION
     local mod
     mod=$(go mod download -json "$2@v$3" 2>/dev/null | sed -n 's/.*"GoMod": "\(.*\)".*/\1/p') || true
     [[ $mod ]] || die "$1: the Go module proxy has no version $3, or is out of reach"
+    mkdir -p "$CACHE/build/$1-$3"
     {
         printf 'module cluster\nrequire %s v%s\n' "$2" "$3"
         sed -n '/^go /p; /^godebug [a-z]/p; /^godebug (/,/^)/p' "$mod"

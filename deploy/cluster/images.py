@@ -44,9 +44,9 @@ def make_cluster_images(cache):
     ], f"{tarball.name} {coredns.name}")
 
 
-def make_e2e_images(cache):
+def make_e2e_images(cache, version):
     """Write images.tar beside e2e.test, with the names that it asks for, unless it is there already. Returns its path."""
-    tarball, programs = debian(IMAGE_PACKAGES), (cache / "bin/kubernetes").resolve()
+    tarball, programs = debian(IMAGE_PACKAGES), cache / "bin" / version
     archive = programs / "images.tar"
     if is_made(archive, tarball.name):
         return archive

@@ -137,6 +137,7 @@ def stream(protocol, host, port):
                 gap, last = max(gap, time.monotonic() - last), time.monotonic()
             if sys.stdin in ready:
                 ending = time.monotonic() + 2        # for what is on its way
+                gap = max(gap, time.monotonic() - last)
             if not ending and time.monotonic() >= due:
                 sent, due = sent + 1, due + EVERY_S
                 sock.send(b"#%d" % sent + (b"\n" if protocol == "tcp" else b""))

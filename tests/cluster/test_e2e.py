@@ -28,7 +28,10 @@ PROCESSES, LIMIT_S = 4, 3600
 @pytest.fixture(scope="session")
 def ready(driver):
     """The images of the tests are on all nodes."""
-    archive = images.make_e2e_images(clusters.CACHE)
+    version = driver.kind["kubernetes"]
+    if not (clusters.CACHE / "bin" / version / "e2e.test").exists():
+        pytest.fail(f"there is no e2e.test of {version}: make test-cluster KUBERNETES_VERSION={version.partition('-')[2]}")
+    archive = images.make_e2e_images(clusters.CACHE, version)
     labs.parallel(lambda node: clusters.import_images(driver.cluster, node, archive), driver.nodes)
 
 

@@ -123,7 +123,7 @@ def delete_and_join(driver):
 
 # wireguard-go ends with the agent's container. Its tunnel is back when the next one has started.
 AWAY_S = 0 if kernel_has("wireguard") else 10
-EVENTS = {                                           # what happens -> (how, seconds of silence that are allowed; None: the streams end)
+EVENTS = {                                           # what happens -> (how, seconds of silence that are allowed; None: the server ends)
     "nothing, for 10 s": (lambda driver: time.sleep(10), 0),
     "agent killed": (kill_agent, AWAY_S),
     "agent's pod deleted": (delete_agent, AWAY_S),
@@ -137,7 +137,6 @@ EVENTS = {                                           # what happens -> (how, sec
     "another node deleted, wiped, joined": (delete_and_join, 0),
     "the server's node rebooted": (reboot(SERVER), None),
 }
-USUAL_S = 0.5                                        # a busy machine
 
 
 @pytest.mark.parametrize("event", EVENTS)
@@ -153,10 +152,9 @@ def test_event(event, driver, fault):
     ended = streams.end()
     for name, end in ended.items():
         if name != "tcp":
-            fault(f"{event} ({driver.name}): {name}, silence {end['gap_s']} s", lost=end["lost"], sent=end["sent"], heal_s=heal_s)
+            fault(f"{event}: {name}, silence {end['gap_s']} s", lost=end["lost"], sent=end["sent"], heal_s=heal_s)
     if silence_s is None:
         return
     assert not ended["tcp"]["broken"], ended
-    assert all(end["gap_s"] <= silence_s + USUAL_S for end in ended.values()), ended
-    if not silence_s:
-        assert all(end["lost"] == 0 for end in ended.values()), ended
+    # Without an event as well a busy machine may be silent for a second, but it loses nothing.
+    assert all(end["gap_s"] <= silence_s if silence_s else end["lost"] == 0 for end in ended.values()), ended
