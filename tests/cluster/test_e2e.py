@@ -1,9 +1,11 @@
 """Kubernetes' own tests of networks, by its own e2e.test, group by group. Their log is kept where the summary says."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 
 import pytest
 
@@ -68,8 +70,12 @@ def test_e2e(group, driver, ready, figure):
     top.mkdir(parents=True)
     log = top / "log"
     with open(log, "w") as out:
-        child = labs.start(ginkgo_argv(driver, group, top), stdout=out, stderr=out, cwd=top, env=dict(os.environ, PATH=labs.PATH))
-        child.wait(LIMIT_S + 60)
+        child = labs.start(ginkgo_argv(driver, group, top), stdout=out, stderr=out, cwd=top, start_new_session=True)
+        try:
+            child.wait(LIMIT_S + 60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
     states, failed = summary(top / "report.json")
     seconds = re.findall(r"^Ran .* in ([0-9.]+) seconds", log.read_text(), re.MULTILINE)
     figure(f"e2e {group} ({driver.name}): {states} in {seconds[-1:]} s, log {log}")
