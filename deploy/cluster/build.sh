@@ -34,7 +34,7 @@ main() {
     esac
     mkdir -p "$CACHE/bin"
     exec 9>"$CACHE/lock"
-    flock 9  # two runs of make
+    flock --nonblock 9 || { say "waiting for another build"; flock 9; }
     build kubernetes "$K8S" "$KUBERNETES_VERSION" "${packages[@]}"
     ln -sfn "$(basename "$BIN")" "$CACHE/bin/kubernetes"
     [[ $1 != apiserver ]] || return 0

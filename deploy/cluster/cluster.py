@@ -76,7 +76,8 @@ class Cluster(labs.Lab):
         return super().state()
 
     def init_argv(self, node, boot_id):
-        return [*join(self.cgroups(node)), *labs.UNSHARE[:-1], "--cgroup", "--",
+        # Only the init process itself is in the control groups, of which it sees its own as the roots.
+        return [*labs.UNSHARE, *join(self.cgroups(node)), "unshare", "--cgroup", "--",
                 labs.PYTHON, str(HERE / "cluster.py"), "node-init", self.name, node, boot_id]
 
     def cgroups(self, node):

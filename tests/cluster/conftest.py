@@ -137,4 +137,4 @@ def everything(driver):
     for what in ("statefulset/pods", "daemonset/hosts"):
         driver.wait_rollout(what)
     yield
-    driver.kubectl("delete", "namespace", objects.NAMESPACE, timeout_s=300)
+    driver.kubectl("delete", "namespace", objects.NAMESPACE, "--ignore-not-found", timeout_s=300)

@@ -4,6 +4,7 @@ import re
 import shlex
 
 from deploy.cluster import cluster as clusters
+from tests.cluster import objects
 
 LOOK = """ls -d /sys/class/net/mncni* /etc/cni/net.d/*mncni* /run/netns/mncni* /run/mncni/ready /var/lib/mncni/key 2>/dev/null
 nft list tables | grep mncni; ip route show table all proto 201; true"""
@@ -16,7 +17,9 @@ def guide(driver):
 
 
 def test_uninstall_and_install_again(driver, figure):
-    driver.kubectl("delete", "deployment", "-n", "kube-system", "coredns")   # the last pods on the network
+    # Nodes with pods on the network refuse.
+    driver.kubectl("delete", "namespace", objects.NAMESPACE, "--ignore-not-found", timeout_s=300)
+    driver.kubectl("delete", "deployment", "-n", "kube-system", "coredns")
     driver.kubectl("wait", "--for=delete", "pods", "-n", "kube-system", "-l", "k8s-app=kube-dns", "--timeout=60s")
     assert any(driver.inside(node, "sh", "-c", LOOK) for node in driver.nodes)
     for words in guide(driver):
