@@ -6,11 +6,10 @@
 #   deploy/cluster/build.sh e2e          the same, and Kubernetes' own tests with the programs that they run in pods
 #
 # KUBERNETES_VERSION: such as 1.34.4, or 1.34 for its last one. CONTAINERD_VERSION, COREDNS_VERSION: as their releases are called.
-# The programs are in bin/ of ${XDG_CACHE_HOME:-$HOME/.cache}/mncni-cluster; bin/kubernetes leads to the version that was asked for last.
+# The programs are in bin/ of ${XDG_CACHE_HOME:-$HOME/.cache}/mncni-cluster, where bin/kubernetes leads to the version that was asked for last,
+# and bin/apiserver to that of `apiserver`.
 set -euo pipefail
 cd "$(dirname "$0")"
-# The newest Kubernetes that takes cgroup v1 for granted.
-KUBERNETES_VERSION=${KUBERNETES_VERSION:-1.34.4}
 CONTAINERD_VERSION=${CONTAINERD_VERSION:-2.1.4}
 COREDNS_VERSION=${COREDNS_VERSION:-1.12.1}
 CACHE=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/mncni-cluster
@@ -25,9 +24,9 @@ CONTAINERD=github.com/containerd/containerd/v2
 COREDNS=github.com/coredns/coredns
 
 main() {
-    local packages
+    local packages link=kubernetes default=1.34.4  # the newest Kubernetes that takes cgroup v1 for granted
     case ${1:-} in
-        apiserver) packages=("${APISERVER[@]}") ;;
+        apiserver) packages=("${APISERVER[@]}") link=apiserver default=1.30.14 ;;  # the oldest with what deploy/naivewg/policy.yaml needs
         cluster) packages=("${CLUSTER[@]}") ;;
         e2e) packages=("${E2E[@]}") ;;
         *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
@@ -35,8 +34,8 @@ main() {
     mkdir -p "$CACHE/bin"
     exec 9>"$CACHE/lock"
     flock --nonblock 9 || { say "waiting for another build"; flock 9; }
-    build kubernetes "$K8S" "$KUBERNETES_VERSION" "${packages[@]}"
-    ln -sfn "$(basename "$BIN")" "$CACHE/bin/kubernetes"
+    build kubernetes "$K8S" "${KUBERNETES_VERSION:-$default}" "${packages[@]}"
+    ln -sfn "$(basename "$BIN")" "$CACHE/bin/$link"
     [[ $1 != apiserver ]] || return 0
     build containerd "$CONTAINERD" "$CONTAINERD_VERSION" "$CONTAINERD"/cmd/{containerd,containerd-shim-runc-v2,ctr}
     ln -sfn "$(basename "$BIN")" "$CACHE/bin/containerd"
