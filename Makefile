@@ -14,11 +14,12 @@ NEED_ROOT = test "$$(id -u)" = 0 || { echo "needs root: sudo make $@" >&2; exit 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo lab lab-down test kubernetes test-faults soak test-runtimes test-matrix test-vm bench bench-agent lint golden record clean
+.PHONY: help demo lab lab-down cluster cluster-down test kubernetes test-cluster test-faults soak test-runtimes test-matrix test-vm bench \
+	bench-agent lint golden record clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo 'More words for the command behind demo, lab, test, test-faults, soak, test-runtimes, test-matrix, test-vm: ARGS="...", for example  make test ARGS="-k lease -x"'
+	@echo 'More words for the command behind demo, lab, test, test-cluster, test-faults, soak, test-runtimes, test-matrix, test-vm: ARGS="...", for example  make test ARGS="-k lease -x"'
 
 demo: ## two nodes and four pods on this machine: pings over WireGuard, and proof that nothing goes in clear (root)
 	@$(NEED_ROOT)
@@ -41,12 +42,28 @@ lab-down: ## remove the lab (root)
 	@$(NEED_ROOT)
 	@$(PYTHON) deploy/lab.py down $(ARGS)
 
+cluster: ## a real Kubernetes of three nodes on this machine, with MNCNI; PROXY=nftables FAMILIES=46 KUBERNETES_VERSION=1.33 (root; go; 15 minutes)
+	@$(NEED_ROOT)
+	@tests/setup.sh cluster
+	@deploy/cluster/build.sh cluster
+	@$(PYTHON) deploy/cluster/cluster.py up $(ARGS)
+
+cluster-down: ## remove the cluster, not what was built for it (root)
+	@$(NEED_ROOT)
+	@$(PYTHON) deploy/cluster/cluster.py down
+
 test: ## all tests, four files at once; as an ordinary user those that need no root (5 minutes)
 	@tests/setup.sh test
 	@.venv/bin/python -m pytest --lanes $(LANES) $(ARGS)
 
 kubernetes: ## a real kube-apiserver, etcd and kubectl for `make test`, which leaves out some tests without them (needs go; 10 minutes)
-	@tests/kubernetes.sh
+	@deploy/cluster/build.sh apiserver
+
+test-cluster: ## tests on the cluster, which is made if there is none, and Kubernetes' own e2e tests; ARGS="-k conformance" (root; go; 40 minutes)
+	@$(NEED_ROOT)
+	@tests/setup.sh cluster
+	@deploy/cluster/build.sh e2e
+	@.venv/bin/python -m pytest tests/cluster $(ARGS)
 
 test-faults: ## what faults cost, as one table: crashes, storms, traffic through faults, hostile input (root; 25 minutes)
 	@$(NEED_ROOT)

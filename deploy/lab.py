@@ -59,6 +59,7 @@ LAB_FILE = Path(__file__).resolve()
 PARTS = ("mncni.py", "kube.py", "agent.py")          # copied to /opt/mncni of each node, beside this file
 SNOOP = "cnisnoop.py"                                # as well, if --source has it: no node needs it to run
 BRIDGE = "underlay0"
+UNSHARE = ("unshare", "--fork", "--pid", "--mount", "--net", "--uts", "--ipc", "--propagation", "private", "--")
 STORE = "/var/lib/mncni-lab/nodes"                   # where the agents publish their nodes: one directory, mounted into all nodes
 AGENT_LOG, AGENT_PID = "/var/log/mncni-agent.log", "/run/mncni-agent.pid"
 PODS_DIR = "/var/lib/mncni-lab/pods"                 # the container runtime's records, a file for each pod
@@ -170,11 +171,13 @@ class Lab:
     Tests may add "kubeconfig": "path/{node}", for agents that follow an API server on the underlay instead of the directory.
     """
 
+    home = Path("/run")
+
     def __init__(self, name="mncni-lab", verbose=True):
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", name):
             raise LabError(f"--name {name!r}: use 1 to 31 of a-z, 0-9 and -")
         self.name, self.verbose, self.started = name, verbose, time.monotonic()
-        self.dir = Path("/run") / name
+        self.dir = self.home / name
         self.file = self.dir / "lab.json"
         self.store = self.dir / "nodes"
         self.underlay = f"{name}-underlay"
@@ -218,6 +221,10 @@ class Lab:
     def inside(self, node, path):
         """The path on the host of a path in a running node, also below /proc and /run."""
         return Path(f"/proc/{self.node(node)['pid']}/root") / path.lstrip("/")
+
+    def init_argv(self, node, boot_id):
+        """The command line that starts the init process of a node, as a child of this process, in new namespaces."""
+        return [*UNSHARE, PYTHON, str(LAB_FILE), "node-init", str(self.dir), node, boot_id]
 
     def pods(self):
         """All pods as [(node, pod)]."""
@@ -265,10 +272,15 @@ def pod_cidrs(lab, node):
     return [{key: value.format(n=number) for key, value in row.items()} for row in rows]
 
 
+def endpoints(lab, node):
+    """[(address, prefix length)] of one node on the underlay, an entry for each family of the underlay."""
+    rows = [UNDERLAYS[family] for family in lab.state()["underlay"].split(",")]
+    return [(row["endpoint"].format(n=lab.node(node)["number"]), row["prefix"]) for row in rows]
+
+
 def endpoint(lab, node):
-    """(address, prefix length) of one node on the underlay."""
-    row = UNDERLAYS[lab.state()["underlay"]]
-    return row["endpoint"].format(n=lab.node(node)["number"]), row["prefix"]
+    """The first of them."""
+    return endpoints(lab, node)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -279,7 +291,6 @@ def make_underlay(lab):
     must(["ip", "netns", "add", lab.underlay])
     must(["ip", "-n", lab.underlay, "-batch", "-"], f"link set lo up\nlink add {BRIDGE} type bridge mcast_snooping 0\n"
                                                     f"link set {BRIDGE} up\n")
-    require_wireguard(lab)
 
 
 def require_wireguard(lab):
@@ -298,8 +309,8 @@ def connect_node(lab, node):
     must(["ip", "-n", lab.underlay, "-batch", "-"],
          f"link add {node} type veth peer name eth0 netns {lab.node(node)['pid']}\n"
          f"link set {node} master {BRIDGE} up\n")
-    address, prefix = endpoint(lab, node)
-    must(node_argv(lab, node) + ["ip", "-batch", "-"], f"addr add {address}/{prefix} dev eth0 nodad\nlink set eth0 up\n")
+    addresses = "".join(f"addr add {address}/{prefix} dev eth0 nodad\n" for address, prefix in endpoints(lab, node))
+    must(node_argv(lab, node) + ["ip", "-batch", "-"], f"{addresses}link set eth0 up\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -347,9 +358,7 @@ def start_node(lab, node):
     finds the process, or the process has not done anything."""
     boot_id = str(uuid.uuid4())
     with open(lab.dir / node / "var/log/lab-init.log", "a") as log:
-        child = start(["unshare", "--fork", "--pid", "--mount", "--net", "--uts", "--ipc", "--propagation", "private", "--",
-                       PYTHON, str(LAB_FILE), "node-init", str(lab.dir), node, boot_id],
-                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+        child = start(lab.init_argv(node, boot_id), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
     lab.children[node] = child
     try:
         pid = int(read_line(child, BOOT_TIMEOUT_S))
@@ -456,7 +465,7 @@ def plan_node_pivot(root):
 
 def node_init(arguments):
     """The init process of a node: node-init LAB_DIR NODE BOOT_ID. It talks to start_node over stdin and stdout, builds the node,
-    and then collects the exit statuses of orphaned processes until it is killed."""
+    and then serves it until it is killed."""
     lab_dir, node, boot_id = arguments
     # This /proc is still the host's, so it shows our PID on the host.
     print(os.readlink("/proc/self"), flush=True)
@@ -471,6 +480,11 @@ def node_init(arguments):
     for argv in plan_node_pivot(root):
         must(argv)
     os.chdir("/")
+    serve_as_init()
+
+
+def serve_as_init():
+    """What an init process does once its node is built: say so to start_node, then collect the exit statuses of orphaned processes."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     print("ready", flush=True)
     null = os.open("/dev/null", os.O_RDWR)
@@ -603,6 +617,7 @@ def built_or_undone(lab, nodes, pods, source, kind=KIND):
     try:
         create_lab(lab, nodes, pods, source, kind)
         make_underlay(lab)
+        require_wireguard(lab)
         lab.say(f"underlay: bridge {BRIDGE} in netns {lab.underlay}")
         yield
     except BaseException:

@@ -1,4 +1,4 @@
-"""A real API server for tests: kube-apiserver with etcd, both of which `make kubernetes` puts into .kubernetes. Nothing runs on it: no
+"""A real API server for tests: kube-apiserver with etcd, both of which `make kubernetes` builds. Nothing runs on it: no
 kubelet, no controllers. What it stores, and whom it lets do what, is as in a cluster.
 
     with Kubernetes(directory) as cluster:

@@ -14,7 +14,8 @@ import agent
 
 ROOT = Path(agent.__file__).resolve().parent
 DEPLOY = ROOT / "deploy"
-BINARIES = Path(os.environ.get("MNCNI_KUBERNETES") or ROOT / ".kubernetes")  # what `make kubernetes` makes
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+BINARIES = Path(os.environ.get("MNCNI_KUBERNETES") or CACHE / "mncni-cluster/bin/apiserver")  # what `make kubernetes` makes
 TO_JSON = "import json, sys, yaml; json.dump(list(filter(None, yaml.safe_load_all(sys.stdin.buffer))), sys.stdout)"
 KUBECTL_AT_LEAST = 25  # 1.25; Debian 12's 1.20 has a kustomize that reads none of this
 

@@ -8,10 +8,11 @@
 #   tests/setup.sh venv      .venv alone
 #   tests/setup.sh matrix    debootstrap and what else tests/matrix.sh needs
 #   tests/setup.sh vm        an emulator, Debian's kernel and what else tests/vm.sh needs, and .venv with virtme-ng, too
+#   tests/setup.sh cluster   what deploy/cluster needs, but for Go, of which distributions have old versions, and .venv
 #   tests/setup.sh ci        all of it, and make
 #
 # When all is there it prints nothing and takes milliseconds, so every target can call it every time.
-# Without root it prints the command to run instead; then `demo`, `matrix` and `vm` stop, the others go on with what can run.
+# Without root it prints the command to run instead; then `demo`, `matrix`, `vm` and `cluster` stop, the others go on with what can run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PATH:/usr/sbin:/sbin  # Debian keeps ip, tc and nft there, which are not on an ordinary user's PATH
@@ -39,6 +40,8 @@ main() {
         vm)   need_lab_tools; need pgrep procps; need_tracers; need_vm_tools; need_venv_module; provide || exit 1
               make_venv
               add_virtme ;;
+        cluster) need_lab_tools; need openssl openssl; need_matrix_tools; need_venv_module; provide || exit 1
+              make_venv ;;
         ci)   need make make; need shellcheck shellcheck; need_matrix_tools; need_runtimes
               main test ;;
         *)    sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
