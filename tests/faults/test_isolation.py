@@ -292,7 +292,8 @@ def test_what_pods_address_to_the_bridges_neighbours_is_checked_after_somebody_d
     """The new bridge's ports are as the plugin made them: else such frames would reach the node unchecked."""
 
     def ports():
-        links = json.loads(labs.run([*labs.node_argv(lab, "node1"), "ip", "-json", "-details", "link", "show", "master", "mncni0"])[1] or "[]")
+        look = ["ip", "-json", "-details", "link", "show", "master", "mncni0"]
+        links = json.loads(labs.run([*labs.node_argv(lab, "node1"), *look])[1] or "[]")
         keys = ("hairpin", "guard", "group_fwd_mask")
         return {link["ifname"]: [link["linkinfo"]["info_slave_data"].get(key) for key in keys] for link in links}
 
