@@ -273,6 +273,7 @@ def test_a_pod_that_calls_itself_a_router_is_not_believed(lab):
     try:
         pod_sh(lab, "believer", "echo 1 >/proc/sys/net/ipv6/conf/eth0/accept_ra")
         look = "ip -6 address show; ip -6 route show"
+        labs.wait_until(lambda: "tentative" not in node_sh(lab, "node1", look), 20, "addresses of the new veth, looked at for duplicates")
         before = pod_sh(lab, "pod1", look), node_sh(lab, "node1", look)
         advertise = [*labs.pod_argv(lab, "node1", "web"), labs.PYTHON, "-c", ADVERTISE]
         dropped = "nft list counter bridge mncni_spoof dropped | grep -o 'packets [0-9]*'"
