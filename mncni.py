@@ -1472,19 +1472,24 @@ table {SPOOF} {{
   chain ipv6_of_pod {{ }}
   chain prerouting {{ type filter hook prerouting priority -300; }}
 }}"""
-# What is the same for all pods. Not from a pod: multicast routers (PIM, IGMP and MLD queries), IPv6 routers and redirects. A first fragment
-# without the whole ICMPv6 header matches no rule, so nothing hides in the second. ipv6_of_pod returns what is about neighbours, which
-# stands alone in its packet and has one option at most.
+# What is the same for all pods. Not from a pod: multicast routers (PIM, IGMP and MLD queries), IPv6 routers and redirects, and extension
+# headers, except of fragments and of MLD reports. ipv6_of_pod returns what is about neighbours, which stands alone in its packet and has
+# one option at most. The rules count from the IPv6 header (@nh) and ask for no "meta l4proto", "icmpv6" or "frag": for a frame that a pod
+# made of pages (PACKET_TX_RING) the kernel takes the next header from memory that is not the packet's.
+EXTENSIONS = "{ 0, 43, 44, 51, 58, 60, 103 }"  # and ICMPv6, PIM
+NO_NEIGHBOURS = "{ 1, 2, 3, 4, 128, 129 }"  # ICMPv6: errors and echo
 SPOOF_RULES = (
     ("refused", "counter name dropped drop"),
-    ("ipv4_of_pod", "ip protocol 103 goto refused"),
-    ("ipv4_of_pod", "igmp type { 0x11, 0x30 } goto refused"),
-    ("ipv4_of_pod", "accept"),
-    ("ipv6_of_pod", "ip6 saddr != :: meta l4proto != { 58, 103 } accept"),
-    ("ipv6_of_pod", "ip6 saddr != :: frag frag-off != 0 accept"),
-    ("ipv6_of_pod", "icmpv6 type { 131, 132, 143 } accept"),
-    ("ipv6_of_pod", "ip6 saddr != :: icmpv6 type { 1, 2, 3, 4, 128, 129 } accept"),
-    ("ipv6_of_pod", "ip6 nexthdr 58 ip6 length <= 32 icmpv6 type { 135, 136 } return"),
+    ("ipv4_of_pod", "ip protocol != { 2, 103 } accept"),
+    ("ipv4_of_pod", "ip protocol 2 ip frag-off & 0x3fff == 0 igmp type { 0x12, 0x16, 0x17, 0x22 } accept"),
+    ("ipv4_of_pod", "goto refused"),
+    ("ipv6_of_pod", f"ip6 saddr != :: ip6 nexthdr != {EXTENSIONS} accept"),
+    ("ipv6_of_pod", "ip6 saddr != :: ip6 nexthdr 44 @nh,336,13 != 0 accept"),  # a later fragment
+    ("ipv6_of_pod", f"ip6 saddr != :: ip6 nexthdr 44 @nh,320,8 != {EXTENSIONS} accept"),  # a first one
+    ("ipv6_of_pod", f"ip6 saddr != :: ip6 nexthdr 44 @nh,320,8 58 @nh,384,8 {NO_NEIGHBOURS} accept"),
+    ("ipv6_of_pod", f"ip6 saddr != :: ip6 nexthdr 58 @nh,320,8 {NO_NEIGHBOURS} accept"),
+    ("ipv6_of_pod", "ip6 nexthdr 0 @nh,320,16 0x3a00 @nh,384,8 { 131, 132, 143 } accept"),  # MLD reports, behind one option
+    ("ipv6_of_pod", "ip6 nexthdr 58 ip6 length <= 32 @nh,320,8 { 135, 136 } return"),
     ("ipv6_of_pod", "goto refused"),
     ("prerouting", "iifname vmap @pods"),
 )
@@ -1534,9 +1539,9 @@ def plan_pod_rules(state):
         *(of_ipv4 if ipv4 else []),
         f"ip6 saddr != {{ ::, {', '.join(map(str, ipv6))} }} goto refused",
         "ether type ip6 jump ipv6_of_pod",
-        f"ether type ip6 @th,192,8 {{ 1, 2 }} @th,208,48 != 0x{mac.replace(':', '')} goto refused",  # the MAC in the option
-        f"ether type ip6 @th,64,128 {{ {targets} }} accept",  # the address in question: "mine is", or "is mine in use?"
-        "ip6 saddr != :: icmpv6 type 135 accept",  # who has that address?
+        f"ether type ip6 @nh,512,8 {{ 1, 2 }} @nh,528,48 != 0x{mac.replace(':', '')} goto refused",  # the MAC in the option
+        f"ether type ip6 @nh,384,128 {{ {targets} }} accept",  # the address in question: "mine is", or "is mine in use?"
+        "ip6 saddr != :: @nh,320,8 135 accept",  # who has that address?
         "goto refused",
     ]
     return [(chain, rule) for rule in rules]

@@ -273,6 +273,7 @@ def test_a_pod_that_calls_itself_a_router_is_not_believed(lab):
     try:
         pod_sh(lab, "believer", "echo 1 >/proc/sys/net/ipv6/conf/eth0/accept_ra")
         look = "ip -6 address show; ip -6 route show"
+        labs.wait_until(lambda: "tentative" not in node_sh(lab, "node1", look), 20, "addresses of the new veth, looked at for duplicates")
         before = pod_sh(lab, "pod1", look), node_sh(lab, "node1", look)
         advertise = [*labs.pod_argv(lab, "node1", "web"), labs.PYTHON, "-c", ADVERTISE]
         dropped = "nft list counter bridge mncni_spoof dropped | grep -o 'packets [0-9]*'"
@@ -292,8 +293,8 @@ def test_what_pods_address_to_the_bridges_neighbours_is_checked_after_somebody_d
     """The new bridge's ports are as the plugin made them: else such frames would reach the node unchecked."""
 
     def ports():
-        show = [*labs.node_argv(lab, "node1"), "ip", "-json", "-details", "link", "show", "master", "mncni0"]
-        links = json.loads(labs.run(show)[1] or "[]")
+        look = ["ip", "-json", "-details", "link", "show", "master", "mncni0"]
+        links = json.loads(labs.run([*labs.node_argv(lab, "node1"), *look])[1] or "[]")
         keys = ("hairpin", "guard", "group_fwd_mask")
         return {link["ifname"]: [link["linkinfo"]["info_slave_data"].get(key) for key in keys] for link in links}
 
