@@ -2274,14 +2274,18 @@ class Agent:
         return True, ""
 
     def adopt_services(self):
-        """Take over the networks of Services that the cluster names, or the last known ones, unless --service-cidr names them. Returns
-        whether they have changed. One that contains an address of this node is ignored: it would be cut off."""
+        """Take over the networks of Services that --service-cidr names, or else the cluster, or the last known ones. Returns whether they
+        have changed. One that contains an address of this node is ignored: the node would be cut off."""
         own = self.state["own"]
         own.update({} if self.store.service_cidrs is None else {"serviceCIDRs": self.store.service_cidrs})
-        cidrs, context = tuple(map(ipaddress.ip_network, own.get("serviceCIDRs", ()))), self.context
+        context = self.context
+        named = self.flagged_services or tuple(map(ipaddress.ip_network, own.get("serviceCIDRs", ())))
         mine = (*self.settings.endpoints, *context.internal_ips, *context.endpoints)
-        cidrs = self.flagged_services or tuple(cidr for cidr in cidrs if not any(each in cidr for each in mine))
+        cidrs = tuple(cidr for cidr in named if not any(each in cidr for each in mine))
         changed = cidrs != self.settings.service_cidrs
+        if changed and cidrs != named:
+            ignored = ", ".join(str(cidr) for cidr in named if cidr not in cidrs)
+            log.warning("an address of this node is among those of Services, %s: what is for these may leave in clear", ignored)
         self.context.settings = self.roster.settings = replace(self.settings, service_cidrs=cidrs)
         return changed
 

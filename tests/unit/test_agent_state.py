@@ -560,7 +560,7 @@ def test_networks_of_services_are_the_clusters_and_stay_while_it_does_not_tell()
     assert store.service_cidrs == ["10.97.0.0/16"] and store.changed()
 
 
-def test_networks_of_services_are_taken_over_and_remembered_unless_flags_name_them(bench):
+def test_networks_of_services_are_taken_over_and_remembered_unless_flags_name_them(bench, caplog):
     bench.settle()
     bench.agent.store.service_cidrs = ["10.96.0.0/12", "192.0.2.0/24"]  # the one has this node's address
     assert bench.agent.adopt_services() and not bench.agent.adopt_services()
@@ -572,6 +572,10 @@ def test_networks_of_services_are_taken_over_and_remembered_unless_flags_name_th
     bench.settings = dataclasses.replace(bench.settings, service_cidrs=(ipaddress.ip_network("10.7.0.0/16"),))
     bench.start()
     assert not bench.agent.adopt_services() and bench.agent.settings.service_cidrs == bench.settings.service_cidrs
+    bench.settings = dataclasses.replace(bench.settings, service_cidrs=tuple(map(ipaddress.ip_network, ("10.7.0.0/16", "192.0.0.0/8"))))
+    bench.start()
+    assert bench.agent.adopt_services() and [str(cidr) for cidr in bench.agent.settings.service_cidrs] == ["10.7.0.0/16"]
+    assert "among those of Services, 192.0.0.0/8" in caplog.text and not bench.agent.adopt_services()
 
 
 def test_a_node_that_lies_gains_nothing_by_a_restart_of_the_agent(bench):
