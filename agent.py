@@ -88,6 +88,7 @@ COUNTERS = {  # of the host's firewall: {name: what it counts}
     "leaked": "Packets for the cluster that were about to leave in clear, and were dropped.",
     "refused": "Packets from or to the cluster that came in by neither the bridge nor the tunnel, and were dropped.",
 }
+DROPS = {**COUNTERS, "spoofed": "Packets of pods with another MAC or address than the pod's own, which spoofCheck dropped."}
 DOUBT_S = 120  # how long packets wait for a peer before its endpoint is doubted
 SET_BACK_S = 120  # a clock set back by less does no harm: peers that talk shake hands every two minutes (WireGuard, section 6.1)
 REMAKE_S = 60  # the shortest time between two that a peer is made anew in, see plan_peers
@@ -2497,6 +2498,9 @@ def look_status(settings, run):
     with_figures(status, present)
     with contextlib.suppress(CNIError):
         status["dropped"] = {name: packets for name, (packets, _) in look_firewall(run, "")[1].items()}
+        items = mncni.look_nft(["counter", *mncni.SPOOF.split(), "dropped"], run, "what has spoofCheck dropped?")
+        counters = [item["counter"] for item in items if "counter" in item]
+        status["dropped"]["spoofed"] = sum(counter["packets"] for counter in counters if counter["name"] == "dropped")
     if not status["running"]:
         reasons.append("no agent is running; the network is as the last one left it")
     reasons.append(stranded_text(status.get("stranded", {})))
@@ -2562,7 +2566,7 @@ def format_status(status, now):
     widths = [max(len(row[column]) for row in rows) for column in range(6)] if rows else []
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines += {stranded_text(status.get("stranded", {}))} - {"", status["reason"]}
-    lines += [f"{packets} x {COUNTERS[name].lower()}" for name, packets in status.get("dropped", {}).items() if packets]
+    lines += [f"{packets} x {DROPS[name].lower()}" for name, packets in status.get("dropped", {}).items() if packets]
     lines += [f"{name}: quarantined: {reason}" for name, reason in sorted(status["quarantine"].items())]
     return "\n".join(lines) + "\n"
 
@@ -2588,8 +2592,9 @@ METRICS = {  # name: (type, help)
     "mncni_peer_last_handshake_seconds": ("gauge", "Unix time of the last handshake, 0 for never. That of an idle peer is long ago."),
     "mncni_peer_receive_bytes_total": ("counter", "Bytes received from a node."),
     "mncni_peer_transmit_bytes_total": ("counter", "Bytes sent to a node."),
-    **{f"mncni_{name}_packets_total": ("counter", text) for name, text in COUNTERS.items()},
+    **{f"mncni_{name}_packets_total": ("counter", text) for name, text in DROPS.items()},
     "mncni_leases": ("gauge", "Pods attached to the network."),
+    "mncni_pool_addresses": ("gauge", "Addresses for pods in each pod CIDR of this node. A pod takes one of each."),
     "mncni_stranded_pods": ("gauge", "Running pods without network: their addresses are in no pod CIDR of this node."),
     "mncni_reconcile_seconds_total": ("counter", "Time spent in passes."),
     "mncni_reconcile_passes_total": ("counter", "Passes."),
@@ -2620,6 +2625,8 @@ def plan_metrics(status):
         "mncni_admission_guard": status.get("admission_guard"),
     }
     figures = {(name, ()): figure for name, figure in plain.items() if figure is not None}
+    for cidr in map(ipaddress.ip_network, status.get("podCIDRs", [])):  # all but the network's, the gateway's and IPv4's broadcast address
+        figures["mncni_pool_addresses", (("pod_cidr", str(cidr)),)] = max(0, cidr.num_addresses - (3 if cidr.version == 4 else 2))
     for name, reason in status["quarantine"].items():
         figures["mncni_node_quarantined", (("node", name), ("reason", reason))] = 1
     for peer in status["peers"]:
