@@ -55,13 +55,13 @@ class Relay(ThreadingHTTPServer):
 
 
 class Prometheus:
-    """A Prometheus that scrapes the nodes of a lab each second."""
+    """A Prometheus that scrapes the nodes of a lab every two seconds."""
 
     def __init__(self, lab, relay, directory):
         self.lab, nodes = lab, lab.nodes()
         targets = [{"targets": [f"127.0.0.1:{relay.server_port}"], "labels": {"instance": n, "__metrics_path__": f"/{n}"}} for n in nodes]
         conf = {
-            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "global": {"scrape_interval": "2s", "evaluation_interval": "1s"},
             "rule_files": [str(MONITORING / "rules.yaml")],
             "scrape_configs": [{"job_name": "mncni-agent", "static_configs": targets}],
         }
@@ -108,7 +108,7 @@ def prometheus(tmp_path_factory):
 @pytest.mark.root
 def test_the_dashboards_queries_have_answers(prometheus):
     prometheus.wait("count(up == 1) == 2")
-    prometheus.wait("count(count_over_time(mncni_reconcile_passes_total[10s]) > 5) == 2")
+    prometheus.wait("count(count_over_time(mncni_reconcile_passes_total[10s]) > 2) == 2")
     for title, query in queries():
         if any(word in query for word in NOT_IN_THE_LAB):
             assert prometheus.get("query", query=query) is not None, f"{title}: {query}"  # Prometheus understands it
