@@ -88,6 +88,9 @@ COUNTERS = {  # of the host's firewall: {name: what it counts}
     "leaked": "Packets for pods or Services of the cluster that were about to leave in clear, and were dropped.",
     "refused": "Packets from or to the cluster that came in by neither the bridge nor the tunnel, and were dropped.",
 }
+DROPS = {**COUNTERS, "spoofed": "Packets of pods with another MAC or address than the pod's own, which spoofCheck dropped."}
+EVERYWHERE = tuple(map(ipaddress.ip_network, ("0.0.0.0/0", "::/0")))
+LINES_SHOWN = 16  # of each list that `status` prints
 DOUBT_S = 120  # how long packets wait for a peer before its endpoint is doubted
 SET_BACK_S = 120  # a clock set back by less does no harm: peers that talk shake hands every two minutes (WireGuard, section 6.1)
 REMAKE_S = 60  # the shortest time between two that a peer is made anew in, see plan_peers
@@ -227,6 +230,8 @@ def build_parser(environ):
     for name, text in VERBS:
         kube.add_flags(commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter), FLAGS, environ)
     commands.choices["status"].add_argument("--json", action="store_true", help="print JSON")
+    words = "what the API server knows of every Node; needs no root, but --kubeconfig, and --cluster-cidr to judge all of a record"
+    commands.choices["status"].add_argument("--all-nodes", action="store_true", help=words)
     commands.choices["uninstall"].add_argument("--force", action="store_true", help="even if pods are attached: they lose their network")
     return parser
 
@@ -492,6 +497,11 @@ class KubernetesStore(Store):
     def note(self, name, what, message):
         self.notes.append((name, what, message))
         self.work.set()
+
+    def look_all(self):
+        """{name: (see self.own, Seen)} of all Nodes, read once. ApiError."""
+        items = self.api.list(NODES)[0]
+        return {name: (own, self._parse_node(item)[1]) for item in items for name, own in [self._parse_own(item)]}
 
     def _tell(self, what, trouble):
         """Remember why something fails, "" if it does not."""
@@ -2530,6 +2540,9 @@ def look_status(settings, run):
     with_figures(status, present)
     with contextlib.suppress(CNIError):
         status["dropped"] = {name: packets for name, (packets, _) in look_firewall(run, "")[1].items()}
+        items = mncni.look_nft(["counter", *mncni.SPOOF.split(), "dropped"], run, "what has spoofCheck dropped?")
+        counters = [item["counter"] for item in items if "counter" in item]
+        status["dropped"]["spoofed"] = sum(counter["packets"] for counter in counters if counter["name"] == "dropped")
     if not status["running"]:
         reasons.append("no agent is running; the network is as the last one left it")
     reasons.append(stranded_text(status.get("stranded", {})))
@@ -2573,32 +2586,100 @@ def with_figures(status, present):
 
 
 def format_status(status, now):
-    """The status as text for people. now: Unix time."""
+    """The status as text for people, on one screen: what is there, what is wrong, then the peers, those with trouble first. now: Unix
+    time."""
     word = "ok" if status["ok"] else "not ok"
     lines = [f"node {status['node']}: {word}" + (f": {status['reason']}" if status["reason"] else "")]
-    if status.get("store"):
-        lines.append(f"node store: {status['store']}")
-    lines += [f"Services: {status['services']}"] if status.get("services") else []
-    if "admission_guard" in status:
-        missing = f"MISSING: {'; '.join(status.get('unguarded') or ['any node can write any record'])}"
-        words = {True: "refuses wrong records, and those of other nodes", False: missing}
-        lines.append(f"admission policies: {words.get(status['admission_guard'], 'unknown')}")
     if status.get("podCIDRs"):
         endpoints = ", ".join(status["endpoints"])
         lines.append(f"pods {', '.join(status['podCIDRs'])}, MTU {status['mtu']}, endpoint {endpoints}")
         lines.append(f"key {status['publicKey']}, {age_text(now - status['keyTime'])} old")
         lines += [f"a new key waits until the node store has it: {status['nextKey']}"] if status["nextKey"] else []
-    rows = [("PEER", "ENDPOINT", "PODS", "HANDSHAKE", "RECEIVED", "SENT")] if status["peers"] else []
-    for peer in status["peers"]:
-        since = f"{max(0, int(now - peer['handshake']))} s ago" if peer["handshake"] else "never"
-        handshake = since if peer["present"] else "not a peer yet"
-        rows.append((peer["name"], peer["endpoint"], ", ".join(peer["podCIDRs"]), handshake, f"{peer['rx']} B", f"{peer['tx']} B"))
-    widths = [max(len(row[column]) for row in rows) for column in range(6)] if rows else []
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    if "admission_guard" in status:
+        missing = f"MISSING: {'; '.join(status.get('unguarded') or ['any node can write any record'])}"
+        words = {True: "refuses wrong records, and those of other nodes", False: missing}
+        lines.append(f"admission policies: {words.get(status['admission_guard'], 'unknown')}")
+    if status.get("store"):
+        lines.append(f"node store: {status['store']}")
+    lines += [f"Services: {status['services']}"] if status.get("services") else []
     lines += {stranded_text(status.get("stranded", {}))} - {"", status["reason"]}
-    lines += [f"{packets} x {COUNTERS[name].lower()}" for name, packets in status.get("dropped", {}).items() if packets]
-    lines += [f"{name}: quarantined: {reason}" for name, reason in sorted(status["quarantine"].items())]
-    return "\n".join(lines) + "\n"
+    lines += [f"{packets} x {DROPS[name].lower()}" for name, packets in status.get("dropped", {}).items() if packets]
+    lines += shortened([f"{name}: quarantined: {reason}" for name, reason in sorted(status["quarantine"].items())])
+    return "\n".join([*lines, *format_peers(status["peers"], now)]) + "\n"
+
+
+def look_all_nodes(settings, store):
+    """What the API server knows of all Nodes: [{"node", "podCIDRs", "condition", "record", "trouble"}]. The records are judged as a node
+    would that is none of these. ApiError."""
+    found, none = store.look_all(), {"node_name": "", "pod_cidrs": (), "cluster_cidrs": settings.cluster_cidrs or EVERYWHERE}
+    roster = Roster(replace(settings, **none))
+    roster.facts = {name: seen.facts for name, (_, seen) in found.items()}
+    records = {name: seen.text for name, (_, seen) in found.items() if seen.text is not None}
+    believed, quarantine = roster.judge(records, "", [network.network_address for network in EVERYWHERE])
+    rows = []
+    for name, (own, _) in found.items():
+        condition = own["condition"]
+        up = {"False": "up", "True": f"down ({condition.get('reason')})"}.get(condition.get("status"), "unknown")
+        record = "good" if name in believed else "refused" if name in quarantine else "none"
+        trouble = quarantine.get(name, "")
+        trouble = trouble or ("" if own["podCIDRs"] else "no pod CIDR: see nodeipam, or the control plane's node IPAM")
+        trouble = trouble or ("" if name in records else "no record: no agent has run there, or it cannot write")
+        trouble = trouble or ("" if up == "up" else "`agent.py status` on that node says why")
+        rows.append({"node": name, "podCIDRs": own["podCIDRs"], "condition": up, "record": record, "trouble": trouble})
+    return sorted(rows, key=lambda row: (not row["trouble"], row["node"]))
+
+
+def show_all_nodes(settings, store, as_json):
+    """Print what the API server knows of all Nodes. Returns the exit code. ApiError."""
+    rows = look_all_nodes(settings, store)
+    sys.stdout.write(json.dumps(rows, indent=2) + "\n" if as_json else format_all_nodes(rows))
+    return FAILED if any(row["trouble"] for row in rows) else OK
+
+
+def format_all_nodes(rows):
+    """Rows of look_all_nodes as text for people: one line for each Node, those with trouble first."""
+    cells = [(row["node"], row["condition"], row["record"], ", ".join(row["podCIDRs"]) or "-", row["trouble"]) for row in rows]
+    lines = [f"{sum(not row['trouble'] for row in rows)} of {len(rows)} nodes are well"]
+    return "\n".join(lines + table_lines([("NODE", "NETWORK", "RECORD", "PODS", "TROUBLE"), *cells])) + "\n"
+
+
+def format_peers(peers, now):
+    """The lines of the table of peers. First those that WireGuard has not, then those that have not answered what was sent, then those
+    that were never spoken to, then the others by their last handshake."""
+
+    def trouble(peer):
+        return peer["present"], peer["handshake"] > 0, peer["tx"] == 0, peer["handshake"]
+
+    if not peers:
+        return []
+    rows = [("PEER", "ENDPOINT", "PODS", "HANDSHAKE", "RECEIVED", "SENT")]
+    for peer in sorted(peers, key=trouble):
+        since = f"{age_text(now - peer['handshake'])} ago" if peer["handshake"] else "never"
+        handshake = since if peer["present"] else "not a peer yet"
+        rows.append((peer["name"], peer["endpoint"], ", ".join(peer["podCIDRs"]), handshake, size_text(peer["rx"]), size_text(peer["tx"])))
+    met = sum(peer["handshake"] > 0 for peer in peers)
+    return [f"{met} of {len(peers)} peers have shaken hands", *shortened(table_lines(rows))]
+
+
+def table_lines(rows):
+    """Rows of cells as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def shortened(lines):
+    """The first lines of a long list, and how many more there are."""
+    more = len(lines) - LINES_SHOWN
+    return [*lines[:LINES_SHOWN], f"... and {more} more: --json shows them"] if more > 1 else lines
+
+
+def size_text(number):
+    """A number of bytes with three digits or more, such as "12.3 MB"."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if number < 1000 or unit == "TB":
+            return f"{number:.4g} {unit}"
+        number /= 1000
+    return ""
 
 
 def age_text(seconds):
@@ -2622,8 +2703,9 @@ METRICS = {  # name: (type, help)
     "mncni_peer_last_handshake_seconds": ("gauge", "Unix time of the last handshake, 0 for never. That of an idle peer is long ago."),
     "mncni_peer_receive_bytes_total": ("counter", "Bytes received from a node."),
     "mncni_peer_transmit_bytes_total": ("counter", "Bytes sent to a node."),
-    **{f"mncni_{name}_packets_total": ("counter", text) for name, text in COUNTERS.items()},
+    **{f"mncni_{name}_packets_total": ("counter", text) for name, text in DROPS.items()},
     "mncni_leases": ("gauge", "Pods attached to the network."),
+    "mncni_pool_addresses": ("gauge", "Addresses for pods in each pod CIDR of this node. A pod takes one of each."),
     "mncni_stranded_pods": ("gauge", "Running pods without network: their addresses are in no pod CIDR of this node."),
     "mncni_reconcile_seconds_total": ("counter", "Time spent in passes."),
     "mncni_reconcile_passes_total": ("counter", "Passes."),
@@ -2654,6 +2736,8 @@ def plan_metrics(status):
         "mncni_admission_guard": status.get("admission_guard"),
     }
     figures = {(name, ()): figure for name, figure in plain.items() if figure is not None}
+    for cidr in map(ipaddress.ip_network, status.get("podCIDRs", [])):  # all but the network's, the gateway's and IPv4's broadcast address
+        figures["mncni_pool_addresses", (("pod_cidr", str(cidr)),)] = max(0, cidr.num_addresses - (3 if cidr.version == 4 else 2))
     for name, reason in status["quarantine"].items():
         figures["mncni_node_quarantined", (("node", name), ("reason", reason))] = 1
     for peer in status["peers"]:
@@ -2778,7 +2862,7 @@ def main(arguments, environ):
     kube.start_log(environ)
     try:
         return run_command(parser, options, environ)
-    except (CNIError, OSError) as error:
+    except (CNIError, ApiError, OSError) as error:
         locked = getattr(error, "code", 0) == mncni.TRY_AGAIN
         log.error("%s", f"another agent runs here: stop it first ({error})" if locked else error)
         return RUNNING_ALREADY if locked else FAILED
@@ -2797,10 +2881,14 @@ def run_command(parser, options, environ):
         parser.error("--nodes-dir and --kubeconfig are two node stores: give one")
     if settings.pod_cidrs and not settings.nodes_dir:
         parser.error("--pod-cidr is for --nodes-dir: a cluster tells its nodes their pod CIDRs (spec.podCIDRs)")
+    run = mncni.make_run(environ)
+    if options.command == "status" and options.all_nodes:
+        if settings.nodes_dir or not cluster:
+            parser.error("--all-nodes asks an API server: give --kubeconfig")
+        return show_all_nodes(settings, make_store(settings, environ, run, None), options.json)
     if os.geteuid() != 0:
         log.error("agent.py %s needs root: run it with sudo", options.command)
         return FAILED
-    run = mncni.make_run(environ)
     if options.command == "status":
         status = look_status(settings, run)
         sys.stdout.write(json.dumps(status, indent=2) + "\n" if options.json else format_status(status, time.time()))

@@ -584,3 +584,37 @@ def test_5000_nodes_are_synced_in_5_s_and_100_mb_and_a_change_is_cheap(tmp_path,
     )
     assert first["cpu_s"] <= 5 and first["rss_mb"] <= 100
     assert change_s <= 0.15 and beat_s <= 0.0004  # the limits are for a machine that does nothing else
+
+
+def test_status_of_all_nodes_comes_from_the_api_server_alone(tmp_path, capsys):
+    """One line for each Node, trouble first. No agent runs here."""
+
+    def put(number, condition=UP, **changes):
+        node = node_of(number, **changes)
+        node["status"]["conditions"] = [condition]
+        server.put("nodes", node)
+
+    def lines(*words):
+        code = agent.main(["status", "--all-nodes", "--kubeconfig", str(kubeconfig), "--cluster-cidr", "10.244.0.0/16", *words], {})
+        return code, [line.split(None, 4) for line in capsys.readouterr().out.splitlines()]
+
+    with ApiServer() as server:
+        kubeconfig = server.kubeconfig(tmp_path / "kubeconfig", USER, node="n1")
+        put(1)
+        put(2)
+        assert lines() == (agent.OK, [["2", "of", "2", "nodes", "are well"], HEADER, ["n1", "up", "good", "10.244.1.0/24"], WELL_2])
+        put(3, record='{"v": 3}')
+        put(4, record=False)
+        put(5, DOWN)
+        put(6, key=key_of(1))
+        code, (summary, _, *rows) = lines()
+        assert (code, summary) == (agent.FAILED, ["2", "of", "6", "nodes", "are well"])
+        assert [row[0] for row in rows] == ["n3", "n4", "n5", "n6", "n1", "n2"]
+        trouble = {row[0]: row[-1] for row in rows[:4]}
+        assert "version is 3" in trouble["n3"] and "no record" in trouble["n4"] and "agent.py status" in trouble["n5"]
+        assert "key" in trouble["n6"]
+        assert rows[2][1:3] == ["down", "(MncniIsDown)"]
+
+
+HEADER = ["NODE", "NETWORK", "RECORD", "PODS", "TROUBLE"]
+WELL_2 = ["n2", "up", "good", "10.244.2.0/24"]

@@ -15,7 +15,8 @@ STATUS = {
     "reason": "",
     "store": "",
     "admission_guard": None,
-    "dropped": {"leaked": 3, "refused": 4},
+    "dropped": {"leaked": 3, "refused": 4, "spoofed": 5},
+    "podCIDRs": ["10.244.1.0/24", "fd00:10:244:1::/64"],
     "keyTime": 1700000000,
     "leases": 2,
     "peers": [{"name": "node2", "handshake": 1700000000, "rx": 10, "tx": 20}],
@@ -58,6 +59,12 @@ def test_there_are_figures_before_the_first_pass(tmp_path):
 def test_what_is_unknown_has_no_figure():
     assert "admission_guard" not in metrics()
     assert "mncni_admission_guard 0" in metrics(admission_guard=False)
+
+
+def test_a_pool_is_what_pods_can_have():
+    lines = metrics().splitlines()
+    assert 'mncni_pool_addresses{pod_cidr="10.244.1.0/24"} 253' in lines
+    assert 'mncni_pool_addresses{pod_cidr="fd00:10:244:1::/64"} 1.84467440737096e+19' in lines
 
 
 def test_labels_are_escaped():

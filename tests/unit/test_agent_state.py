@@ -1337,6 +1337,19 @@ def test_status_before_any_agent_ran(bench):
     assert not status["ok"] and "no agent has run here" in agent.format_status(status, 0)
 
 
+def test_status_of_many_peers_fits_on_a_screen_and_begins_with_those_in_trouble():
+    common = {"endpoint": "192.0.2.1:28384", "podCIDRs": ["10.244.1.0/24"], "rx": 123456789, "tx": 0, "present": True, "handshake": 1000}
+    peers = [{**common, "name": f"node{number}"} for number in range(500)]
+    peers[300].update(present=False)
+    peers[200].update(handshake=0, tx=1480)
+    peers[100].update(handshake=0)
+    lines = agent.format_peers(peers, now=1090)
+    assert len(lines) < 24 and lines[0] == "498 of 500 peers have shaken hands"
+    assert [line.split()[0] for line in lines[2:6]] == ["node300", "node200", "node100", "node0"]
+    assert "not a peer yet" in lines[2] and "1.48 kB" in lines[3] and "1 m ago" in lines[5] and "123.5 MB" in lines[5]
+    assert lines[-1] == "... and 485 more: --json shows them"
+
+
 def test_status_of_a_healthy_node(running):
     status = status_of(running)
     assert (status["ok"], status["running"], [peer["name"] for peer in status["peers"]]) == (True, True, ["n1", "n2"])
@@ -1345,10 +1358,11 @@ def test_status_of_a_healthy_node(running):
         "node self: ok\n"
         f"pods 10.244.255.0/24, MTU 1400, endpoint 192.0.2.1\n"
         f"key {running.run.public()}, 0 s old\n"
+        "4 x packets from or to the cluster that came in by neither the bridge nor the tunnel, and were dropped.\n"
+        "0 of 2 peers have shaken hands\n"
         "PEER  ENDPOINT           PODS           HANDSHAKE  RECEIVED  SENT\n"
         "n1    198.51.100.9:4711  10.244.1.0/24  never      0 B       0 B\n"
         "n2    192.0.2.2:28384    10.244.2.0/24  never      0 B       0 B\n"
-        "4 x packets from or to the cluster that came in by neither the bridge nor the tunnel, and were dropped.\n"
     )
 
 
