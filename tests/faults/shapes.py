@@ -6,6 +6,7 @@ inspect(command) raises AssertionError for a command that is none of these, has 
 import re
 
 import agent
+import mncni
 
 WORDS = {
     "NAME": r"""(?!\.{1,2}(?![^\s/:"'\\#*]))[^\s/:"'\\#*\x00-\x1f\x7f-\xa0]{1,15}""",
@@ -29,13 +30,14 @@ IP_LINES = (
     "route show default",
     *("(?:address|link) show(?: dev <NAME>| scope global)?", "link show type (?:veth|ifb)", "netconf show"),
     *("route show table (?:all(?: default| root <PREFIX>)?|main proto 201)", "route get <ADDRESS>"),
-    *("link add name <NAME> (?:mtu <NUMBER> )?address <MAC> type bridge", "link add name mncni-wg0 type wireguard"),
+    *("link add name <NAME> (?:mtu <NUMBER> )?address <MAC> type bridge(?: no_linklocal_learn 1)?", "link add name mncni-wg0 type wireguard"),
     "link add name <NAME> (?:mtu <NUMBER> )?address <MAC> type veth peer name <NAME> netns <NETNS> (?:mtu <NUMBER> )?address <MAC>",
     *("link (?:set dev <NAME>|delete) group <NUMBER>",
     "link add name <NAME> mtu <NUMBER> (?:address <MAC> )?type ifb", "link set dev <NAME>(?: mtu <NUMBER>)?(?: up)?",
         "link delete dev <NAME>"),
     *(f"link set dev <NAME> alias {ALIAS}(?: master <NAME>)?(?: up)?", "link set dev <NAME> master <NAME> up"),
-    *("link set dev <NAME> type bridge_slave hairpin on guard on group_fwd_mask 0xfffd", "link set dev mncni-wg0 netns <NETNS>"),
+    *("link set dev <NAME> type bridge no_linklocal_learn 1",
+    "link set dev <NAME> type bridge_slave(?: hairpin on)?(?: guard on group_fwd_mask 0xfffd)?", "link set dev mncni-wg0 netns <NETNS>"),
     *("address (?:delete|replace) <PREFIX> dev <NAME>(?: nodad)?", r"address add <PREFIX> dev <NAME> (?:nodad|brd \+)"),
     f"route prepend <PREFIX>(?: via <ADDRESS>)? dev <NAME>{METRICS}",
     "route (?:replace|delete) (?:[A-Za-z]+ )?<PREFIX>(?: via <ADDRESS>)?(?: dev <NAME>)?(?: src "
@@ -79,9 +81,21 @@ NFT_LINES = (
                 "all",
             ),
             ('postrouting ct status dnat ip saddr 127.0.0.0/8 oifname "<NAME>" masquerade fully-random', "all"),
+            (
+                'replies iifname "<NAME>" ct status dnat ct direction reply ct original ip [sd]addr 127.0.0.0/8 '
+                "meta mark set meta mark \\| 0x1270000",
+                "all",
+            ),
             ('guard iifname "<NAME>" ip [sd]addr 127.0.0.0/8 drop', "all"),
         )
     ),
+    *map(re.escape, mncni.SPOOF_CHAINS.split("\n")),
+    *(re.escape(f"add rule {mncni.SPOOF} {chain} {rule} comment ") + '"<HASH>"' for chain, rule in mncni.SPOOF_RULES),
+    'add rule bridge mncni_spoof <NAME> [a-z0-9:.,{}@!=_ ]+ comment "<HASH>"',  # of one pod
+    "(?:add|flush|delete) chain bridge mncni_spoof <NAME>",
+    '(?:add|delete) element bridge mncni_spoof pods \\{ "<NAME>"(?: : jump <NAME>)? \\}',
+    "table bridge mncni_spoof \\{ map pods \\{ type ifname : verdict; \\}; \\}",
+    "(?:create |delete )?table bridge mncni_spoof",
     "flush table inet mncni_portmap",
     "create table inet mncni_portmap",
     "add table inet mncni_masq",
@@ -114,8 +128,11 @@ COMMANDS = (  # the whole argv, its words joined by NUL
     "tc -batch -",
     "nft -f -",
     "ip link delete dev <NAME>",
-    "nft -j list (?:table inet mncni(?:_portmap|_masq)?)",
-    "tc -json (?:qdisc|filter) show dev <NAME>(?: ingress)?",
+    "nft -j list counter bridge mncni_spoof dropped",
+    "nft -j list table (?:inet mncni(?:_portmap|_masq)?|bridge mncni_spoof)",
+    "tc -json (?:qdisc|filter) show dev <NAME>(?: ingress)?(?: pref 127)?",
+    "tc qdisc add dev <NAME> ingress",
+    "tc filter replace dev <NAME> ingress pref 127 handle 1 protocol ip bpf bytecode [0-9,\\s]+ action mirred egress redirect dev <NAME>",
     "ip -[46] -oneline route show table all type unicast dev <NAME>",
     "tc qdisc replace dev <NAME> root netem(?: [a-z0-9.%]+)+",
     "tc qdisc delete dev <NAME> root",
@@ -155,7 +172,7 @@ def inspect(command):
         return
     assert ARGV.fullmatch("\0".join(argv)), f"no command of ours: {argv!r}"[:2000]
     assert not command.environ
-    is_batch = argv[0] in BATCHES and (argv[0] == "tee" or argv[-1] == "-")
+    is_batch = argv[0] in BATCHES and (argv[0] == "tee" or argv[-2:] in (["-batch", "-"], ["-f", "-"]))
     assert is_batch or not command.stdin, f"{argv} gets {command.stdin!r}"
     for line in command.stdin.split("\n")[:-1] if is_batch else ():
         assert BATCHES[argv[0]].fullmatch(line), f"{argv[0]} would get the line {line!r}"[:2000]

@@ -6,6 +6,7 @@ Good inputs to begin with are the golden cases' (tests/cases), whose commands al
 
 import contextlib
 import dataclasses
+import functools
 import io
 import ipaddress
 import json
@@ -240,6 +241,7 @@ MORE_CONFS = [  # of keys that no golden case has
     },
     {
         "plugin": ["naivewg", "portmap", "bandwidth", "lat"],
+        "spoofCheck": True,
         "ipam": {"dataDir": "{TMP}/data", "ranges": [[{"subnet": "10.88.0.0/24"}], [{"subnet": "fd00::/64"}]]},
         "runtimeConfig": {
             "portMappings": [{"hostPort": 53, "containerPort": 53, "protocol": "udp", "hostIP": "192.0.2.1"}],
@@ -323,6 +325,7 @@ STATE_FILES = {  # as an ADD leaves them, and what lies beside them
     "data/net/10.88.0.9": "c9\neth0\n{BOOT_ID}\n",
     "data/net/attachments/KEY": "c1\neth0\n{BOOT_ID}\n10.88.0.2\nfd00::2\n",
     "data/net/last.0": "10.88.0.2\n",
+    "run/spoof/KEY": json.dumps({"owner": ["net", "c1", "eth0"], "mac": "0a:58:0a:58:00:02", "addresses": ["10.88.0.2", "fd00::2"]}),
     "run/portmap/KEY": json.dumps(
         {
             "owner": ["net", "c1", "eth0"],
@@ -355,7 +358,7 @@ def test_state_files_of_the_plugin(feed, plugin, ram):
             text = STATE_FILES[name]
             parts[name] = fuzz.mutated_json(text) if text.startswith("{") else fuzz.mutated_text(text)
         if fuzz.random() < 0.2:
-            directory = fuzz.choice(("data/net/", "data/net/attachments/", "run/portmap/"))
+            directory = fuzz.choice(("data/net/", "data/net/attachments/", "run/portmap/", "run/spoof/"))
             parts[directory + fuzz.hostile_text()[:200].replace("/", "_")] = fuzz.hostile_text()
         return parts
 
@@ -379,7 +382,7 @@ def test_state_files_of_the_plugin(feed, plugin, ram):
         call = {**golden.DEFAULTS, "CNI_COMMAND": parts["CNI_COMMAND"] or "DEL", "stdin": json.dumps(conf)}
         taken = plugin.call(call, "", Kernel([]), lay=lay)
         assert lease.exists(), "a file outside was removed"
-        mncni.restore_portmap(str(plugin.root / "run"), Kernel([]))
+        mncni.restore_tables(str(plugin.root / "run"), Kernel([]))
         return taken
 
     feed("state files of the plugin", make, check)
@@ -1081,7 +1084,7 @@ def test_answers_of_commands_to_the_agent(feed, ram, caplog):
     stages = [
         *agent.FLOOR,
         *(stage for stage in agent.STAGES if stage is not agent.ensure_host_ports),
-        agent.ensure_peers,
+        functools.partial(agent.ensure_peers, now=0),
         agent.look_device,
     ]
     nodes = agent.Roster(settings).judge(HONEST, key_of(999), (V4,))[0]
