@@ -62,7 +62,7 @@ class Prometheus:
         targets = [{"targets": [f"127.0.0.1:{relay.server_port}"], "labels": {"instance": n, "__metrics_path__": f"/{n}"}} for n in nodes]
         conf = {
             "global": {"scrape_interval": "2s", "evaluation_interval": "1s"},
-            "rule_files": [str(MONITORING / "rules.yaml")],
+            "rule_files": [str(MONITORING / "rules.yml")],
             "scrape_configs": [{"job_name": "mncni-agent", "static_configs": targets}],
         }
         (directory / "prometheus.yml").write_text(json.dumps(conf))
@@ -138,17 +138,17 @@ def promtool(*arguments):
 
 
 def test_the_rules_fire_when_they_should():
-    promtool("check", "rules", MONITORING / "rules.yaml")
-    promtool("test", "rules", ROOT / "tests/monitoring/rules-test.yaml")
+    promtool("check", "rules", MONITORING / "rules.yml")
+    promtool("test", "rules", ROOT / "tests/monitoring/rules-test.yml")
 
 
 def test_prometheus_understands_the_scrape_configuration(tmp_path):
     """Debian builds Prometheus without its discovery of pods, so all but that is checked."""
     if yaml_missing():
         pytest.skip(yaml_missing())
-    conf = load("deploy/monitoring/scrape.yaml")[0]
+    conf = load("deploy/monitoring/scrape.yml")[0]
     for job in conf["scrape_configs"]:
         assert job.pop("kubernetes_sd_configs")[0]["role"] == "pod"
     (tmp_path / "prometheus.yml").write_text(json.dumps(conf))
-    shutil.copy(MONITORING / "rules.yaml", tmp_path)
+    shutil.copy(MONITORING / "rules.yml", tmp_path)
     promtool("check", "config", tmp_path / "prometheus.yml")

@@ -29,7 +29,7 @@ IP_LINES = (
     "route show default",
     *("(?:address|link) show(?: dev <NAME>| scope global)?", "link show type (?:veth|ifb)", "netconf show"),
     *("route show table (?:all(?: default| root <PREFIX>)?|main proto 201)", "route get <ADDRESS>"),
-    *("link add name <NAME> (?:mtu <NUMBER> )?address <MAC> type bridge", "link add name mncni-wg0 type wireguard"),
+    *("link add name <NAME> (?:mtu <NUMBER> )?address <MAC> type bridge no_linklocal_learn 1", "link add name mncni-wg0 type wireguard"),
     "link add name <NAME> (?:mtu <NUMBER> )?address <MAC> type veth peer name <NAME> netns <NETNS> (?:mtu <NUMBER> )?address <MAC>",
     *("link (?:set dev <NAME>|delete) group <NUMBER>",
     "link add name <NAME> mtu <NUMBER> (?:address <MAC> )?type ifb", "link set dev <NAME>(?: mtu <NUMBER>)?(?: up)?",
@@ -80,6 +80,11 @@ NFT_LINES = (
             ),
             ('postrouting ct status dnat ip saddr 127.0.0.0/8 oifname "<NAME>" masquerade fully-random', "all"),
             ('guard iifname "<NAME>" ip [sd]addr 127.0.0.0/8 drop', "all"),
+            (
+                'replies iifname "<NAME>" ct status dnat ct direction reply ct original ip [sd]addr 127.0.0.0/8 '
+                "meta mark set meta mark \\| 0x1270000",
+                "all",
+            ),
         )
     ),
     "flush table inet mncni_portmap",
@@ -119,6 +124,10 @@ COMMANDS = (  # the whole argv, its words joined by NUL
     "ip -[46] -oneline route show table all type unicast dev <NAME>",
     "tc qdisc replace dev <NAME> root netem(?: [a-z0-9.%]+)+",
     "tc qdisc delete dev <NAME> root",
+    "tc qdisc add dev <NAME> ingress",
+    "tc filter replace dev <NAME> ingress pref 127 handle 1 protocol ip bpf bytecode [0-9,\\x20]+ action mirred egress redirect dev <NAME>",
+    "tc -json filter show dev <NAME> ingress pref 127",
+    "tc filter delete dev <NAME> ingress pref 127",
     "tee(?: <SYSCTL>)+",
     "mncni.py forget-flows(?: (?:<ADDRESS>/)?<NUMBER>)+",
     "ip netns (?:add|delete) <NAME>",
