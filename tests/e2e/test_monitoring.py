@@ -118,6 +118,16 @@ def test_the_dashboards_queries_have_answers(prometheus):
 
 
 @pytest.mark.root
+def test_what_a_pod_sends_with_anothers_address_is_counted(prometheus):
+    pod = labs.pod_argv(prometheus.lab, "node1", "pod1")
+    labs.must([*pod, "ip", "address", "add", "10.244.1.99/32", "dev", "eth0"])
+    assert labs.run([*pod, "ping", "-n", "-c1", "-W1", "-I", "10.244.1.99", "10.244.1.1"])[0] != 0
+    prometheus.wait('mncni_spoofed_packets_total{instance="node1"} > 0')
+    labs.must([*pod, "ip", "address", "delete", "10.244.1.99/32", "dev", "eth0"])
+    assert prometheus.ask('mncni_spoofed_packets_total{instance="node2"} > 0') == []
+
+
+@pytest.mark.root
 def test_a_healthy_lab_raises_no_alert(prometheus):
     prometheus.wait("count(up == 1) == 2")
     rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
