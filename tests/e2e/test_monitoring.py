@@ -62,7 +62,7 @@ class Prometheus:
         targets = [{"targets": [f"127.0.0.1:{relay.server_port}"], "labels": {"instance": n, "__metrics_path__": f"/{n}"}} for n in nodes]
         conf = {
             "global": {"scrape_interval": "2s", "evaluation_interval": "1s"},
-            "rule_files": [str(MONITORING / "rules.yaml")],
+            "rule_files": [str(MONITORING / "rules.yml")],
             "scrape_configs": [{"job_name": "mncni-agent", "static_configs": targets}],
         }
         (directory / "prometheus.yml").write_text(json.dumps(conf))
@@ -118,6 +118,16 @@ def test_the_dashboards_queries_have_answers(prometheus):
 
 
 @pytest.mark.root
+def test_what_a_pod_sends_with_anothers_address_is_counted(prometheus):
+    pod = labs.pod_argv(prometheus.lab, "node1", "pod1")
+    labs.must([*pod, "ip", "address", "add", "10.244.1.99/32", "dev", "eth0"])
+    assert labs.run([*pod, "ping", "-n", "-c1", "-W1", "-I", "10.244.1.99", "10.244.1.1"])[0] != 0
+    prometheus.wait('mncni_spoofed_packets_total{instance="node1"} > 0')
+    labs.must([*pod, "ip", "address", "delete", "10.244.1.99/32", "dev", "eth0"])
+    assert prometheus.ask('mncni_spoofed_packets_total{instance="node2"} > 0') == []
+
+
+@pytest.mark.root
 def test_a_healthy_lab_raises_no_alert(prometheus):
     prometheus.wait("count(up == 1) == 2")
     rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
@@ -138,17 +148,17 @@ def promtool(*arguments):
 
 
 def test_the_rules_fire_when_they_should():
-    promtool("check", "rules", MONITORING / "rules.yaml")
-    promtool("test", "rules", ROOT / "tests/monitoring/rules-test.yaml")
+    promtool("check", "rules", MONITORING / "rules.yml")
+    promtool("test", "rules", ROOT / "tests/monitoring/rules-test.yml")
 
 
 def test_prometheus_understands_the_scrape_configuration(tmp_path):
     """Debian builds Prometheus without its discovery of pods, so all but that is checked."""
     if yaml_missing():
         pytest.skip(yaml_missing())
-    conf = load("deploy/monitoring/scrape.yaml")[0]
+    conf = load("deploy/monitoring/scrape.yml")[0]
     for job in conf["scrape_configs"]:
         assert job.pop("kubernetes_sd_configs")[0]["role"] == "pod"
     (tmp_path / "prometheus.yml").write_text(json.dumps(conf))
-    shutil.copy(MONITORING / "rules.yaml", tmp_path)
+    shutil.copy(MONITORING / "rules.yml", tmp_path)
     promtool("check", "config", tmp_path / "prometheus.yml")
