@@ -58,6 +58,7 @@ TIDY = (  # what differs between two that are the same: state that comes and goe
     (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "UUID"),
     (r"\d{4}-\d\d-\d\dT[\d:]+Z", "TIME"),
     (r'"pid": \d+', "PID"),
+    (r'"keyTime": \d+', "TIME"),
 )
 WAYS_OUT = "; ".join(f"ip -oneline route get {address} 2>&1" for address in ("10.244.9.9", "fd00:244:9::9"))
 POD_CIDRS = ["10.244.1.0/24", "fd00:244:1::/64"]

@@ -130,7 +130,7 @@ def test_what_a_pod_sends_from_another_address_dies_at_its_veth_and_at_the_bridg
                 assert probe_from_pod(lab, own[family], target) == {"came": COUNT, "went": COUNT}, "from its own address it gets through"
                 assert probe_from_pod(lab, address, target) == {"came": 0, "went": 0}
             with without_spoof_check(lab, "node1"):
-                for target in targets[family]:
+                for target in set(targets[family]) - {address}:
                     assert probe_from_pod(lab, address, target) == {"came": COUNT, "went": 0}
         finally:
             pod_sh(lab, "pod1", f"ip address delete {address}/{length} dev eth0")

@@ -69,4 +69,5 @@ def test_a_host_port_leads_to_the_pod_from_everywhere_and_goes_with_it(asked_by,
         pod.remove()
         assert ask(labs.node_argv(lab, other_node), protocol, address) == ["nothing"]
     neighbour.remove()
-    assert node.changes_since(before) == []
+    # The hook of the filter against 127.0.0.1 stays with the bridge, as the bridge itself does.
+    assert [change for change in node.changes_since(before) if "qdisc ingress ffff: dev mncni0" not in change] == []
