@@ -90,7 +90,7 @@ COUNTERS = {  # of the host's firewall: {name: what it counts}
 }
 DROPS = {**COUNTERS, "spoofed": "Packets of pods with another MAC or address than the pod's own, which spoofCheck dropped."}
 EVERYWHERE = tuple(map(ipaddress.ip_network, ("0.0.0.0/0", "::/0")))
-LINES_SHOWN = 16  # of each list that `status` prints
+LINES_SHOWN = 16  # of the table of peers that `status` prints
 DOUBT_S = 120  # how long packets wait for a peer before its endpoint is doubted
 SET_BACK_S = 120  # a clock set back by less does no harm: peers that talk shake hands every two minutes (WireGuard, section 6.1)
 REMAKE_S = 60  # the shortest time between two that a peer is made anew in, see plan_peers
@@ -2428,7 +2428,8 @@ class Agent:
     def save_state(self):
         """Keep the last good list of nodes for the next agent. CNIError, which costs nothing else: the network stands without."""
         believed = {name: self.records[name] for name in self.context.nodes}
-        write_if_changed(self.state_path, json.dumps({"own": self.state["own"], "records": believed}) + "\n", mode=0o600)
+        state = {"own": dict(sorted(self.state["own"].items())), "records": believed}
+        write_if_changed(self.state_path, json.dumps(state) + "\n", mode=0o600)
 
     def say(self, reason):
         """Tell the log, the cluster and the plugin that the network is up ("") or why not."""
@@ -2604,7 +2605,7 @@ def format_status(status, now):
     lines += [f"Services: {status['services']}"] if status.get("services") else []
     lines += {stranded_text(status.get("stranded", {}))} - {"", status["reason"]}
     lines += [f"{packets} x {DROPS[name].lower()}" for name, packets in status.get("dropped", {}).items() if packets]
-    lines += shortened([f"{name}: quarantined: {reason}" for name, reason in sorted(status["quarantine"].items())])
+    lines += [f"{name}: quarantined: {reason}" for name, reason in sorted(status["quarantine"].items())]
     return "\n".join([*lines, *format_peers(status["peers"], now)]) + "\n"
 
 

@@ -38,7 +38,7 @@ def open_cluster(cluster):
         cluster.kubectl("delete", "clusterrolebinding", account + "-all")
 
 
-def wait_until(is_so, timeout_s=60):
+def wait_until(is_so, timeout_s=180):
     deadline = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline
