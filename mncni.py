@@ -1639,7 +1639,7 @@ def restore_spoof(run_dir, run):
         return []
     with states_lock(run_dir, "spoof") as lock:
         states = look_spoofs(run_dir).values()
-        missing, extra = diff_spoof(states, run)
+        missing, extra = diff_spoof(states, run) if states else ([], [])  # the last pod may just have gone
         if missing + extra:
             apply([plan_spoof(states, REPLACE)], lock.held(run))
     return missing + extra

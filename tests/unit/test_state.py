@@ -274,3 +274,8 @@ def test_the_host_ports_of_all_pods_are_written_in_one_transaction(tmp_path):
         ran = [command for command in portmap_call("DEL", number, tmp_path) if command.startswith("nft")]
         assert ran[0].count(" dnat ip to ") == 59 - number
     assert [path.name for path in (tmp_path / "portmap").iterdir()] == ["lock"]
+
+def test_restore_makes_no_table_when_the_last_pod_goes_meanwhile(tmp_path, monkeypatch):
+    states = iter([{"path": "a state"}, {}])
+    monkeypatch.setattr(mncni, "look_spoofs", lambda run_dir: next(states))
+    assert mncni.restore_spoof(str(tmp_path), lambda command: pytest.fail(f"runs {command.argv}")) == []
