@@ -22,6 +22,12 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULT_TIMEOUT_S = 120
 
 
+def policy(user, operation, old, new):
+    """The admission policies in short: the agent of node-0 changes node-0, and its record has no spaces."""
+    record = new["metadata"].get("annotations", {}).get(agent.RECORD, "")
+    return None if new["metadata"]["name"] == "node-0" and " " not in record else "not your node, or a wrong record"
+
+
 @contextlib.contextmanager
 def running(directory, *words):
     """This file as a process, ready. Yields call(line), which returns what the process answers."""
@@ -62,7 +68,7 @@ def serve(directory, count):
             node = realistic_node(f"node-{index}", index)
             node["metadata"]["annotations"][agent.RECORD] = record_of(node, index + 10_000)
             server.create_node(node)
-        server.add_policy(lambda user, operation, old, new: None if new["metadata"]["name"] == "node-0" else "not your node")
+        server.add_policy(policy)
         server.kubeconfig(directory / "kubeconfig", "system:serviceaccount:kube-system:mncni-agent")
 
         def rekey(number):
