@@ -2675,12 +2675,12 @@ def shortened(lines):
 
 
 def size_text(number):
-    """A number of bytes with three digits or more, such as "12.3 MB"."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if number < 1000 or unit == "TB":
+    """A number of bytes with at most four digits, such as "12.34 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
             return f"{number:.4g} {unit}"
         number /= 1000
-    return ""
+    return f"{number:.4g} TB"
 
 
 def age_text(seconds):
