@@ -90,8 +90,8 @@ class Request:
     CNI_PATH, where plugins are. run_dir: the directory for state that a reboot ends. data_dir: the default directory for leases. conf: the
     network configuration (dict). network: its name. attachment: (network, container ID, interface). prev_result: the result of the plugin
     before this one, as a 1.1.0 dict, or None. at_once: independent commands may run at the same time. links: the names of the links on the
-    host that the plugins of this call
-    make. new_peer: {"ifname", "mtu"} of the host's end of the pod's interface, if a plugin of this call has just made it.
+    host that the plugins of this call make. leave_nft: the function of that name of one of them, see Dispatch. new_peer: {"ifname", "mtu"}
+    of the host's end of the pod's interface, if a plugin of this call has just made it.
     """
 
     def __init__(self, environ, conf, at_once=False):
@@ -106,7 +106,7 @@ class Request:
         self.conf, self.network = conf, conf["name"]
         self.attachment = (self.network, self.container_id, self.ifname)
         self.prev_result, self.at_once = None, at_once
-        self.links, self.new_peer = [], None
+        self.links, self.leave_nft, self.new_peer = [], leave_nft, None
 
 
 HEX = frozenset("0123456789abcdef")
@@ -321,9 +321,10 @@ def host_links(request):
 # ---------------------------------------------------------------------------------------------------------------------
 # The key "plugin" of the configuration names one plugin of this file, or a list of them: then this program calls them one after the other,
 # as a runtime would. A stage is one plugin of that list, an entry of the plugin table: {"ADD": function(request, run), "DEL": ..., and so
-# on}, with up to four marks. "first": it can only be the first of a list. "chained": it works on the result of a plugin before it.
-# "link": it makes a link on the host for each attachment, whose name begins with these letters. "tools": a function of the request that
-# lists the programs which the call runs; for STATUS, those of any call.
+# on}, with up to five marks. "first": it can only be the first of a list. "chained": it works on the result of a plugin before it.
+# "link": it makes a link on the host for each attachment, whose name begins with these letters. "leave_nft": a function (request, run,
+# script) that takes the attachment out of a table of nft, in one transaction with a script. "tools": a function of the request that lists
+# the programs which the call runs; for STATUS, those of any call.
 
 
 def answer(environ, stdin_text, run, plugins=None, called_as="mncni", at_once=False):
@@ -346,6 +347,7 @@ def answer(environ, stdin_text, run, plugins=None, called_as="mncni", at_once=Fa
         stages = choose_plugins(conf, called_as, plugins or PLUGINS)
         request = Request(environ, conf, at_once)
         request.links = [host_ifname(stage["link"], *request.attachment) for stage in stages if "link" in stage]
+        request.leave_nft = next((stage["leave_nft"] for stage in stages if "leave_nft" in stage), leave_nft)
         check_netns(request, environ)
         require_tools(request, stages, search_path(environ))
         run = logged(run, request)
@@ -936,6 +938,11 @@ def look_states(run_dir, kind, parse):
         except (CNIError, ValueError, TypeError, LookupError):
             tell(f"{path} is no state of {kind}: left out")
     return states
+
+
+def leave_nft(request, run, script=""):
+    """Run a script that takes attachments out of tables. For each transaction that deletes, the kernel waits 10 to 20 ms."""
+    apply([Command(["nft", "-f", "-"], script, "the veth is gone, and with it what it may send")] if script else [], run)
 
 
 def gc_states(request, kind, parse, drop, run):
@@ -1570,14 +1577,13 @@ def spoof_devices(states):
 
 
 def plan_unspoof(devices, is_last):
-    """The command that takes devices out of the table, in one transaction, whether they are in it or not. is_last: the whole table goes."""
+    """A script that takes devices out of the table, whether they are in it or not. is_last: the whole table goes."""
     lines = [f"table {SPOOF} {{ map pods {{ type ifname : verdict; }}; }}"]
     for name in devices:
         element = f'element {SPOOF} pods {{ "{name}"'
         lines += [f"add chain {SPOOF} {name}", f"add {element} : jump {name} }}", f"delete {element} }}"]
         lines += [f"flush chain {SPOOF} {name}", f"delete chain {SPOOF} {name}"]
-    lines = REPLACE if is_last else lines
-    return Command(["nft", "-f", "-"], "\n".join(lines) + "\n", "the veth is gone, and with it what it may send")
+    return "\n".join(REPLACE if is_last else lines) + "\n"
 
 
 def spoof_add(request, mac, ips, run):
@@ -1598,18 +1604,19 @@ def has_others(*paths):
 
 
 def spoof_del(request, run):
-    """Take the pod out of the table. One that is not in it costs no command."""
+    """Take the pod out of the table, and its host ports if portmap is in this call. A pod that has neither costs no command."""
     path = state_path(request, "spoof")
     if not os.path.lexists(path):
-        return remove_file(path)  # what an ADD left that was killed while it wrote
+        remove_file(path)  # what an ADD left that was killed while it wrote
+        return request.leave_nft(request, run)
     with states_lock(request.run_dir, "spoof") as lock:
-        apply([plan_unspoof([own_veth(request)], not has_others(path))], lock.held(run))
+        request.leave_nft(request, lock.held(run), plan_unspoof([own_veth(request)], not has_others(path)))
         remove_file(path)
 
 
 def drop_spoofs_of(states, stale, run):
     """Take the states at some paths out of the table, then remove them."""
-    apply([plan_unspoof(spoof_devices(states[path] for path in stale), not has_others(*stale))], run)
+    leave_nft(None, run, plan_unspoof(spoof_devices(states[path] for path in stale), not has_others(*stale)))
     for path in stale:
         remove_file(path)
 
@@ -1986,9 +1993,10 @@ def naivewg_add(request, run):
         mac = conf["mac"] or mac_of(first)
         bridge = ensure_bridge(request, conf, bridge, plan_gateways(conf, ipam["ips"]), run)
         ensure_masq(request, conf, ipam["ips"], masq_stamp, run)
-        if conf["spoofCheck"]:  # before the pod's interface is there
-            spoof_add(request, mac, ipam["ips"], run)
-        apply(plan_attach(request, conf, ipam, mac), run)
+        *cable, addresses = plan_attach(request, conf, ipam, mac)
+        rules = [(spoof_add, (request, mac, ipam["ips"], run))] if conf["spoofCheck"] else []
+        all_of([*rules, (apply, (cable, run))], request.at_once)
+        apply([addresses], run)  # the pod's interface is up when its rules stand
         request.new_peer = {"ifname": own_veth(request), "mtu": conf["mtu"] or 1500}
         return merge_results(request.prev_result, naivewg_result(request, conf, ipam, bridge.get("address", ""), mac))
     except Exception as error:
@@ -2228,23 +2236,24 @@ def stamp_of(chain, rule, owner):
 def plan_portmap(states, node_addresses, before="", after=""):
     """The command that writes the table as a list of states says, in one transaction. Without states there is no table.
 
-    before, after: lines before and after the chains are declared, which say what becomes of a table that is there.
+    before, after: lines before and after the chains are declared, which say what becomes of a table that is there, and of other tables.
     """
     rules = [f'add rule inet mncni_portmap {rule[0]} {rule[1]} comment "{stamp_of(*rule)}"' for rule in plan_rules(states, node_addresses)]
     script = before + PORTMAP_CHAINS + after + "\n".join(rules) + "\n"
     why = "all host ports, as one table: which port of the host leads to which pod"
-    return Command(["nft", "-f", "-"], script if states else f"{PORTMAP}\ndelete {PORTMAP}\n", why)
+    return Command(["nft", "-f", "-"], script if states else f"{before}{PORTMAP}\ndelete {PORTMAP}\n", why)
 
 
-def write_ports(states, changed, run, is_first=False):
-    """Make the table what a list of states says. changed: the states that came or went. is_first: there were none before."""
+def write_ports(states, changed, run, is_first=False, script=""):
+    """Make the table what a list of states says. changed: the states that came or went. is_first: there were none before. script: what
+    else is in the transaction."""
     switch_localnet(devices_of(changed) - devices_of(states), False, run)  # before the guard goes
     node_addresses = look_node_addresses(run) if states else []
     # The chains stay, only their rules are replaced: packets meet the old rules or the new ones. New chains beside old ones would let one
     # through now and then. To flush takes the kernel 10 ms; before the first host port there is nothing to flush.
-    around = {"before": f"create {PORTMAP}\n"} if is_first else {"after": f"flush {PORTMAP}\n"}
-    if run(plan_portmap(states, node_addresses, **around)).exit_code != 0:  # somebody else's table, or an older version's
-        apply([plan_portmap(states, node_addresses, before=f"{PORTMAP}\ndelete {PORTMAP}\n")], run)
+    around = (f"create {PORTMAP}\n", "") if is_first else (script, f"flush {PORTMAP}\n")
+    if run(plan_portmap(states, node_addresses, *around)).exit_code != 0:  # somebody else's table, or an older version's
+        apply([plan_portmap(states, node_addresses, f"{script}{PORTMAP}\ndelete {PORTMAP}\n")], run)
     switch_localnet(devices_of(states), True, run)
     keys = [key for state in changed for key in state["ports"]]
     udp = sorted({f"{host_ip}/{port}" if host_ip else str(port) for _, host_ip, protocol, port in keys if protocol == "udp"})
@@ -2343,17 +2352,25 @@ def portmap_add(request, run):
 
 
 def portmap_del(request, run):
-    """DEL: give the host ports back. A pod without host ports costs no command and waits for no lock."""
+    """DEL: give the host ports back. If naivewg is in this call, its DEL does it together with its own rules."""
+    if own_veth(request) not in request.links:
+        leave_portmap(request, run)
+
+
+def leave_portmap(request, run, script=""):
+    """Take the pod's host ports out of the table, and run a script about others. A pod without host ports waits for no lock."""
     path = state_path(request, "portmap")
     if not os.path.lexists(path):
-        return remove_file(path)  # what an ADD left that was killed while it wrote
+        remove_file(path)  # what an ADD left that was killed while it wrote
+        return leave_nft(request, run, script)
     with states_lock(request.run_dir, "portmap") as lock:
-        drop_ports(look_ports(request.run_dir), [path], lock.held(run))
+        drop_ports(look_ports(request.run_dir), [path], lock.held(run), script)
 
 
-def drop_ports(states, stale, run):
+def drop_ports(states, stale, run, script=""):
     """Write the table without the states at some paths, then remove these: after a crash between the two the next DEL finds the files."""
-    write_ports(list(without(states, *stale).values()), [states[path] for path in stale if path in states], run)
+    gone = [states[path] for path in stale if path in states]
+    write_ports(list(without(states, *stale).values()), gone, run, script=script)
     for path in stale:
         remove_file(path)
 
@@ -2435,7 +2452,7 @@ PLUGINS = {
     "naivewg": dict(zip(VERBS, (naivewg_add, naivewg_del, naivewg_check, naivewg_gc, naivewg_status)),
                 first=True, link="mn", tools=naivewg_tools),
     "portmap": dict(zip(VERBS, (portmap_add, portmap_del, portmap_check, portmap_gc, nothing_to_do)),
-                chained=True, tools=portmap_tools),
+                chained=True, leave_nft=leave_portmap, tools=portmap_tools),
     "bandwidth": dict(zip(VERBS, (bandwidth_add, bandwidth_del, bandwidth_check, bandwidth_gc, parse_bandwidth)),
                 chained=True, link="mi", tools=bandwidth_tools),
     "lat": dict(zip(VERBS, (lat_add, lat_del, lat_check, nothing_to_do, nothing_to_do)),
