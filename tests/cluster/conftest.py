@@ -14,6 +14,11 @@ from deploy.cluster import programs
 from tests.cluster import objects
 
 PEER = Path(__file__).with_name("peer.py")
+# An Ethernet frame to all with a UDP packet between addresses that are a pod's each.
+FRAMES = {
+    "4": "ff" * 12 + "0800" + "4500001400000000401100000af4fffe0af4fffd",  # from 10.244.255.254 to 10.244.255.253
+    "6": "ff" * 12 + "86dd" + "6000000000001140" + "fd0000100244" + "00" * 9 + "01" + "fd0000100244" + "00" * 9 + "02",
+}
 
 
 class Driver:
@@ -75,18 +80,17 @@ class Sniffer:
     """tests/cluster/sniffer.py on the underlay."""
 
     def __init__(self, driver, path):
-        cluster, self.path = driver.cluster, path
+        self.path = path
         cidrs = [cidr for key in ("pods", "services") for cidr in programs.every(driver.kind, key)]
         argv = [*driver.outside(), labs.PYTHON, "-m", "tests.cluster.sniffer", *cidrs]
         with open(path, "w") as file:
             self.child = subprocess.Popen(argv, cwd=clusters.ROOT, stdin=subprocess.PIPE, stdout=file)
         labs.wait_until(lambda: self.lines()[:1] == ["ready"], 30, "start of the sniffer")
-        # The control: a frame made by hand, which no firewall sees.
-        raw = "4500001400000000401100000af4fffe0af4fffd"  # IPv4, UDP, from 10.244.255.254 to 10.244.255.253
-        driver.inside(driver.nodes[-1], "python3", "-c", "import socket; sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW); "
-                      f"sock.bind(('eth0', 0)); sock.send(b'\\xff' * 12 + b'\\x08\\x00' + bytes.fromhex('{raw}') + bytes(26))")
-        if "4" in cluster.state()["families"]:
-            labs.wait_until(lambda: len(self.lines()) > 1, 30, "sight of a packet in clear")
+        for family in driver.families:               # the control: a frame made by hand, which no firewall sees
+            before = len(self.lines())
+            driver.inside(driver.nodes[-1], "python3", "-c", "import socket; sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW); "
+                          f"sock.bind(('eth0', 0)); sock.send(bytes.fromhex('{FRAMES[family]}') + bytes(26))")
+            labs.wait_until(lambda before=before: len(self.lines()) > before, 30, f"sight of an IPv{family} packet in clear")
         self.seen = len(self.lines())
 
     def lines(self):

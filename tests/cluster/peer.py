@@ -3,6 +3,7 @@
     peer.py serve PORT NAME      answer whoever asks with {"name": NAME, "peer": the asker's address}, and with as many bytes as asked for
     peer.py ask                  stdin: [[protocol, host, port, bytes], ...]; stdout: the answers in that order, or {"error": ...};
                                  the protocol "connect" is TCP, with nothing asked
+    peer.py hello HOST PORT      ask by UDP until somebody answers; then the time of day in seconds
     peer.py stream PROTOCOL HOST PORT       ask every 10 ms until stdin ends; then {"sent", "lost", "gap_s": the longest silence, "broken"}
 
 bytes: of question and answer; "mtu" for the largest that fits into one packet, which may then not be fragmented.
@@ -115,6 +116,18 @@ def ask_all(questions):
         return list(pool.map(lambda question: ask(*question), questions))
 
 
+def hello(host, port):
+    sock = open_to("udp", host, port)
+    sock.settimeout(0.01)
+    while True:
+        try:
+            sock.send(b"?")
+            sock.recv(65536)
+            return time.time()
+        except OSError:                              # no answer, or no way yet
+            time.sleep(0.001)
+
+
 def stream(protocol, host, port):
     """Send numbers and count those that come back."""
     sock = open_to(protocol, host, port)
@@ -153,6 +166,8 @@ def main(verb, *words):
         serve(int(words[0]), words[1])
     elif verb == "ask":
         print(json.dumps(ask_all(json.load(sys.stdin))))
+    elif verb == "hello":
+        print(hello(words[0], int(words[1])))
     elif verb == "stream":
         print(json.dumps(stream(words[0], words[1], int(words[2]))))
 
