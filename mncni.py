@@ -1658,7 +1658,7 @@ def restore_spoof(run_dir, run):
 
 
 def parse_naivewg(request):
-    """naivewg's configuration, every key checked; README.md says what each means. CNIError 7."""
+    """naivewg's configuration, every key checked; docs/plugin.md says what each means. CNIError 7."""
     conf = request.conf
     defaults = {"bridge": "mncni0", "ready": "", "dns": {}, "hairpinMode": True, "isDefaultGateway": True}
     defaults.update({"forceAddress": False, "adoptBridge": False, "ipMasq": False, "spoofCheck": False})
@@ -3229,7 +3229,7 @@ it by hand; mncni.py --help lists what else it does.
 
 
 def main(plugins=None):
-    """The program. Another plugin may import this module and call main with a table like PLUGINS: see the README."""
+    """The program. Another plugin may import this module and call main with a table like PLUGINS: see docs/plugin.md."""
     environ = dict(os.environ)
     os.umask(os.umask(0o077) | 0o022)  # nobody else may change what we make
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (closed: print would write to stdout, which is the protocol's)

@@ -326,8 +326,8 @@ def node_argv(lab, node):
 
 def pod_argv(lab, node, pod):
     """The same for a pod: it also runs in the pod's network namespace. With pod "", the node itself."""
-    if pod and pod not in lab.node(node)["pods"]:
-        raise LabError(f"no pod {pod!r} on {node}; the pods are: {' '.join(lab.node(node)['pods'])}")
+    if pod and not pod_record(lab, node, pod):
+        raise LabError(f"no pod {pod!r} on {node}; the pods are: {' '.join(pods_of(lab, node))}")
     return node_argv(lab, node) + (["ip", "netns", "exec", pod] if pod else [])
 
 
@@ -584,6 +584,11 @@ def del_pod(lab, node, pod):
     runtime(lab, node, "del", pod)
     with lab.changing(node) as row:
         row["pods"] = [other for other in row["pods"] if other != pod]
+
+
+def pods_of(lab, node):
+    """The names of the pods that a node has, those that `runtime add` made among them."""
+    return sorted(path.stem for path in (lab.dir / node / PODS_DIR[1:]).glob("*.json"))
 
 
 def pod_record(lab, node, pod):

@@ -24,6 +24,7 @@ IS_ROOT = os.geteuid() == 0
 FEATURES = {
     "br_netfilter": "test -e /proc/sys/net/bridge/bridge-nf-call-iptables",
     "clock": "test -n \"$MNCNI_VM\"",  # one that a test may set
+    "nft_queue": "nft 'table inet probe { chain probe { type filter hook postrouting priority 0; queue num 98; }; }'",
     "netem": "tc qdisc add dev lo root netem",
     "sctp": "/usr/bin/python3 -c 'import socket; socket.socket(socket.AF_INET, socket.SOCK_STREAM, 132)'",
     "wireguard": "ip link add probe type wireguard",

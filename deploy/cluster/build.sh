@@ -4,14 +4,16 @@
 #   deploy/cluster/build.sh apiserver    kube-apiserver, etcd, kubectl: what `make test` needs for its tests on a real API server
 #   deploy/cluster/build.sh cluster      the same, and all other programs that `make cluster` runs
 #   deploy/cluster/build.sh e2e          the same, and Kubernetes' own tests with the programs that they run in pods
+#   deploy/cluster/build.sh policy       the network policy engine of deploy/network-policy
 #
 # KUBERNETES_VERSION: such as 1.34.4, or 1.34 for its last one. CONTAINERD_VERSION, COREDNS_VERSION: as their releases are called.
 # The programs are in bin/ of ${XDG_CACHE_HOME:-$HOME/.cache}/mncni-cluster, where bin/kubernetes leads to the version that was asked for last,
-# and bin/apiserver to that of `apiserver`.
+# and bin/apiserver to that of `apiserver`; bin/policy leads to the engine.
 set -euo pipefail
 cd "$(dirname "$0")"
 CONTAINERD_VERSION=${CONTAINERD_VERSION:-2.1.4}
 COREDNS_VERSION=${COREDNS_VERSION:-1.12.1}
+POLICY_VERSION=$(sed -n 's/.*kube-network-policies:v//p' ../network-policy/daemonset.yaml)
 CACHE=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/mncni-cluster
 NEEDED_GB=12  # of disk, for sources and compiled parts
 export GOFLAGS="-mod=mod -buildvcs=false" CGO_ENABLED=0
@@ -22,6 +24,7 @@ CLUSTER=("${APISERVER[@]}" "$K8S"/cmd/{kube-controller-manager,kube-scheduler,ku
 E2E=("${CLUSTER[@]}" "$K8S"/test/{images/agnhost,images/regression-issue-74839,e2e} github.com/onsi/ginkgo/v2/ginkgo)
 CONTAINERD=github.com/containerd/containerd/v2
 COREDNS=github.com/coredns/coredns
+POLICY=sigs.k8s.io/kube-network-policies
 
 main() {
     local packages link=kubernetes default=1.34.4  # the newest Kubernetes that takes cgroup v1 for granted
@@ -29,11 +32,17 @@ main() {
         apiserver) packages=("${APISERVER[@]}") link=apiserver default=1.30.14 ;;  # the oldest with what deploy/naivewg/policy.yaml needs
         cluster) packages=("${CLUSTER[@]}") ;;
         e2e) packages=("${E2E[@]}") ;;
+        policy) packages=() ;;
         *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
     mkdir -p "$CACHE/bin"
     exec 9>"$CACHE/lock"
     flock --nonblock 9 || { say "waiting for another build"; flock 9; }
+    if [[ $1 == policy ]]; then
+        build kube-network-policies "$POLICY" "$POLICY_VERSION" "$POLICY"/cmd/kube-network-policies/standard
+        ln -sfn "$(basename "$BIN")" "$CACHE/bin/policy"
+        return 0
+    fi
     build kubernetes "$K8S" "${KUBERNETES_VERSION:-$default}" "${packages[@]}"
     ln -sfn "$(basename "$BIN")" "$CACHE/bin/$link"
     [[ $1 != apiserver ]] || return 0
@@ -69,7 +78,7 @@ build() {
 }
 
 # The name of the program that a package makes.
-program_of() { case $1 in */etcd/server/v3) echo etcd ;; */test/e2e) echo e2e.test ;; *) echo "${1##*/}" ;; esac; }
+program_of() { case $1 in */etcd/server/v3) echo etcd ;; */test/e2e) echo e2e.test ;; "$POLICY"/*) echo netpol ;; *) echo "${1##*/}" ;; esac; }
 
 compile() {  # NAME VERSION PACKAGE FILE
     local stamp=k8s.io/component-base/version flags='-s -w'

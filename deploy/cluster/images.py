@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SUITE = "bookworm"
 IMAGE_PACKAGES = ("bind9-dnsutils", "busybox-static", "curl", "iperf", "iperf3", "iputils-ping", "netcat-openbsd", "procps", "socat",
                   "wget", "wireguard-go", "wireguard-tools")
-E2E_SYSTEMS = ("busybox", "jessie-dnsutils", "nonroot", "perl", "ipc-utils", "distroless-iptables")  # tests run commands there
+E2E_SYSTEMS = ("busybox", "jessie-dnsutils", "glibc-dns-testing", "nonroot", "perl", "ipc-utils",
+               "distroless-iptables")                # tests run commands there
 REGRESSION = "regression-issue-74839"
 BUILD_TIMEOUT_S = 1800
 
@@ -47,8 +48,8 @@ def make_cluster_images(cache):
 def make_e2e_images(cache, version):
     """Write images.tar beside e2e.test, with the names that it asks for, unless it is there already. Returns its path."""
     tarball, programs = debian(IMAGE_PACKAGES), cache / "bin" / version
-    archive = programs / "images.tar"
-    if is_made(archive, tarball.name):
+    archive, recipe = programs / "images.tar", f"{tarball.name} {' '.join(E2E_SYSTEMS)}"
+    if is_made(archive, recipe):
         return archive
     base = base_layer(cache, tarball)
     servers = (programs / "agnhost", cache / "bin/coredns/coredns", *certificate(cache))
@@ -60,7 +61,7 @@ def make_e2e_images(cache, version):
         {"names": called(listed, "pause"), "layers": agnhost, "entrypoint": ["/agnhost", "pause"], "command": None},
         {"names": called(listed, "agnhost"), "layers": agnhost, "entrypoint": ["/agnhost"], "command": ["pause"]},
         {"names": called(listed, REGRESSION), "layers": [base, regression], "entrypoint": [f"/{REGRESSION}"], "command": None},
-    ], tarball.name)
+    ], recipe)
     return archive
 
 

@@ -38,7 +38,7 @@ from tests.unit.test_agent_state import Bench
 from tests.unit.test_snoop import sample
 
 COUNT = int(os.environ.get("MNCNI_INPUTS", 20_000))
-CODES = {1, 2, 4, 5, 6, 7, 8, 11, 50, 51, 100}  # of the README; a delegate's own pass through
+CODES = {1, 2, 4, 5, 6, 7, 8, 11, 50, 51, 100}  # of docs/plugin.md; a delegate's own pass through
 
 
 @pytest.fixture(scope="module")

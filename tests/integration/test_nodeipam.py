@@ -14,7 +14,7 @@ import nodeipam
 from tests.apiserver import ApiServer
 
 USER = "system:serviceaccount:kube-system:mncni-nodeipam"
-RIGHTS = [  # all that it needs; the README says the same
+RIGHTS = [  # all that it needs; docs/agent.md says the same
     *((USER, verb, "nodes") for verb in ("list", "watch", "patch")),
     (USER, "create", "events"),
     *((USER, verb, "leases") for verb in ("get", "update")),

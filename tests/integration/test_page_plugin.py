@@ -1,4 +1,4 @@
-"""The plugin that the README teaches, taken out of it and run in a chain behind naivewg."""
+"""The plugin that docs/plugin.md teaches, taken out of it and run in a chain behind naivewg."""
 
 import json
 import re
@@ -8,11 +8,11 @@ import pytest
 
 import mncni
 
-README = Path(mncni.__file__).parent / "README.md"
+PAGE = Path(mncni.__file__).parent / "docs/plugin.md"
 
 
 def plugin_source():
-    (source,) = re.findall(r"```python\n(#!.*?)```", README.read_text(), re.DOTALL)
+    (source,) = re.findall(r"```python\n(#!.*?)```", PAGE.read_text(), re.DOTALL)
     return source
 
 

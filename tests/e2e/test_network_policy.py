@@ -1,0 +1,302 @@
+"""deploy/network-policy's engine on two nodes of the lab, beside MNCNI: what it lets through, on one node and across nodes, in both
+families. A real API server knows the pods, as a kubelet would have told it. Every connection that a policy stops is one that works
+without it: that is tested first, and after each policy has gone."""
+
+import contextlib
+import json
+import os
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from deploy import lab as labs
+from tests import kubernetes, manifests
+from tests.e2e.conftest import SERVER, lab_up
+
+ENGINE = manifests.BINARIES.parent / "policy/netpol"
+needs = kubernetes.missing() or ("" if ENGINE.exists() else "needs the engine: deploy/cluster/build.sh policy")
+pytestmark = [pytest.mark.root, pytest.mark.kernel("nft_queue", "br_netfilter"), pytest.mark.alone,
+              pytest.mark.skipif(bool(needs), reason=needs or "-")]
+
+PEER = Path(__file__).parents[1] / "cluster/peer.py"
+PORT, OTHER_PORT, HOST_PORT = 8000, 8001, 9000
+TIMEOUT_S = 120  # the machine may be emulated
+# Pod -> (its place in the lab, its namespace).
+PODS = {"a": (("node1", "pod1"), "one"), "b": (("node1", "pod2"), "two"), "c": (("node2", "pod1"), "one"), "d": (("node2", "pod2"), "two")}
+PAIRS = [(source, target) for source in PODS for target in PODS if source != target]
+AS_USER = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]  # the engine lets root's own packets of a node pass
+BRIDGE_NF = ["sysctl", "-qw", *(f"net.bridge.bridge-nf-call-{name}=1" for name in ("iptables", "ip6tables"))]
+FLAGS = ["--nfqueue-id=98", "--strict-mode=true", "--disable-nri=true", "--metrics-bind-address=127.0.0.1:9080"]
+
+
+class World:
+    """The lab, its API server and an engine on each node."""
+
+    def __init__(self, lab, cluster, directory):
+        self.lab, self.cluster, self.dir, self.engines, self.children = lab, cluster, directory, {}, []
+        self.kubeconfig = directory / "kubeconfig"
+        user = {"cluster": {"server": cluster.url, "certificate-authority": cluster.ca_file}, "user": {"token": kubernetes.TOKEN}}
+        self.kubeconfig.write_text(json.dumps({
+            "apiVersion": "v1", "kind": "Config", "current-context": "x",
+            "contexts": [{"name": "x", "context": {"cluster": "x", "user": "x"}}],
+            "clusters": [{"name": "x", "cluster": user["cluster"]}], "users": [{"name": "x", "user": user["user"]}]}))
+
+    def addresses(self, pod):
+        return labs.pod_record(self.lab, *PODS[pod][0])["addresses"]
+
+    def in_pod(self, pod):
+        return labs.pod_argv(self.lab, *PODS[pod][0])
+
+    def tell_of_pods(self):
+        """The pods as objects, which run."""
+        for namespace in ("one", "two"):
+            self.cluster.kubectl("create", "namespace", namespace, check=False)
+            self.cluster.kubectl("label", "namespace", namespace, f"in={namespace}", "--overwrite")
+            self.cluster.kubectl("create", "serviceaccount", "default", "-n", namespace, check=False)
+        for pod, ((node, _), namespace) in PODS.items():
+            ports = [{"containerPort": PORT, "name": "web"}, {"containerPort": PORT, "name": "web-udp", "protocol": "UDP"}]
+            spec = {"nodeName": node, "containers": [{"name": "x", "image": "x", "ports": ports}]}
+            meta = {"name": pod, "namespace": namespace, "labels": {"pod": pod}}
+            made = {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec}
+            self.cluster.kubectl("create", "-f", "-", stdin=made, check=False)
+            ips = [{"ip": address} for address in self.addresses(pod)]
+            status = {"status": {"phase": "Running", "podIP": ips[0]["ip"], "podIPs": ips, "hostIP": labs.endpoint(self.lab, node)[0]}}
+            self.cluster.kubectl("patch", "pod", pod, "-n", namespace, "--subresource=status", "-p", json.dumps(status))
+
+    def start_servers(self, *pods):
+        for pod in pods or PODS:
+            for port in (PORT, OTHER_PORT):
+                argv = [*self.in_pod(pod), *AS_USER, labs.PYTHON, str(PEER), "serve", str(port), pod]
+                with open(self.dir / f"{pod}-{port}", "w") as out:
+                    self.children.append(labs.start(argv, stdout=out))
+        for pod in pods or PODS:
+            for port in (PORT, OTHER_PORT):
+                labs.wait_until(lambda path=self.dir / f"{pod}-{port}": path.stat().st_size, TIMEOUT_S, "server in a pod")
+
+    def start_engine(self, node):
+        argv = [str(ENGINE), f"--kubeconfig={self.kubeconfig}", f"--hostname-override={node}", *FLAGS]
+        with open(self.dir / f"engine-{node}", "a") as log:
+            self.engines[node] = labs.start([*labs.node_argv(self.lab, node), *argv], stdout=log, stderr=log)
+        labs.wait_until(lambda: self.has_rules(node), TIMEOUT_S, "rules of the engine")
+
+    def has_rules(self, node):
+        return labs.run([*labs.node_argv(self.lab, node), "nft", "list", "table", "inet", "kube-network-policies"])[0] == 0
+
+    def stop_engine(self, node, sign="TERM"):
+        child = self.engines.pop(node)
+        labs.run(["kill", f"-{sign}", str(child.pid)])
+        child.wait(TIMEOUT_S)
+
+    def ask(self, source, questions):
+        argv = [*self.in_pod(source), *AS_USER, labs.PYTHON, str(PEER), "ask"]
+        return json.loads(labs.must(argv, json.dumps(questions), timeout_s=300))
+
+    def reached(self, port=PORT, protocols=("tcp", "udp"), pods=PODS):
+        """{(source, target)} of the pods that answer in all families and protocols; it fails where only some do."""
+        def ask(source):
+            rows = [(target, protocol, address) for target in pods if target != source
+                    for protocol in protocols for address in self.addresses(target)]
+            answers = self.ask(source, [[protocol, address, port, 0] for _, protocol, address in rows])
+            return {(source, *row): "error" not in answer for row, answer in zip(rows, answers)}
+
+        with ThreadPoolExecutor(4) as pool:
+            rows = {key: value for found in pool.map(ask, pods) for key, value in found.items()}
+        ends = {(source, target) for source, target, *_ in rows}
+        return {pair for pair in ends if all(value for key, value in rows.items() if key[:2] == pair)}, \
+            {pair for pair in ends if any(value for key, value in rows.items() if key[:2] == pair)}
+
+    def wait_reached(self, wanted, **options):
+        """Wait until just the wanted pairs reach each other, in every family and protocol."""
+        seen = []
+
+        def judge():
+            seen[:] = self.reached(**options)
+            return seen == [wanted, wanted]
+
+        try:
+            labs.wait_until(judge, TIMEOUT_S, "effect of a policy")
+        except labs.LabError:
+            raise AssertionError(f"wanted {sorted(wanted)}, all answers {sorted(seen[0])}, some {sorted(seen[1])}") from None
+
+    @contextlib.contextmanager
+    def policy(self, namespace, spec):
+        """While it runs, there is a policy in a namespace."""
+        meta = {"name": "policy", "namespace": namespace}
+        made = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": meta, "spec": spec}
+        self.cluster.kubectl("apply", "-f", "-", stdin=made)
+        try:
+            yield
+        finally:
+            self.cluster.kubectl("delete", "networkpolicy", "policy", "-n", namespace)
+
+    def close(self):
+        for child in [*self.engines.values(), *self.children]:
+            child.kill()
+            child.wait(30)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    directory, served = tmp_path_factory.mktemp("policy"), []
+
+    @contextlib.contextmanager
+    def control(lab):
+        labs.must(["ip", "-n", lab.underlay, "link", "set", "lo", "up"])
+        labs.must(["ip", "-n", lab.underlay, "link", "set", labs.BRIDGE, "address", "02:00:00:00:02:50"])
+        labs.must(["ip", "-n", lab.underlay, "address", "add", f"{SERVER}/24", "dev", labs.BRIDGE])
+        with kubernetes.Kubernetes(directory / "api", SERVER, 6443, netns=lab.underlay) as cluster:
+            served.append(cluster)
+            yield
+
+    with lab_up(f"mncni-policy-{os.getpid()}", pods=2, control=control) as lab:
+        made = World(lab, served[0], directory)
+        try:
+            for node in lab.nodes():  # in a cluster the agents do this, see deploy/README.md
+                labs.must([*labs.node_argv(lab, node), *BRIDGE_NF])
+            made.tell_of_pods()
+            made.start_servers()
+            for node in lab.nodes():
+                made.start_engine(node)
+            yield made
+        finally:
+            made.close()
+
+
+EVERYTHING = set(PAIRS)
+NONE_IN = {(source, target) for source, target in PAIRS if target not in ("a", "c")}
+NONE_OUT = {(source, target) for source, target in PAIRS if source not in ("a", "c")}
+NOT_INSIDE = EVERYTHING - {("a", "c"), ("c", "a")}
+TO_A = {pair for pair in PAIRS if pair[1] == "a"}
+ONLY_A = {"podSelector": {"matchLabels": {"pod": "a"}}}
+IN_TWO = {"namespaceSelector": {"matchLabels": {"in": "two"}}}
+WEB = [{"port": PORT, "protocol": protocol} for protocol in ("TCP", "UDP")]
+NAMED = [{"port": "web", "protocol": "TCP"}, {"port": "web-udp", "protocol": "UDP"}]
+# Policies in the namespace "one", of pods a and c: (spec, the pairs that reach each other at PORT, the same at OTHER_PORT).
+POLICIES = {
+    "default deny ingress": ({"podSelector": {}, "policyTypes": ["Ingress"]}, NONE_IN, NONE_IN),
+    "default deny egress": ({"podSelector": {}, "policyTypes": ["Egress"]}, NONE_OUT, NONE_OUT),
+    "both directions": ({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}, NONE_IN & NONE_OUT, NONE_IN & NONE_OUT),
+    "ingress by pod": ({"podSelector": {}, "ingress": [{"from": [ONLY_A]}]}, NONE_IN | {("a", "c")}, NONE_IN | {("a", "c")}),
+    "ingress by namespace": ({"podSelector": {}, "ingress": [{"from": [IN_TWO]}]}, NOT_INSIDE, NOT_INSIDE),
+    "ingress by port": ({"podSelector": {}, "ingress": [{"ports": WEB}]}, EVERYTHING, NONE_IN),
+    "ingress by named port": ({"podSelector": {}, "ingress": [{"ports": NAMED}]}, EVERYTHING, NONE_IN),
+    "egress by namespace and port": ({"podSelector": {}, "policyTypes": ["Egress"], "egress": [{"to": [IN_TWO], "ports": WEB}]},
+                                     NOT_INSIDE, NONE_OUT),
+}
+
+
+def test_without_policies_all_reach_all(world):
+    world.wait_reached(EVERYTHING)
+    world.wait_reached(EVERYTHING, port=OTHER_PORT)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policy(world, name):
+    spec, at_port, at_other = POLICIES[name]
+    with world.policy("one", spec):
+        world.wait_reached(at_port)
+        world.wait_reached(at_other, port=OTHER_PORT)
+    world.wait_reached(EVERYTHING)
+
+
+def test_ip_blocks_with_exceptions(world):
+    """Only d, but not b, by their addresses: packets come out of the tunnel with the pod's own source."""
+    blocks = []
+    for b, d in zip(world.addresses("b"), world.addresses("d")):
+        width = 128 if ":" in d else 32
+        blocks += [{"ipBlock": {"cidr": "::/0" if ":" in d else "0.0.0.0/0", "except": [f"{b}/{width}"]}}]
+    with world.policy("one", {"podSelector": {"matchLabels": {"pod": "a"}}, "ingress": [{"from": blocks}]}):
+        world.wait_reached(EVERYTHING - {("b", "a")})
+    world.wait_reached(EVERYTHING)
+
+
+def test_a_connection_ends_when_a_policy_forbids_it(world):
+    argv = [*world.in_pod("d"), *AS_USER, labs.PYTHON, str(PEER), "stream", "udp", world.addresses("a")[0], str(PORT)]
+    child = labs.start(argv, stdin=-1, stdout=-1, stderr=-1)
+    assert child.stderr.readline() == "streaming\n"
+    time.sleep(2)
+    with world.policy("one", POLICIES["default deny ingress"][0]):
+        world.wait_reached(POLICIES["default deny ingress"][1])
+        time.sleep(35)  # strict mode looks at connections each half minute
+        answer = json.loads(child.communicate(timeout=120)[0])
+    assert answer["lost"] > 0 and answer["gap_s"] > 2, answer
+    world.wait_reached(EVERYTHING)
+
+
+def test_the_engine_away_lets_pass_and_holds_again_when_it_is_back(world, figure):
+    spec, denied, _ = POLICIES["default deny ingress"]
+    with world.policy("one", spec):
+        world.wait_reached(denied)
+        world.stop_engine("node1", "KILL")
+        world.wait_reached(denied | TO_A)
+        world.start_engine("node1")
+        world.wait_reached(denied)
+        world.stop_engine("node1")
+        world.wait_reached(denied | TO_A)
+        world.start_engine("node1")
+        world.wait_reached(denied)
+    world.wait_reached(EVERYTHING)
+    figure("network policy: engine of a node killed or stopped: new connections to its pods pass until it is back")
+
+
+def test_what_a_connection_costs(world, figure):
+    """Connections to a pod with a policy that lets them pass, against the same without a policy."""
+    def connects(source, target):
+        script = ("import socket, sys, time; begin = time.perf_counter()\n"
+                  "for _ in range(100): socket.create_connection((sys.argv[1], int(sys.argv[2]))).close()\n"
+                  "print(time.perf_counter() - begin)")
+        argv = [*world.in_pod(source), *AS_USER, labs.PYTHON, "-c", script]
+        return float(labs.must([*argv, world.addresses(target)[0], str(PORT)], timeout_s=300))
+
+    ways = {"on one node": ("b", "a"), "across nodes": ("d", "a")}
+    without = {name: statistics.median(connects(*way) for _ in range(3)) for name, way in ways.items()}
+    with world.policy("one", POLICIES["ingress by namespace"][0]):
+        world.wait_reached(POLICIES["ingress by namespace"][1])
+        for name, way in ways.items():
+            ratio = statistics.median(connects(*way) for _ in range(3)) / without[name]
+            figure(f"network policy: 100 connections {name}: {ratio:.1f} times the time without a policy")
+
+
+def test_a_host_port_of_a_pod_with_policies(world):
+    """portmap's rules do not depend on a label, which the verdict overwrites; nor on who is asked first."""
+    node = "node1"
+    asked = {"portMappings": [{"hostPort": HOST_PORT, "containerPort": PORT, "protocol": protocol} for protocol in ("tcp", "udp")]}
+    labs.add_pod(world.lab, node, "ported", asked)
+    PODS["e"] = ((node, "ported"), "one")
+
+    def errors(source):
+        return sum("error" in answer for answer in world.ask(source, questions))
+
+    try:
+        world.tell_of_pods()
+        world.start_servers("e")
+        questions = [[protocol, labs.endpoint(world.lab, node)[0], HOST_PORT, 0] for protocol in ("tcp", "udp")]
+        only_e = {"podSelector": {"matchLabels": {"pod": "e"}}}
+        spec = {**only_e, "ingress": [{"from": [ONLY_A, only_e]}]}
+        with world.policy("one", spec):
+            for source in ("a", "e"):  # from the same bridge, and from itself
+                labs.wait_until(lambda source=source: errors(source) == 0, TIMEOUT_S, f"host port for {source}")
+            labs.wait_until(lambda: errors("b") == 2, TIMEOUT_S, "refusal of a host port")
+        labs.wait_until(lambda: errors("b") == 0, TIMEOUT_S, "host port for everybody")
+    finally:
+        PODS.pop("e")
+        labs.del_pod(world.lab, node, "ported")
+
+
+def test_after_a_reboot_policies_hold_before_a_pod_is_told_of(world):
+    """The node's engine starts anew; its pods have new addresses, which the API server hears of when they run."""
+    spec, denied, _ = POLICIES["default deny ingress"]
+    with world.policy("one", spec):
+        world.wait_reached(denied)
+        world.stop_engine("node2", "KILL")
+        labs.reboot(world.lab, "node2")
+        labs.wait_first_pongs(world.lab, labs.plan_pairs(world.lab))
+        labs.must([*labs.node_argv(world.lab, "node2"), *BRIDGE_NF])
+        world.start_servers("c", "d")
+        world.tell_of_pods()
+        world.start_engine("node2")
+        world.wait_reached(denied)
+    world.wait_reached(EVERYTHING)

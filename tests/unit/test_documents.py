@@ -1,0 +1,46 @@
+"""The documents' links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/**/*.md")])
+
+
+def text_of(path):
+    """A document without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", (ROOT / path).read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(path):
+    """The names that GitHub gives a document's headings."""
+    headings = re.findall(r"^#+ (.*)$", text_of(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_links(path):
+    dead = []
+    for link in re.findall(r"\]\(([^)]+)\)", text_of(path)):
+        target, _, anchor = link.partition("#")
+        place = (ROOT / path.parent / target).resolve() if target else ROOT / path
+        is_dead = not place.exists() or (anchor and place.suffix == ".md" and anchor not in anchors(place))
+        if "://" not in link and is_dead:
+            dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=str)
+def test_links_lead_to_files_and_headings(path):
+    assert not dead_links(path)
+
+
+def test_a_dead_link_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# One\n[a](page.md#one) [b](page.md#two) [c](none.md) [d](https://example.com/none)\n")
+    assert dead_links(page) == ["page.md#two", "none.md"]
+
+
+def test_readme_is_two_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
