@@ -2,9 +2,11 @@
 families. A real API server knows the pods, as a kubelet would have told it. Every connection that a policy stops is one that works
 without it: that is tested first, and after each policy has gone."""
 
+import base64
 import contextlib
 import json
 import os
+import shutil
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +24,9 @@ pytestmark = [pytest.mark.root, pytest.mark.kernel("nft_queue", "br_netfilter"),
               pytest.mark.skipif(bool(needs), reason=needs or "-")]
 
 PEER = Path(__file__).parents[1] / "cluster/peer.py"
+IN_NODE = "/opt/peer.py"
 PORT, OTHER_PORT, HOST_PORT = 8000, 8001, 9000
-TIMEOUT_S = 120  # the machine may be emulated
+TIMEOUT_S = 300  # the machine may be emulated
 # Pod -> (its place in the lab, its namespace).
 PODS = {"a": (("node1", "pod1"), "one"), "b": (("node1", "pod2"), "two"), "c": (("node2", "pod1"), "one"), "d": (("node2", "pod2"), "two")}
 PAIRS = [(source, target) for source in PODS for target in PODS if source != target]
@@ -37,12 +40,20 @@ class World:
 
     def __init__(self, lab, cluster, directory):
         self.lab, self.cluster, self.dir, self.engines, self.children = lab, cluster, directory, {}, []
-        self.kubeconfig = directory / "kubeconfig"
-        user = {"cluster": {"server": cluster.url, "certificate-authority": cluster.ca_file}, "user": {"token": kubernetes.TOKEN}}
-        self.kubeconfig.write_text(json.dumps({
+        text = self.plan_kubeconfig()
+        for node in lab.nodes():
+            for path in (PEER, ENGINE):
+                shutil.copy(path, lab.dir / node / "opt")
+            (lab.dir / node / "opt/engine.conf").write_text(text)
+
+    def plan_kubeconfig(self):
+        """Of the administrator, with the certificate inside, as nodes see no file of the machine."""
+        authority = base64.b64encode(Path(self.cluster.ca_file).read_bytes()).decode()
+        return json.dumps({
             "apiVersion": "v1", "kind": "Config", "current-context": "x",
             "contexts": [{"name": "x", "context": {"cluster": "x", "user": "x"}}],
-            "clusters": [{"name": "x", "cluster": user["cluster"]}], "users": [{"name": "x", "user": user["user"]}]}))
+            "clusters": [{"name": "x", "cluster": {"server": self.cluster.url, "certificate-authority-data": authority}}],
+            "users": [{"name": "x", "user": {"token": kubernetes.TOKEN}}]})
 
     def addresses(self, pod):
         return labs.pod_record(self.lab, *PODS[pod][0])["addresses"]
@@ -69,7 +80,7 @@ class World:
     def start_servers(self, *pods):
         for pod in pods or PODS:
             for port in (PORT, OTHER_PORT):
-                argv = [*self.in_pod(pod), *AS_USER, labs.PYTHON, str(PEER), "serve", str(port), pod]
+                argv = [*self.in_pod(pod), *AS_USER, labs.PYTHON, IN_NODE, "serve", str(port), pod]
                 with open(self.dir / f"{pod}-{port}", "w") as out:
                     self.children.append(labs.start(argv, stdout=out))
         for pod in pods or PODS:
@@ -77,7 +88,7 @@ class World:
                 labs.wait_until(lambda path=self.dir / f"{pod}-{port}": path.stat().st_size, TIMEOUT_S, "server in a pod")
 
     def start_engine(self, node):
-        argv = [str(ENGINE), f"--kubeconfig={self.kubeconfig}", f"--hostname-override={node}", *FLAGS]
+        argv = ["/opt/netpol", "--kubeconfig=/opt/engine.conf", f"--hostname-override={node}", *FLAGS]
         with open(self.dir / f"engine-{node}", "a") as log:
             self.engines[node] = labs.start([*labs.node_argv(self.lab, node), *argv], stdout=log, stderr=log)
         labs.wait_until(lambda: self.has_rules(node), TIMEOUT_S, "rules of the engine")
@@ -91,7 +102,7 @@ class World:
         child.wait(TIMEOUT_S)
 
     def ask(self, source, questions):
-        argv = [*self.in_pod(source), *AS_USER, labs.PYTHON, str(PEER), "ask"]
+        argv = [*self.in_pod(source), *AS_USER, labs.PYTHON, IN_NODE, "ask"]
         return json.loads(labs.must(argv, json.dumps(questions), timeout_s=300))
 
     def reached(self, port=PORT, protocols=("tcp", "udp"), pods=PODS):
@@ -214,7 +225,7 @@ def test_ip_blocks_with_exceptions(world):
 
 
 def test_a_connection_ends_when_a_policy_forbids_it(world):
-    argv = [*world.in_pod("d"), *AS_USER, labs.PYTHON, str(PEER), "stream", "udp", world.addresses("a")[0], str(PORT)]
+    argv = [*world.in_pod("d"), *AS_USER, labs.PYTHON, IN_NODE, "stream", "udp", world.addresses("a")[0], str(PORT)]
     child = labs.start(argv, stdin=-1, stdout=-1, stderr=-1)
     assert child.stderr.readline() == "streaming\n"
     time.sleep(2)
