@@ -325,10 +325,10 @@ def host_links(request):
 # ---------------------------------------------------------------------------------------------------------------------
 # The key "plugin" of the configuration names one plugin of this file, or a list of them: then this program calls them one after the other,
 # as a runtime would. A stage is one plugin of that list, an entry of the plugin table: {"ADD": function(request, run), "DEL": ..., and so
-# on}; without a function for a verb other than ADD there is nothing to do. It has up to five marks. "first": it can only be the first of a list. "chained": it works on the result of a plugin before it.
-# "link": it makes a link on the host for each attachment, whose name begins with these letters. "leave_nft": a function (request, run,
-# script) that takes the attachment out of a table of nft, in one transaction with a script. "tools": a function of the request that lists
-# the programs which the call runs; for STATUS, those of any call.
+# on}; ADD has to be there, for other verbs there may be nothing to do. It has up to five marks. "first": it can only be the first of a
+# list. "chained": it works on the result of a plugin before it. "link": it makes a link on the host for each attachment, whose name begins
+# with these letters. "leave_nft": a function (request, run, script) that takes the attachment out of a table of nft, in one transaction
+# with a script. "tools": a function of the request that lists the programs which the call runs; for STATUS, those of any call.
 
 
 def answer(environ, stdin_text, run, plugins=None, called_as="mncni", at_once=False):
@@ -3193,7 +3193,8 @@ def explain_command(options, run):
     for conf in plugins:
         head = f"\n# ---- type {to_json(conf.get('type'))}, plugin {to_json(conf.get('plugin', conf.get('type')))} ----\n"
         if "plugin" not in conf and conf.get("type") not in (*options.plugins, "mncni", "mncni.py"):
-            script, result = "# Another program's plugin. The interface and the address below stand for what it makes.", result or FOREIGN_RESULT
+            script = "# Another program's plugin. The interface and the address below stand for what it makes."
+            result = result or FOREIGN_RESULT
         else:
             with tempfile.TemporaryDirectory() as root:
                 script, result = explain_plugin({**conf, **shared}, result, options, root)

@@ -1,4 +1,4 @@
-"""What somebody who writes a plugin with mncni.main may do wrong: each is a clear error in that plugin's name, and nothing else on stdout."""
+"""What somebody who writes a plugin with mncni.main may do wrong. Each is a clear error in that plugin's name; stdout has nothing else."""
 
 import json
 import os
