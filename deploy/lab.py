@@ -55,6 +55,7 @@ from pathlib import Path
 # ---------------------------------------------------------------------------------------------------------------------------
 PYTHON = "/usr/bin/python3"     # not sys.executable: it has to exist in the nodes, which see only /usr of the host
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+DEFAULT_NAME = os.environ.get("MNCNI_LAB") or "mncni-lab"
 LAB_FILE = Path(__file__).resolve()
 PARTS = ("mncni.py", "kube.py", "agent.py")          # copied to /opt/mncni of each node, beside this file
 SNOOP = "cnisnoop.py"                                # as well, if --source has it: no node needs it to run
@@ -95,6 +96,8 @@ def start(argv, **popen):
     popen.setdefault("env", dict(os.environ, PATH=PATH, LC_ALL="C.UTF-8"))
     try:
         return subprocess.Popen(argv, text=True, errors="replace", **popen)
+    except PermissionError:
+        raise LabError(f"{argv[0]}: not executable; make it so with chmod +x") from None
     except FileNotFoundError:
         package = TOOLS.get(argv[0])
         raise LabError(f"{argv[0]}: not found" + (f"; it is in the package {package}" if package else "")) from None
@@ -227,8 +230,8 @@ class Lab:
         return [*UNSHARE, PYTHON, str(LAB_FILE), "node-init", str(self.dir), node, boot_id]
 
     def pods(self):
-        """All pods as [(node, pod)]."""
-        return [(node, pod) for node, row in self.nodes().items() for pod in row["pods"]]
+        """All pods as [(node, pod)], those that `runtime add` made among them."""
+        return [(node, pod) for node, row in self.nodes().items() for pod in dict.fromkeys([*row["pods"], *pods_of(self, node)])]
 
 
 def write_atomically(path, text):
@@ -411,7 +414,7 @@ def reboot(lab, node):
     start_agent(lab, node)
     lab.say(f"{node}: booted, boot ID {lab.node(node)['boot_id']}")
     wait_agent(lab, node)
-    for pod in lab.node(node)["pods"]:
+    for pod in [pod for where, pod in lab.pods() if where == node]:
         add_pod(lab, node, pod, pod_record(lab, node, pod).get("capabilities"))
 
 
@@ -597,8 +600,18 @@ def pod_record(lab, node, pod):
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def is_chroot():
+    """Whether / is not that of the init process."""
+    with contextlib.suppress(OSError):
+        return not os.path.samestat(os.stat("/"), os.stat("/proc/1/root/"))
+    return False
+
+
 def check_host(source):
     """LabError if a tool or program that the lab runs is missing."""
+    if is_chroot():
+        raise LabError("this is a chroot, in which the kernel lets nobody make a root file system: use a virtual machine, or a container "
+                       "with all rights (docker run --privileged, systemd-nspawn)")
     missing = [f"{tool} (package {package})" for tool, package in TOOLS.items() if not shutil.which(tool, path=PATH)]
     if missing:
         raise LabError(f"not installed: {', '.join(missing)}")
@@ -1142,12 +1155,46 @@ def sandbox_check(pod, dirs, run):
 
 
 def runtime_main(arguments):
-    """In the node: runtime add POD CAPABILITIES_JSON | check POD | del POD. `add` prints the CNI result; an error goes to stderr."""
-    command, pod, *rest = arguments
-    if command == "add":
-        print(json.dumps(add_with_patience(pod, json.loads(rest[0]), DIRS, run)))
+    """What a kubelet has its runtime do for a pod, in a node. On the machine a pod is NODE/POD, and the node is entered first. `add` prints
+    the CNI result; an error goes to stderr."""
+    options = parse_runtime(arguments)
+    node, _, pod = options.pod.rpartition("/")
+    if node:
+        lab = Lab(options.name)
+        argv = [*node_argv(lab, node), PYTHON, "/opt/mncni/lab.py", "runtime", options.command, pod, options.capabilities]
+        os.execvpe(argv[0], argv[: None if options.command == "add" else -1], dict(os.environ, PATH=PATH))
+    if str(LAB_FILE) != "/opt/mncni/lab.py":
+        raise LabError(f"lab.py runtime: on which node? For example: lab.py runtime {options.command} node1/{pod}")
+    if options.command == "add":
+        print(json.dumps(add_with_patience(pod, parse_capabilities(options.capabilities), DIRS, run)))
     else:
-        {"check": sandbox_check, "del": sandbox_del}[command](pod, DIRS, run)
+        {"check": sandbox_check, "del": sandbox_del}[options.command](pod, DIRS, run)
+
+
+def parse_runtime(arguments):
+    """The command line of `runtime` as a namespace."""
+    what = "Do for a pod what a container runtime does: call the plugins of the node's configuration."
+    parser = argparse.ArgumentParser(prog="lab.py runtime", description=what)
+    parser.add_argument("command", choices=("add", "check", "del"))
+    parser.add_argument("pod", metavar="[NODE/]POD", help="on a node POD, on the machine NODE/POD")
+    parser.add_argument("capabilities", metavar="JSON", nargs="?", default="{}",
+                        help='what the pod asks for: {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]}, '
+                             '{"io.kubernetes.cri.pod-annotations": {"lat": "50ms"}}')
+    parser.add_argument("--name", default=DEFAULT_NAME, help="name of the lab, default %(default)s")
+    options = parser.parse_args(arguments)
+    if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", options.pod.rpartition("/")[2]):
+        parser.error(f"{options.pod!r} is no name of a pod: small letters, digits and hyphens, as in web-0")
+    return options
+
+
+def parse_capabilities(text):
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise LabError(f"{text!r} is no JSON ({error}); for a pod that asks for nothing leave it out") from None
+    if not isinstance(found, dict):
+        raise LabError(f'{text!r} is no JSON object such as {{"portMappings": [...]}}')
+    return found
 
 
 def add_with_patience(pod, capabilities, dirs, run, timeout_s=POD_TIMEOUT_S):
@@ -1255,9 +1302,11 @@ def command_demo(lab, options):
         print_pings(rows)
         reasons = judge_capture(counts, rows)
         print("on the underlay: " + ", ".join(f"{value} {kind}" for kind, value in counts.items() if kind != "samples"))
+        print("    (arp and nd: the nodes ask for each other's address, by IPv4 and IPv6; clear: packets that anybody could read)")
         print("NOT only WireGuard:" if reasons else "the underlay carried nothing in the clear: all pod traffic was inside WireGuard")
         print("".join(f"  {reason}\n" for reason in reasons), end="", flush=True)
     command_down(lab, options)
+    print("next: `sudo make lab` leaves the nodes running, and docs/tour.md shows what to look at", flush=True)
     return int(bool(reasons) or any(map(is_lost, rows)))
 
 
@@ -1270,16 +1319,17 @@ COMMANDS = {                                         # name -> (function that re
     "down": (command_down, "end the lab and remove all of it"),
     "demo": (command_demo, "up, ping, down, and proof that the underlay carries only WireGuard; exit status 1 if a part fails"),
 }
-INTERNAL = {"node-init": node_init, "node-agent": node_agent, "runtime": runtime_main, "sniff": sniff}    # the lab calls these itself
+INTERNAL = {"node-init": node_init, "node-agent": node_agent, "runtime": runtime_main, "sniff": sniff}    # the lab calls these itself, too
 
 
 def parse_options(argv):
     """The command line as a namespace. --name is accepted before and after the command."""
     name = argparse.ArgumentParser(add_help=False)
-    name.add_argument("--name", default=argparse.SUPPRESS, help="name of the lab, default mncni-lab; several can be up at once")
+    name.add_argument("--name", default=argparse.SUPPRESS, help=f"name of the lab, default $MNCNI_LAB or mncni-lab, here {DEFAULT_NAME}; several can be up at once")
     parser = argparse.ArgumentParser(prog="lab.py", description=__doc__, parents=[name],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("runtime", help="add, check, del: do for a pod what a container runtime does; lab.py runtime --help")
     for command, (_, text) in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, parents=[name])
         if command in ("up", "demo"):
@@ -1307,7 +1357,7 @@ def main(argv):
             signal.signal(number, lambda number, _frame: sys.exit(128 + number))
         if os.geteuid():
             raise LabError("the lab makes network namespaces and needs root: run it with sudo")
-        return COMMANDS[options.command][0](Lab(getattr(options, "name", "mncni-lab")), options) or 0
+        return COMMANDS[options.command][0](Lab(getattr(options, "name", DEFAULT_NAME)), options) or 0
     except LabError as error:
         print(f"lab.py: {error}" if not (argv and argv[0] in INTERNAL) else error, file=sys.stderr)
         return 1
