@@ -1325,7 +1325,8 @@ INTERNAL = {"node-init": node_init, "node-agent": node_agent, "runtime": runtime
 def parse_options(argv):
     """The command line as a namespace. --name is accepted before and after the command."""
     name = argparse.ArgumentParser(add_help=False)
-    name.add_argument("--name", default=argparse.SUPPRESS, help=f"name of the lab, default $MNCNI_LAB or mncni-lab, here {DEFAULT_NAME}; several can be up at once")
+    text = "name of the lab, default $MNCNI_LAB or mncni-lab; several can be up at once"
+    name.add_argument("--name", default=argparse.SUPPRESS, help=text)
     parser = argparse.ArgumentParser(prog="lab.py", description=__doc__, parents=[name],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
