@@ -5,6 +5,7 @@ without it: that is tested first, and after each policy has gone."""
 import contextlib
 import json
 import os
+import re
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,10 @@ import pytest
 
 from deploy import lab as labs
 from tests import kubernetes, manifests
-from tests.e2e.conftest import SERVER, lab_up
+from tests.e2e.conftest import SERVER, lab_up, node_sh
 
 ENGINE = manifests.BINARIES.parent / "policy/netpol"
-needs = kubernetes.missing() or ("" if ENGINE.exists() else "needs the engine: deploy/cluster/build.sh policy")
+needs = kubernetes.missing() or manifests.yaml_missing() or ("" if ENGINE.exists() else "needs the engine: make kubernetes")
 pytestmark = [pytest.mark.root, pytest.mark.kernel("nft_queue", "br_netfilter"), pytest.mark.alone,
               pytest.mark.skipif(bool(needs), reason=needs or "-")]
 
@@ -28,21 +29,22 @@ TIMEOUT_S = 120  # the machine may be emulated
 PODS = {"a": (("node1", "pod1"), "one"), "b": (("node1", "pod2"), "two"), "c": (("node2", "pod1"), "one"), "d": (("node2", "pod2"), "two")}
 PAIRS = [(source, target) for source in PODS for target in PODS if source != target]
 AS_USER = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]  # the engine lets root's own packets of a node pass
-BRIDGE_NF = ["sysctl", "-qw", *(f"net.bridge.bridge-nf-call-{name}=1" for name in ("iptables", "ip6tables"))]
-FLAGS = ["--nfqueue-id=98", "--strict-mode=true", "--disable-nri=true", "--metrics-bind-address=127.0.0.1:9080"]
+AS_CONTAINER = ["setpriv", "--bounding-set=-all,+net_admin", "--inh-caps=-all,+net_admin"]  # root, with the manifest's one capability
+ACCOUNT, PID = "kube-network-policies", "/run/engine.pid"
 
 
 class World:
     """The lab, its API server and an engine on each node."""
 
     def __init__(self, lab, cluster, directory):
-        self.lab, self.cluster, self.dir, self.engines, self.children = lab, cluster, directory, {}, []
-        self.kubeconfig = directory / "kubeconfig"
-        user = {"cluster": {"server": cluster.url, "certificate-authority": cluster.ca_file}, "user": {"token": kubernetes.TOKEN}}
-        self.kubeconfig.write_text(json.dumps({
-            "apiVersion": "v1", "kind": "Config", "current-context": "x",
-            "contexts": [{"name": "x", "context": {"cluster": "x", "user": "x"}}],
-            "clusters": [{"name": "x", "cluster": user["cluster"]}], "users": [{"name": "x", "user": user["user"]}]}))
+        self.lab, self.cluster, self.dir, self.children = lab, cluster, directory, []
+        cluster.kubectl("apply", "-f", "deploy/network-policy/account.yaml")
+        for node in lab.nodes():
+            user = {"token": cluster.token(ACCOUNT, node)}
+            (directory / node).write_text(json.dumps({
+                "apiVersion": "v1", "kind": "Config", "current-context": "x", "users": [{"name": "x", "user": user}],
+                "contexts": [{"name": "x", "context": {"cluster": "x", "user": "x"}}],
+                "clusters": [{"name": "x", "cluster": {"server": cluster.url, "certificate-authority": cluster.ca_file}}]}))
 
     def addresses(self, pod):
         return labs.pod_record(self.lab, *PODS[pod][0])["addresses"]
@@ -77,18 +79,27 @@ class World:
                 labs.wait_until(lambda path=self.dir / f"{pod}-{port}": path.stat().st_size, TIMEOUT_S, "server in a pod")
 
     def start_engine(self, node):
-        argv = [str(ENGINE), f"--kubeconfig={self.kubeconfig}", f"--hostname-override={node}", *FLAGS]
+        """As its manifest has it: with its flags, its account's token and its capability."""
+        pod = manifests.load("deploy/network-policy/daemonset.yaml")[0]["spec"]["template"]["spec"]
+        flags = [word.replace("$(NODE_NAME)", node) for word in pod["containers"][0]["args"][1:]]
+        argv = [*AS_CONTAINER, str(ENGINE), f"--kubeconfig={self.dir / node}", *flags]
         with open(self.dir / f"engine-{node}", "a") as log:
-            self.engines[node] = labs.start([*labs.node_argv(self.lab, node), *argv], stdout=log, stderr=log)
+            script = f'echo $$ >{PID}; exec "$@"'
+            self.children.append(labs.start([*labs.node_argv(self.lab, node), "sh", "-c", script, "sh", *argv], stdout=log, stderr=log))
         labs.wait_until(lambda: self.has_rules(node), TIMEOUT_S, "rules of the engine")
 
     def has_rules(self, node):
         return labs.run([*labs.node_argv(self.lab, node), "nft", "list", "table", "inet", "kube-network-policies"])[0] == 0
 
     def stop_engine(self, node, sign="TERM"):
-        child = self.engines.pop(node)
-        labs.run(["kill", f"-{sign}", str(child.pid)])
-        child.wait(TIMEOUT_S)
+        node_sh(self.lab, node, f"kill -{sign} $(cat {PID})")
+        runs = f"kill -0 $(cat {PID}) 2>/dev/null && echo runs || true"
+        labs.wait_until(lambda: not node_sh(self.lab, node, runs), TIMEOUT_S, "end of the engine")
+
+    def see_bridged(self, node, is_on=1):
+        """What the agents do in a cluster, where is_on is 1; see deploy/README.md."""
+        keys = [f"net.bridge.bridge-nf-call-{name}={is_on}" for name in ("iptables", "ip6tables")]
+        labs.must([*labs.node_argv(self.lab, node), "sysctl", "-qw", *keys])
 
     def ask(self, source, questions):
         argv = [*self.in_pod(source), *AS_USER, labs.PYTHON, str(PEER), "ask"]
@@ -133,7 +144,7 @@ class World:
             self.cluster.kubectl("delete", "networkpolicy", "policy", "-n", namespace)
 
     def close(self):
-        for child in [*self.engines.values(), *self.children]:
+        for child in self.children:
             child.kill()
             child.wait(30)
 
@@ -154,8 +165,8 @@ def world(tmp_path_factory):
     with lab_up(f"mncni-policy-{os.getpid()}", pods=2, control=control) as lab:
         made = World(lab, served[0], directory)
         try:
-            for node in lab.nodes():  # in a cluster the agents do this, see deploy/README.md
-                labs.must([*labs.node_argv(lab, node), *BRIDGE_NF])
+            for node in lab.nodes():
+                made.see_bridged(node)
             made.tell_of_pods()
             made.start_servers()
             for node in lab.nodes():
@@ -186,6 +197,20 @@ POLICIES = {
     "egress by namespace and port": ({"podSelector": {}, "policyTypes": ["Egress"], "egress": [{"to": [IN_TWO], "ports": WEB}]},
                                      NOT_INSIDE, NONE_OUT),
 }
+
+
+def test_the_check_finds_nothing_missing_and_leaves_nothing(world):
+    before = node_sh(world.lab, "node1", "nft list tables")
+    argv = [*labs.node_argv(world.lab, "node1"), *AS_CONTAINER, labs.PYTHON, "-I", str(manifests.DEPLOY / "network-policy/check.py")]
+    assert labs.run(argv) == (0, "", "")
+    assert node_sh(world.lab, "node1", "nft list tables") == before
+
+
+def test_the_engine_is_refused_nothing(world):
+    """Neither by the API server nor by the kernel."""
+    for node in world.lab.nodes():
+        said = (world.dir / f"engine-{node}").read_text()
+        assert "Policy engine is ready" in said and not re.search("forbidden|not permitted|denied", said), said
 
 
 def test_without_policies_all_reach_all(world):
@@ -242,6 +267,37 @@ def test_the_engine_away_lets_pass_and_holds_again_when_it_is_back(world, figure
     figure("network policy: engine of a node killed or stopped: new connections to its pods pass until it is back")
 
 
+def test_policies_between_pods_of_a_node_need_bridged_packets_in_netfilter(world):
+    spec, denied, _ = POLICIES["default deny ingress"]
+    with world.policy("one", spec):
+        world.wait_reached(denied)
+        world.see_bridged("node1", 0)
+        world.wait_reached(denied | {("b", "a")})
+        world.see_bridged("node1", 1)
+        world.wait_reached(denied)
+    world.wait_reached(EVERYTHING)
+
+
+def test_a_new_pod_is_free_until_the_engine_has_heard_of_its_addresses(world, figure):
+    """In both directions. A kubelet tells of them when the pod runs."""
+    labs.add_pod(world.lab, "node1", "new")
+    PODS["new"] = (("node1", "new"), "one")
+    new = {"podSelector": {"matchLabels": {"pod": "new"}}, "policyTypes": ["Ingress", "Egress"]}
+    try:
+        world.start_servers("new")
+        with world.policy("one", new):
+            assert world.reached(pods=("new", "b"))[0] == {("new", "b"), ("b", "new")}
+            world.tell_of_pods()
+            begin = time.monotonic()
+            world.wait_reached(set(), pods=("new", "b"))
+            figure(f"network policy: holds for a new pod at most {time.monotonic() - begin:.0f} s after the API has its addresses")
+        world.wait_reached({("new", "b"), ("b", "new")}, pods=("new", "b"))
+    finally:
+        PODS.pop("new")
+        world.cluster.kubectl("delete", "pod", "new", "-n", "one", "--ignore-not-found", "--grace-period=0", "--force")
+        labs.del_pod(world.lab, "node1", "new")
+
+
 def test_what_a_connection_costs(world, figure):
     """Connections to a pod with a policy that lets them pass, against the same without a policy."""
     def connects(source, target):
@@ -294,7 +350,7 @@ def test_after_a_reboot_policies_hold_before_a_pod_is_told_of(world):
         world.stop_engine("node2", "KILL")
         labs.reboot(world.lab, "node2")
         labs.wait_first_pongs(world.lab, labs.plan_pairs(world.lab))
-        labs.must([*labs.node_argv(world.lab, "node2"), *BRIDGE_NF])
+        world.see_bridged("node2")
         world.start_servers("c", "d")
         world.tell_of_pods()
         world.start_engine("node2")

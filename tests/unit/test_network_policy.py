@@ -1,6 +1,6 @@
 """deploy/network-policy: what the engine may do, and what the check before it says. The engine itself: tests/e2e/test_network_policy.py."""
 
-import gzip
+import errno
 import importlib.util
 import re
 import subprocess
@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests import manifests
+from tests.conftest import kernel_has
 from tests.manifests import DEPLOY, ROOT, find, load
 
 CHECK = DEPLOY / "network-policy/check.py"
@@ -16,39 +17,44 @@ spec = importlib.util.spec_from_file_location("check", CHECK)
 check = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(check)
 
-BOTH = "CONFIG_NFT_QUEUE=m\nCONFIG_NETFILTER_NETLINK_QUEUE=y\n"
+RULE, QUEUE = check.plan_rule(), check.plan_queue()
 
 
-def run(tmp_path, config=None, builtin="", dep=""):
-    """What check.py says of a kernel with this configuration and these modules."""
-    path, modules = tmp_path / "config.gz", tmp_path / "modules"
-    if config is not None:
-        path.write_bytes(gzip.compress(config.encode()))
-    modules.mkdir()
-    for name, text in (("modules.builtin", builtin), ("modules.dep", dep)):
-        (modules / name).write_text(text)
-    done = subprocess.run([sys.executable, CHECK, path, modules], capture_output=True, text=True, check=False)
-    return done.returncode, done.stderr
+@pytest.mark.parametrize("bridged, refused, named", [
+    (True, (), []),
+    (False, (), ["br_netfilter"]),
+    (True, (RULE,), ["nft_queue"]),
+    (True, (QUEUE,), ["nfnetlink_queue"]),
+    (False, (RULE, QUEUE), ["br_netfilter", "nft_queue", "nfnetlink_queue"]),
+])
+def test_what_is_missing_is_named_with_the_way_out(bridged, refused, named, monkeypatch):
+    monkeypatch.setattr(check, "BRIDGED", "/proc/self" if bridged else "/none")
+    monkeypatch.setattr(check, "ask", lambda request: errno.ENOENT if request in refused else 0)
+    said = check.look_missing()
+    assert [re.match(r"\w+", line).group() for line in said] == named
+    assert all("modprobe br_netfilter" in line or "with CONFIG_NF" in line or "with CONFIG_NETFILTER_" in line for line in said)
 
 
-def test_a_kernel_with_both_passes(tmp_path):
-    dep = "kernel/net/netfilter/nft_queue.ko.zst: kernel/net/netfilter/nf_tables.ko.zst\n"
-    assert run(tmp_path, BOTH, "kernel/net/netfilter/nfnetlink_queue.ko\n", dep) == (0, "")
+PROBE = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("check", {str(CHECK)!r})
+check = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(check)
+rules = check.plan_rule((b"counter\\0", b"")), check.plan_rule((b"nonsense\\0", b"")), check.plan_rule()
+print(*(check.ask(request) for request in (*rules, check.plan_queue())))
+"""
 
 
-@pytest.mark.parametrize("config", [None, BOTH])
-def test_a_kernel_whose_module_is_not_installed_is_named(tmp_path, config):
-    code, said = run(tmp_path, config, "kernel/net/netfilter/nfnetlink_queue.ko\n", "kernel/net/netfilter/nf_tables.ko: \n")
-    assert code == 1 and " no module nft_queue," in said and "linux-modules-extra" in said
-
-
-def test_a_kernel_built_without_it_is_named(tmp_path):
-    code, said = run(tmp_path, "# CONFIG_NFT_QUEUE is not set\nCONFIG_NETFILTER_NETLINK_QUEUE=y\n")
-    assert code == 1 and " no module nft_queue," in said
-
-
-def test_a_kernel_that_says_nothing_passes(tmp_path):
-    assert run(tmp_path) == (0, "")
+@pytest.mark.root
+def test_the_check_asks_the_kernel_and_leaves_nothing():
+    """Whatever this kernel has. The controls: a rule that counts, which every kernel with nftables knows, and one of no kind."""
+    words = ["unshare", "--net", "sh", "-c", '"$0" -c "$1"; "$0" -I "$2"; echo $?; nft list tables', sys.executable, PROBE, str(CHECK)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    answers, code = done.stdout.splitlines()
+    counts, nonsense, queues, queue = map(int, answers.split())
+    assert (counts, nonsense, queues == 0) == (0, errno.ENOENT, kernel_has("nft_queue"))
+    lines = sum([queues != 0, queue != 0, not kernel_has("br_netfilter")])
+    assert (code, len(done.stderr.splitlines())) == (str(int(lines > 0)), lines), done.stderr
 
 
 @pytest.mark.skipif(bool(manifests.yaml_missing()), reason=manifests.yaml_missing())
