@@ -2,10 +2,12 @@
 families. A real API server knows the pods, as a kubelet would have told it. Every connection that a policy stops is one that works
 without it: that is tested first, and after each policy has gone."""
 
+import base64
 import contextlib
 import json
 import os
 import re
+import shutil
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ needs = kubernetes.missing() or manifests.yaml_missing() or ("" if ENGINE.exists
 pytestmark = [pytest.mark.root, pytest.mark.kernel("nft_queue", "br_netfilter"), pytest.mark.alone,
               pytest.mark.skipif(bool(needs), reason=needs or "-")]
 
-PEER = Path(__file__).parents[1] / "cluster/peer.py"
+PEER, CHECK, ON_NODE = manifests.ROOT / "tests/cluster/peer.py", manifests.DEPLOY / "network-policy/check.py", "/opt/mncni"
 PORT, OTHER_PORT, HOST_PORT = 8000, 8001, 9000
 TIMEOUT_S = 120  # the machine may be emulated
 # Pod -> (its place in the lab, its namespace).
@@ -39,12 +41,15 @@ class World:
     def __init__(self, lab, cluster, directory):
         self.lab, self.cluster, self.dir, self.children = lab, cluster, directory, []
         cluster.kubectl("apply", "-f", "deploy/network-policy/account.yaml")
+        access = {"server": cluster.url, "certificate-authority-data": base64.b64encode(Path(cluster.ca_file).read_bytes()).decode()}
         for node in lab.nodes():
-            user = {"token": cluster.token(ACCOUNT, node)}
-            (directory / node).write_text(json.dumps({
-                "apiVersion": "v1", "kind": "Config", "current-context": "x", "users": [{"name": "x", "user": user}],
+            folder = lab.dir / node / ON_NODE[1:]  # a node sees nothing else of the machine but /usr
+            for path in (PEER, CHECK, ENGINE):
+                shutil.copy(path, folder)
+            (folder / "engine.json").write_text(json.dumps({
+                "apiVersion": "v1", "kind": "Config", "current-context": "x", "clusters": [{"name": "x", "cluster": access}],
                 "contexts": [{"name": "x", "context": {"cluster": "x", "user": "x"}}],
-                "clusters": [{"name": "x", "cluster": {"server": cluster.url, "certificate-authority": cluster.ca_file}}]}))
+                "users": [{"name": "x", "user": {"token": cluster.token(ACCOUNT, node)}}]}))
 
     def addresses(self, pod):
         return labs.pod_record(self.lab, *PODS[pod][0])["addresses"]
@@ -71,7 +76,7 @@ class World:
     def start_servers(self, *pods):
         for pod in pods or PODS:
             for port in (PORT, OTHER_PORT):
-                argv = [*self.in_pod(pod), *AS_USER, labs.PYTHON, str(PEER), "serve", str(port), pod]
+                argv = [*self.in_pod(pod), *AS_USER, labs.PYTHON, f"{ON_NODE}/peer.py", "serve", str(port), pod]
                 with open(self.dir / f"{pod}-{port}", "w") as out:
                     self.children.append(labs.start(argv, stdout=out))
         for pod in pods or PODS:
@@ -82,7 +87,7 @@ class World:
         """As its manifest has it: with its flags, its account's token and its capability."""
         pod = manifests.load("deploy/network-policy/daemonset.yaml")[0]["spec"]["template"]["spec"]
         flags = [word.replace("$(NODE_NAME)", node) for word in pod["containers"][0]["args"][1:]]
-        argv = [*AS_CONTAINER, str(ENGINE), f"--kubeconfig={self.dir / node}", *flags]
+        argv = [*AS_CONTAINER, f"{ON_NODE}/netpol", f"--kubeconfig={ON_NODE}/engine.json", *flags]
         with open(self.dir / f"engine-{node}", "a") as log:
             script = f'echo $$ >{PID}; exec "$@"'
             self.children.append(labs.start([*labs.node_argv(self.lab, node), "sh", "-c", script, "sh", *argv], stdout=log, stderr=log))
@@ -102,7 +107,7 @@ class World:
         labs.must([*labs.node_argv(self.lab, node), "sysctl", "-qw", *keys])
 
     def ask(self, source, questions):
-        argv = [*self.in_pod(source), *AS_USER, labs.PYTHON, str(PEER), "ask"]
+        argv = [*self.in_pod(source), *AS_USER, labs.PYTHON, f"{ON_NODE}/peer.py", "ask"]
         return json.loads(labs.must(argv, json.dumps(questions), timeout_s=300))
 
     def reached(self, port=PORT, protocols=("tcp", "udp"), pods=PODS):
@@ -201,7 +206,7 @@ POLICIES = {
 
 def test_the_check_finds_nothing_missing_and_leaves_nothing(world):
     before = node_sh(world.lab, "node1", "nft list tables")
-    argv = [*labs.node_argv(world.lab, "node1"), *AS_CONTAINER, labs.PYTHON, "-I", str(manifests.DEPLOY / "network-policy/check.py")]
+    argv = [*labs.node_argv(world.lab, "node1"), *AS_CONTAINER, labs.PYTHON, "-I", f"{ON_NODE}/check.py"]
     assert labs.run(argv) == (0, "", "")
     assert node_sh(world.lab, "node1", "nft list tables") == before
 
@@ -239,7 +244,7 @@ def test_ip_blocks_with_exceptions(world):
 
 
 def test_a_connection_ends_when_a_policy_forbids_it(world):
-    argv = [*world.in_pod("d"), *AS_USER, labs.PYTHON, str(PEER), "stream", "udp", world.addresses("a")[0], str(PORT)]
+    argv = [*world.in_pod("d"), *AS_USER, labs.PYTHON, f"{ON_NODE}/peer.py", "stream", "udp", world.addresses("a")[0], str(PORT)]
     child = labs.start(argv, stdin=-1, stdout=-1, stderr=-1)
     assert child.stderr.readline() == "streaming\n"
     time.sleep(2)
