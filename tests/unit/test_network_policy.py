@@ -61,8 +61,27 @@ def test_the_check_asks_the_kernel_and_leaves_nothing():
 def test_the_engine_only_reads():
     rules = find(load("deploy/network-policy/account.yaml"), "ClusterRole")["rules"]
     assert {verb for rule in rules for verb in rule["verbs"]} == {"list", "watch"}
-    [container] = find(load("deploy/network-policy/daemonset.yaml"), "DaemonSet")["spec"]["template"]["spec"]["containers"]
-    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
+
+
+@pytest.mark.skipif(bool(manifests.yaml_missing()), reason=manifests.yaml_missing())
+def test_the_engine_has_one_capability_reaches_nothing_of_the_node_and_says_whether_it_fails_open():
+    pod = find(load("deploy/network-policy/daemonset.yaml"), "DaemonSet")["spec"]["template"]["spec"]
+    [engine], [first] = pod["containers"], pod["initContainers"]
+    for container in (engine, first):
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
+    assert pod["hostNetwork"] and all("hostPath" not in volume for volume in pod["volumes"])
+    assert {"--fail-open=true", "--strict-mode=true", "--disable-nri=true"} < set(engine["args"])
+    get = engine["readinessProbe"]["httpGet"]
+    assert f"--metrics-bind-address={get['host']}:{get['port']}" in engine["args"] and "livenessProbe" not in engine
+
+
+@pytest.mark.skipif(bool(manifests.kubectl_missing()), reason=manifests.kubectl_missing())
+def test_the_kustomization_renders_with_the_check():
+    objects = manifests.render("deploy/network-policy")
+    check_map, pod = find(objects, "ConfigMap"), find(objects, "DaemonSet")["spec"]["template"]["spec"]
+    assert [volume["configMap"]["name"] for volume in pod["volumes"]] == [check_map["metadata"]["name"]]
+    assert check_map["data"] == {CHECK.name: CHECK.read_text()}
+    assert pod["initContainers"][0]["command"][-1] == f"{pod['initContainers'][0]['volumeMounts'][0]['mountPath']}/{CHECK.name}"
 
 
 def test_no_program_writes_or_reads_connection_labels():
