@@ -3,6 +3,7 @@
 
 It asks the kernel for what the engine will ask for, which also loads modules, and changes nothing. Needs CAP_NET_ADMIN.
 """
+import errno
 import os
 import socket
 import struct
@@ -42,8 +43,8 @@ def plan_rule(kind=TO_QUEUE):
 
 
 def plan_queue():
-    """A command to the queues that does nothing, since Linux 3.8: PF_BIND."""
-    return message(QUEUES << 8 | 2, ANY, attribute(1, struct.pack("!BBH", 3, 0, socket.AF_INET)), ACK)
+    """A setting of a queue that there is not, which nobody can change then (ENODEV): to keep a verdict's label with its connection."""
+    return message(QUEUES << 8 | 2, ANY, attribute(5, struct.pack("!I", 2)) + attribute(4, struct.pack("!I", 2)), ACK, resource=65535)
 
 
 def ask(request):
@@ -55,18 +56,21 @@ def ask(request):
 
 
 def look_missing():
-    """What this node lacks, as lines."""
+    """What this node lacks, and the way out, as lines."""
     missing = [] if os.path.exists(BRIDGED) else [
-        "br_netfilter: packets between its pods would pass unjudged; load it (modprobe br_netfilter), also at boot (/etc/modules-load.d)"]
-    for module, option, request in (("nft_queue", "NFT_QUEUE", plan_rule()), ("nfnetlink_queue", "NETFILTER_NETLINK_QUEUE", plan_queue())):
-        error = ask(request)
-        if error:
-            missing.append(f"{module} ({os.strerror(error)}): {FIND.format(option)}")
+        "br_netfilter, without which packets between its pods pass unjudged: modprobe br_netfilter, also at boot (/etc/modules-load.d)"]
+    rule, queue = ask(plan_rule()), ask(plan_queue())
+    if rule:
+        missing.append(f"nft_queue ({os.strerror(rule)}): {FIND.format('NFT_QUEUE')}")
+    if queue == errno.EOPNOTSUPP:
+        missing.append(f"the labels of nfnetlink_queue, without which answers are dropped: {FIND.format('NETFILTER_NETLINK_GLUE_CT')}")
+    elif queue != errno.ENODEV:
+        missing.append(f"nfnetlink_queue ({os.strerror(queue)}): {FIND.format('NETFILTER_NETLINK_QUEUE')}")
     return missing
 
 
 if __name__ == "__main__":
     lines = look_missing()
     for line in lines:
-        print(f"no network policy holds on this node, and the network goes on without: no kernel module {line}", file=sys.stderr)
+        print(f"no network policy holds on this node, and the network goes on without: its kernel lacks {line}", file=sys.stderr)
     sys.exit(bool(lines))
