@@ -276,16 +276,20 @@ def without(mapping, *keys):
 
 def parse_prev_result(conf):
     """The configuration's prevResult as a 1.1.0 result, None where there is none. CNIError 7 if it is malformed. SPEC section 3."""
-    result = typed(conf, "prevResult", dict, {})
+    return parse_result(typed(conf, "prevResult", dict, {}), '"prevResult"')
+
+
+def parse_result(result, what):
+    """A result of any version as a 1.1.0 result, None if it is empty. CNIError 7 if it is malformed."""
     for key in ("interfaces", "ips", "routes"):
         if not all(isinstance(item, dict) for item in typed(result, key, list, [])):
-            raise config_error(f'"prevResult" is no result: "{key}" must be an array of objects')
+            raise config_error(f'{what} is no result: "{key}" must be an array of objects')
     for ip in result.get("ips") or []:
         index = ip.get("interface")
         if not is_address(ip.get("address"), ipaddress.ip_interface) or "/" not in ip["address"]:
-            raise config_error(f'"prevResult" is no result: {ip.get("address")!r} is not an address with its prefix length')
+            raise config_error(f"{what} is no result: {ip.get('address')!r} is not an address with its prefix length")
         if index is not None and (type(index) is not int or not 0 <= index < len(result.get("interfaces") or [])):
-            raise config_error(f'"prevResult" is no result: "interface" {index!r} is not an index into its interfaces')
+            raise config_error(f'{what} is no result: "interface" {index!r} is not an index into its interfaces')
     return to_newest(result) if result else None
 
 
@@ -321,10 +325,10 @@ def host_links(request):
 # ---------------------------------------------------------------------------------------------------------------------
 # The key "plugin" of the configuration names one plugin of this file, or a list of them: then this program calls them one after the other,
 # as a runtime would. A stage is one plugin of that list, an entry of the plugin table: {"ADD": function(request, run), "DEL": ..., and so
-# on}, with up to five marks. "first": it can only be the first of a list. "chained": it works on the result of a plugin before it.
-# "link": it makes a link on the host for each attachment, whose name begins with these letters. "leave_nft": a function (request, run,
-# script) that takes the attachment out of a table of nft, in one transaction with a script. "tools": a function of the request that lists
-# the programs which the call runs; for STATUS, those of any call.
+# on}; ADD has to be there, for other verbs there may be nothing to do. It has up to five marks. "first": it can only be the first of a
+# list. "chained": it works on the result of a plugin before it. "link": it makes a link on the host for each attachment, whose name begins
+# with these letters. "leave_nft": a function (request, run, script) that takes the attachment out of a table of nft, in one transaction
+# with a script. "tools": a function of the request that lists the programs which the call runs; for STATUS, those of any call.
 
 
 def answer(environ, stdin_text, run, plugins=None, called_as="mncni", at_once=False):
@@ -371,11 +375,11 @@ def call_add(request, stages, run):
         try:
             if stage.get("chained") and request.prev_result is None:
                 raise config_error("a chained plugin works on the result of one before it: put it behind one that makes the interface")
-            request.prev_result = stage["ADD"](request, run)
+            request.prev_result = call_stage(stage, "ADD", request, run)
         except Exception as error:
             half_done = stage.get("chained") and getattr(error, "code", 0) != BAD_CONFIG
             for done in reversed(stages[: position + bool(half_done)]):
-                best_effort(done["DEL"], request, run)
+                best_effort(call_stage, done, "DEL", request, run)
             raise
     return request.prev_result
 
@@ -401,7 +405,29 @@ def call_check(request, stages, run):
 
 def call_all(request, stages, run):
     """Run every stage, also after one failed, then raise the first error. The stages of a DEL may run at the same time."""
-    all_of([(stage[request.command], (request, run)) for stage in stages], request.at_once and request.command == "DEL")
+    all_of([(call_stage, (stage, request.command, request, run)) for stage in stages], request.at_once and request.command == "DEL")
+
+
+def call_stage(stage, verb, request, run):
+    """Call a plugin's function. An ADD has to return a result, the one before it if it has nothing to add. What a defect of the plugin
+    raises gets its name, for to_cni_error."""
+    act, name = stage.get(verb, nothing_to_do), stage["name"]
+    try:
+        result = act(request, run)
+    except SystemExit as error:
+        raise CNIError(INTERNAL, f'plugin {name}: {verb} called exit({error.code!r}); an error is raised as mncni.CNIError') from error
+    except Exception as error:
+        error.plugin = name, getattr(getattr(act, "__code__", None), "co_filename", "")
+        raise
+    if verb != "ADD":
+        return None
+    if not isinstance(result, dict) or not result:
+        what = f'plugin {name}: ADD returned {result!r:.80}, which is no result'
+        raise CNIError(INTERNAL, f"{what}; a chained plugin returns request.prev_result, with what it adds")
+    try:
+        return parse_result(result, "it")
+    except CNIError as error:
+        raise CNIError(INTERNAL, f"plugin {name}: what ADD returned makes no sense: {error.msg}", error.details) from None
 
 
 VERBS = {"ADD": call_add, "DEL": call_del, "CHECK": call_check, "GC": call_all, "STATUS": call_all}
@@ -414,15 +440,29 @@ def choose_plugins(conf, called_as, plugins):
     known = ", ".join(plugins)
     if not names:
         raise config_error(f'"plugin" is an empty list; the plugins are: {known}')
+    stages = []
     for position, name in enumerate(names):
         if not isinstance(name, str) or name not in plugins:
             what = f'called as "{name}" without a "plugin" key' if "plugin" not in conf else f'"plugin" {to_json(name)} is unknown'
             raise config_error(f"{what}; the plugins are: {known}", 'set "plugin" to one of them, or to a list of them')
         if name in names[:position]:
             raise config_error(f'"plugin" lists "{name}" twice')
-        if position and plugins[name].get("first"):
+        stages.append(plugin_of(name, plugins[name]))
+        if position and stages[-1].get("first"):
             raise config_error(f'"plugin" lists "{name}" at place {position + 1}: it can only be the first, it adds to no result before it')
-    return [plugins[name] for name in names]
+    return stages
+
+
+def plugin_of(name, row):
+    """A row of the plugin table as a stage, with its name. CNIError 999 if it makes no sense."""
+    unknown = sorted(set(row) - {*VERBS, "first", "chained", "link", "leave_nft", "tools"}) if isinstance(row, dict) else []
+    if not isinstance(row, dict) or unknown:
+        wrong = f"has {to_json(unknown)}" if unknown else "is no dict"
+    elif "ADD" not in row or not all(callable(row.get(verb, nothing_to_do)) for verb in VERBS):
+        wrong = "needs a function as ADD, and functions as the other verbs that it names"
+    else:
+        return {**row, "name": name}
+    raise CNIError(INTERNAL, f"plugin {name}: its row of the table {wrong}; the verbs are: {', '.join(VERBS)}")
 
 
 def check_version(command, version):
@@ -498,7 +538,11 @@ def to_cni_error(error):
     import traceback  # slow, and only for defects
 
     traceback.print_exception(type(error), error, error.__traceback__)
-    return CNIError(INTERNAL, f"internal error, please report: {type(error).__name__}: {error}")
+    name, file = getattr(error, "plugin", ("", ""))
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = ([frame for frame in frames if frame.filename == file] or frames)[-1]
+    where = f"line {frame.lineno} of {os.path.basename(frame.filename)}, in {frame.name}"
+    return CNIError(INTERNAL, f'{name and f"plugin {name}: "}a defect of the program: {where}: {type(error).__name__}: {error}')
 
 
 def error_reply(error, version):
@@ -3099,14 +3143,21 @@ FOREIGN_RESULT = {  # what another plugin may have made, on the host and in the 
 
 class Explainer:
     """A `run` that runs nothing and keeps each command in `script`. It answers as a host that has only the interfaces of a result (or
-    None), and a default route in every namespace."""
+    None), and in every namespace a default route to the result's gateways."""
 
     def __init__(self, result):
-        self.script = []
-        self.links = ["lo", *(link["name"] for link in (result or {}).get("interfaces", []))]
+        self.script, result = [], result or {}
+        self.links = ["lo", *(link["name"] for link in result.get("interfaces", []))]
+        self.gateways = {6 if ":" in ip["gateway"] else 4: ip["gateway"] for ip in result.get("ips", []) if ip.get("gateway")}
 
     def __call__(self, command):
-        self.script.append(command.explained())
+        reply, text = self.reply(command), command.explained()
+        if reply.exit_code or (not reply.stdout and {"-json", "-j"} & set(command.argv)):  # the script goes on where nothing is there
+            text = text.replace("<<'E'\n", "<<'E' || true\n", 1) if command.stdin else f"{text} || true"
+        self.script.append(text)
+        return reply
+
+    def reply(self, command):
         if "CNI_COMMAND" in command.environ:
             self.script.append("# That is another plugin. The address below stands for the one that it gives.")
             return Reply(0, to_json({"ips": [without(FOREIGN_RESULT["ips"][0], "interface")]}), "")
@@ -3114,7 +3165,10 @@ class Explainer:
             address = {"local": "192.0.2.10", "prefixlen": 24}
             return Reply(0, to_json([{"ifname": "eth9", "mtu": 1500, "flags": ["UP"], "addr_info": [address]}]), "")
         if "route" in command.argv:
-            return Reply(0, "default via 192.0.2.1\n" if "-4" in command.argv else "", "")
+            gateway = self.gateways.get(4 if "-4" in command.argv else 6)
+            return Reply(0, f"default via {gateway}\n" if gateway else "", "")
+        if command.argv[:2] == ["tc", "filter"] and not any("tc qdisc add" in text for text in self.script):
+            return Reply(1, "", "")  # a new device has no hook for filters
         lines = [line.split() for line in command.stdin.splitlines()]
         found = [(words[3], self.links.index(words[3])) for words in lines if words[1:3] == ["show", "dev"] and words[3] in self.links]
         other = {"mtu": 1500, "address": "00:00:00:00:00:00", "flags": ["UP"]}  # of a veth pair a result names the host's end first
@@ -3135,24 +3189,25 @@ def explain_command(options, run):
     shared = {"name": conflist.get("name"), "cniVersion": max((one for one in versions if one in CNI_VERSIONS), default=versions[0])}
     print(f"# The commands of CNI_COMMAND={options.command} for {options.conflist}: container c1, namespace /run/netns/c1, interface eth0,")
     print("# on a host that has nothing of it yet, or only what an ADD made. Leases are files, not commands, so they do not show.")
-    result = None
+    result, scripts = None, []
     for conf in plugins:
-        print(f"\n# ---- type {to_json(conf.get('type'))}, plugin {to_json(conf.get('plugin', conf.get('type')))} ----")
-        if "plugin" not in conf and conf.get("type") not in (*PLUGINS, "mncni", "mncni.py"):
-            print("# Another program's plugin. The interface and the address below stand for what it makes.")
+        head = f"\n# ---- type {to_json(conf.get('type'))}, plugin {to_json(conf.get('plugin', conf.get('type')))} ----\n"
+        if "plugin" not in conf and conf.get("type") not in (*options.plugins, "mncni", "mncni.py"):
+            script = "# Another program's plugin. The interface and the address below stand for what it makes."
             result = result or FOREIGN_RESULT
-            continue
-        with tempfile.TemporaryDirectory() as root:
-            result = explain_plugin({**conf, **shared}, result, options.command, root)
+        else:
+            with tempfile.TemporaryDirectory() as root:
+                script, result = explain_plugin({**conf, **shared}, result, options, root)
+        scripts.append(head + script)
+    print("\n".join(reversed(scripts) if options.command == "DEL" else scripts))  # a runtime calls DEL in reverse
 
 
-def explain_plugin(conf, prev_result, command, root):
-    """Print what one plugin of a list runs after others returned prev_result (or None). root: an empty directory for the host's files.
-    Returns the result of its ADD."""
+def explain_plugin(conf, prev_result, options, root):
+    """(what one plugin of a list runs after others returned prev_result or None, the result of its ADD). root: an empty directory for the
+    host's files."""
     conf.update({"ready": "", "logFile": "", "cni.dev/valid-attachments": []})
     conf["runtimeConfig"] = {name: value for name, value in EXPLAINED.items() if any_case(conf.get("capabilities"), name)}
-    if conf["runtimeConfig"]:
-        print(f"# The runtime asks for {to_json(conf['runtimeConfig'])}.")
+    asked = f"# The runtime asks for {to_json(conf['runtimeConfig'])}.\n" if conf["runtimeConfig"] else ""
     delegate, ipam = delegate_type(conf), typed(conf, "ipam", dict, {})
     conf["ipam"] = {key: value for key, value in ipam.items() if key.lower() != "datadir"}
     os.makedirs(f"{root}/run/netns")
@@ -3163,15 +3218,14 @@ def explain_plugin(conf, prev_result, command, root):
     names = {"CNI_CONTAINERID": "c1", "CNI_NETNS": f"{root}/run/netns/c1", "CNI_NETNS_OVERRIDE": "1", "CNI_IFNAME": "eth0"}
     environ, result = {**names, "CNI_PATH": root + DEFAULT_BIN_DIR, "MNCNI_RUN_DIR": root + DEFAULT_RUN_DIR}, prev_result
     environ["MNCNI_DATA_DIR"] = root + DEFAULT_DATA_DIR
-    for verb in dict.fromkeys(("ADD", command)):  # the other commands need the result of an ADD
+    for verb in dict.fromkeys(("ADD", options.command)):  # the other commands need the result of an ADD
         run, stdin = Explainer(result), to_json({**conf, "prevResult": result})
-        exit_code, stdout = answer({**environ, "CNI_COMMAND": verb}, stdin, run, called_as=conf.get("type"))
+        exit_code, stdout = answer({**environ, "CNI_COMMAND": verb}, stdin, run, options.plugins, conf.get("type"))
         reply = parse_json(stdout or "{}")
         if exit_code and (verb, reply["code"]) != ("CHECK", COMMAND_FAILED):  # a CHECK finds everything missing here
             raise CNIError(reply["code"], reply["msg"], reply.get("details", ""))
         result = reply if verb == "ADD" else result
-    print("\n\n".join(run.script).replace(root, "") or "# It starts no command.")
-    return result
+    return asked + ("\n\n".join(run.script).replace(root, "") or "# It starts no command."), result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3185,7 +3239,7 @@ def portmap_restore_command(options, run):
         print(f"restored: {problem}")
 
 
-def command_line(arguments):
+def command_line(arguments, plugins):
     """The exit code of `mncni.py install | explain | portmap-restore | --help | --version`."""
     import argparse  # +2 ms, the command line only
 
@@ -3204,7 +3258,7 @@ def command_line(arguments):
     command = commands.add_parser("explain", help="print what a call would run, as a shell script; changes nothing")
     command.add_argument("conflist", metavar="CONFLIST", help="a CNI configuration, as in /etc/cni/net.d")
     command.add_argument("--command", default="ADD", choices=VERBS, help="(default ADD)")
-    command.set_defaults(act=explain_command)
+    command.set_defaults(act=explain_command, plugins={**PLUGINS, **plugins})
     command = commands.add_parser("portmap-restore", help="write the tables of host ports and spoofCheck again, after nft flush ruleset")
     command.set_defaults(act=portmap_restore_command)
     command = commands.add_parser("forget-flows", help="delete conntrack's UDP entries to host ports; portmap does it by itself")
@@ -3235,13 +3289,14 @@ def main(plugins=None):
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (closed: print would write to stdout, which is the protocol's)
     if not environ.get("CNI_COMMAND"):
         if len(sys.argv) > 1:
-            sys.exit(command_line(sys.argv[1:]))
+            sys.exit(command_line(sys.argv[1:], plugins or {}))
         sys.stderr.write(ABOUT)
         sys.exit(0)
 
     run = make_run(environ, print_trace if environ.get("CNI_TRACE") == "1" else None)
+    stdout, sys.stdout = sys.stdout, sys.stderr  # stdout is the protocol's: what a plugin prints is for people
     exit_code, text = answer(environ, read_stdin(), run, plugins, os.path.basename(sys.argv[0]), at_once=True)
-    print(text, end="", flush=True)
+    print(text, end="", file=stdout, flush=True)
     os._exit(exit_code)  # skips the interpreter's clean-up, which takes 2 ms
 
 
