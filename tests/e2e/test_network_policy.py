@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.root, pytest.mark.kernel("nft_queue", "br_netfilter"),
 
 PEER, CHECK, ON_NODE = manifests.ROOT / "tests/cluster/peer.py", manifests.DEPLOY / "network-policy/check.py", "/opt/mncni"
 PORT, OTHER_PORT, HOST_PORT = 8000, 8001, 9000
-TIMEOUT_S = 120  # the machine may be emulated
+TIMEOUT_S = 300  # the machine may be emulated
 # Pod -> (its place in the lab, its namespace).
 PODS = {"a": (("node1", "pod1"), "one"), "b": (("node1", "pod2"), "two"), "c": (("node2", "pod1"), "one"), "d": (("node2", "pod2"), "two")}
 PAIRS = [(source, target) for source in PODS for target in PODS if source != target]
