@@ -3160,10 +3160,15 @@ EXPLAINED = {  # what the runtime supplies for the capabilities that a conflist 
 }
 
 
-FOREIGN_RESULT = {  # what another plugin may have made, on the host and in the pod
-    "interfaces": [{"name": "veth0"}, {"name": "eth0", "sandbox": "/run/netns/c1"}],
-    "ips": [{"address": "192.0.2.2/24", "gateway": "192.0.2.1", "interface": 1}],
-}
+def foreign_result(conf):
+    """What another program's plugin may make, on the host and in the pod: the addresses are the first of each range, as of host-local."""
+    ipam = typed(conf, "ipam", dict, {})
+    sets = typed(ipam, "ranges", list, []) or [[ipam if "subnet" in ipam else {"subnet": "192.0.2.0/24"}]]
+    ips = []
+    for entry in [parse_range_set(ranges)[0] for ranges in sets]:
+        first = type(entry["gateway"])(entry["start"] + (entry["start"] == int(entry["gateway"])))
+        ips.append({"address": f"{first}/{entry['subnet'].prefixlen}", "gateway": str(entry["gateway"]), "interface": 1})
+    return {"interfaces": [{"name": "veth0"}, {"name": "eth0", "sandbox": "/run/netns/c1"}], "ips": ips}
 
 
 class Explainer:
@@ -3183,9 +3188,8 @@ class Explainer:
         return reply
 
     def reply(self, command):
-        if "CNI_COMMAND" in command.environ:
-            self.script.append("# That is another plugin. The address below stands for the one that it gives.")
-            return Reply(0, to_json({"ips": [without(FOREIGN_RESULT["ips"][0], "interface")]}), "")
+        if "CNI_COMMAND" in command.environ:  # a delegate
+            return Reply(0, to_json({"ips": [without(ip, "interface") for ip in foreign_result(parse_json(command.stdin))["ips"]]}), "")
         if "address show scope global" in command.stdin:
             address = {"local": "192.0.2.10", "prefixlen": 24}
             return Reply(0, to_json([{"ifname": "eth9", "mtu": 1500, "flags": ["UP"], "addr_info": [address]}]), "")
@@ -3214,12 +3218,18 @@ def explain_command(options, run):
     shared = {"name": conflist.get("name"), "cniVersion": max((one for one in versions if one in CNI_VERSIONS), default=versions[0])}
     print(f"# The commands of CNI_COMMAND={options.command} for {options.conflist}: container c1, namespace /run/netns/c1, interface eth0,")
     print("# on a host that has nothing of it yet, or only what an ADD made. Leases are files, not commands, so they do not show.")
+    print("# The runtime makes the namespace:\n[ -e /run/netns/c1 ] || ip netns add c1")
+    print(f"export CNI_CONTAINERID=c1 CNI_NETNS=/run/netns/c1 CNI_IFNAME=eth0 CNI_PATH={DEFAULT_BIN_DIR}  # for other plugins")
     result, scripts = None, []
     for conf in plugins:
         head = f"\n# ---- type {to_json(conf.get('type'))}, plugin {to_json(conf.get('plugin', conf.get('type')))} ----\n"
         if "plugin" not in conf and conf.get("type") not in (*options.plugins, "mncni", "mncni.py"):
-            script = "# Another program's plugin. The interface and the address below stand for what it makes."
-            result = result or FOREIGN_RESULT
+            why = f"another program's plugin; if it uses mncni.py, `{conf.get('type')} explain` shows its commands, too"
+            path, stdin = f"{DEFAULT_BIN_DIR}/{conf.get('type')}", {**conf, **shared, **({"prevResult": result} if result else {})}
+            script = Command([path], to_json(stdin), why, {"CNI_COMMAND": options.command}).explained()
+            if result is None:
+                result = foreign_result(conf)
+                script += f"\n# What follows takes it that the pod has {result['ips'][0]['address']}, behind the link veth0 of the host."
         else:
             with tempfile.TemporaryDirectory() as root:
                 script, result = explain_plugin({**conf, **shared}, result, options, root)
@@ -3230,11 +3240,12 @@ def explain_command(options, run):
 def explain_plugin(conf, prev_result, options, root):
     """(what one plugin of a list runs after others returned prev_result or None, the result of its ADD). root: an empty directory for the
     host's files."""
-    conf.update({"ready": "", "logFile": "", "cni.dev/valid-attachments": []})
-    conf["runtimeConfig"] = {name: value for name, value in EXPLAINED.items() if any_case(conf.get("capabilities"), name)}
-    asked = f"# The runtime asks for {to_json(conf['runtimeConfig'])}.\n" if conf["runtimeConfig"] else ""
+    asked = {name: value for name, value in EXPLAINED.items() if any_case(conf.get("capabilities"), name)}
+    conf = {**without(conf, "ready", "logFile"), **({"runtimeConfig": asked} if asked else {})}
+    conf.update({"cni.dev/valid-attachments": []} if options.command == "GC" else {})
     delegate, ipam = delegate_type(conf), typed(conf, "ipam", dict, {})
-    conf["ipam"] = {key: value for key, value in ipam.items() if key.lower() != "datadir"}
+    if not delegate:
+        conf["ipam"] = {key: value for key, value in ipam.items() if key.lower() != "datadir"}
     os.makedirs(f"{root}/run/netns")
     os.symlink("/proc/self/ns/net", f"{root}/run/netns/c1")
     if delegate:
@@ -3244,13 +3255,14 @@ def explain_plugin(conf, prev_result, options, root):
     environ, result = {**names, "CNI_PATH": root + DEFAULT_BIN_DIR, "MNCNI_RUN_DIR": root + DEFAULT_RUN_DIR}, prev_result
     environ["MNCNI_DATA_DIR"] = root + DEFAULT_DATA_DIR
     for verb in dict.fromkeys(("ADD", options.command)):  # the other commands need the result of an ADD
-        run, stdin = Explainer(result), to_json({**conf, "prevResult": result})
+        run, stdin = Explainer(result), to_json({key: value for key, value in {**conf, "prevResult": result}.items() if value is not None})
         exit_code, stdout = answer({**environ, "CNI_COMMAND": verb}, stdin, run, options.plugins, conf.get("type"))
         reply = parse_json(stdout or "{}")
         if exit_code and (verb, reply["code"]) != ("CHECK", COMMAND_FAILED):  # a CHECK finds everything missing here
             raise CNIError(reply["code"], reply["msg"], reply.get("details", ""))
         result = reply if verb == "ADD" else result
-    return asked + ("\n\n".join(run.script).replace(root, "") or "# It starts no command."), result
+    script = "\n\n".join(run.script).replace(root, "") or "# It starts no command."
+    return (f"# The runtime asks for {to_json(asked)}.\n" if asked else "") + script, result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
