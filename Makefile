@@ -25,6 +25,10 @@ demo: ## two nodes and four pods on this machine: pings over WireGuard, and proo
 	@$(NEED_ROOT)
 	@tests/setup.sh demo
 	@$(PYTHON) deploy/lab.py demo $(ARGS)
+	@echo
+	@echo 'Next:'
+	@echo '  sudo make lab   the same nodes and pods, left running for you to look around'
+	@echo '  docs/tour.md    a course: what CNI is, and how pods reach each other, step by step in that lab'
 
 lab: ## the same nodes and pods, left running for you to look around (root)
 	@$(NEED_ROOT)
@@ -36,6 +40,7 @@ lab: ## the same nodes and pods, left running for you to look around (root)
 	@echo '  deploy/lab.py ping                         every pod to every pod'
 	@echo '  deploy/lab.py exec NODE -- ip route        a command on a node'
 	@echo '  deploy/lab.py exec NODE/POD -- ip address  a command in a pod'
+	@echo '  deploy/lab.py runtime add NODE/web         one more pod, as kubelet has a container runtime make it'
 	@echo '  make lab-down                              remove it'
 
 lab-down: ## remove the lab (root)
