@@ -25,10 +25,6 @@ demo: ## two nodes and four pods on this machine: pings over WireGuard, and proo
 	@$(NEED_ROOT)
 	@tests/setup.sh demo
 	@$(PYTHON) deploy/lab.py demo $(ARGS)
-	@echo
-	@echo 'Next:'
-	@echo '  sudo make lab   the same nodes and pods, left running for you to look around'
-	@echo '  docs/tour.md    a course: what CNI is, and how pods reach each other, step by step in that lab'
 
 lab: ## the same nodes and pods, left running for you to look around (root)
 	@$(NEED_ROOT)
@@ -61,7 +57,7 @@ test: ## all tests, four files at once; as an ordinary user those that need no r
 	@tests/setup.sh test
 	@.venv/bin/python -m pytest --lanes $(LANES) $(ARGS)
 
-kubernetes: ## a real kube-apiserver, etcd and kubectl for `make test`, which leaves out some tests without them (needs go; 10 minutes)
+kubernetes: ## a real kube-apiserver, etcd, kubectl and a policy engine for tests, some of which are left out without them (needs go; 10 minutes)
 	@deploy/cluster/build.sh apiserver
 
 test-cluster: ## tests on the cluster, which is made if there is none, and Kubernetes' own e2e tests; ARGS="-k conformance" (root; go; 40 minutes)

@@ -650,19 +650,22 @@ def pretty(value, room):
     return f"{line[0]}\n  {inside}\n{line[-1]}"
 
 
-def content_lines(text, size, is_full):
-    """The lines that show what went through a stream. Unless is_full, long lines and texts are shortened, and say by how much."""
+def content_lines(text, size, is_full, is_input=False):
+    """The lines that show what went through a stream. Unless is_full, long lines and texts are shortened, and say by how much: of what a
+    plugin was given, which is the same for each call of an attachment, there is a line."""
     try:
         conf = json.loads(text)
         if not is_full and isinstance(conf, dict) and isinstance(conf.get("prevResult"), dict):
             ips = [str(ip.get("address")) for ip in objects_in(conf["prevResult"].get("ips"))]
             conf = {**conf, "prevResult": f"... {', '.join(ips)}"}
-        lines = pretty(conf, WIDTH).split("\n")
+        lines = [json.dumps(conf, ensure_ascii=False)] if is_input and not is_full else pretty(conf, WIDTH).split("\n")
     except (ValueError, RecursionError):
         lines = text.splitlines()
     if not is_full:
         left_out = [f"... {len(lines) - 50} more lines"] * (len(lines) > 50)
-        lines = [line if len(line) <= WIDTH + 40 else f"{line[:WIDTH]}... ({len(line)} characters)" for line in lines[:50]] + left_out
+        more = ", whole with --full" if is_input else ""
+        lines = [line if len(line) <= WIDTH + 40 else f"{line[:WIDTH]}... ({len(line)} characters{more})" for line in lines[:50]]
+        lines += left_out
     return [printable(line) for line in lines] + [f"... {size} bytes in all, the first {LIMIT} are kept"] * (size > LIMIT)
 
 
@@ -708,7 +711,8 @@ def format_call(call, is_full=False, replay="error", is_coloured=False, caller=N
     body += [("netns", [printable(call["netns"])])] if call["netns"] and not caller else []
     for name in STREAMS:
         same = caller and name == "stdin" and call["stdin"] == caller["stdin"] and call["stdin"]
-        body.append((name, ["same as its caller's"] if same and not is_full else content_lines(call[name], call[f"{name}_size"], is_full)))
+        lines_of = content_lines(call[name], call[f"{name}_size"], is_full, name == "stdin")
+        body.append((name, ["same as its caller's"] if same and not is_full else lines_of))
     for entry in call["commands"]:
         if is_full or (is_failed(call) and (entry["exit"] or entry["signal"])):
             shown = [printable(f"{shlex.join(entry['argv'])}  {entry['duration_ms']:.1f} ms  {verdict(entry)}")]
@@ -793,16 +797,21 @@ def is_gone(pid):
 # ---------------------------------------------------------------------------------------------------------------------
 # Changes
 # ---------------------------------------------------------------------------------------------------------------------
-# Changes on the host come from monitors (`ip monitor` and the like). A monitor does not know which process made a change, so all changes
-# while a call runs count as changes of that call. Monitors mix up the names in other network namespaces, so for the pod the states before
-# and after the call are compared.
-POD_SCRIPT = "ip -json address; ip -json route; ip -json -6 route; tc -json qdisc"
+# `ip monitor` and the like tell what changes in a network namespace: in that of the host, and in the pod's from its first call on. nft's
+# monitor says by which process, so its changes belong to the call that started that process. Of other changes monitors do not know who made
+# them: they belong to the call during which they came, and where others ran at the same time, that is said.
+STATE_SCRIPT = "ip -json address; ip -json route; ip -json -6 route; tc -json qdisc"
+SETTINGS = {"mtu": r" mtu (\d+) ", "txqlen": r" qlen (\d+)", "mac": r" link/ether ([\da-f:]+)"}  # of a link, in a line of `ip monitor`
+HOST_PORT = re.compile(r"rule .* (tcp|udp|sctp) dport (\d+) .*dnat .*to (\S+:\d+)( .*)?")
+LATE_S = 0.05  # a monitor reports a little late
+QUIET_S = 2  # so long after its last call a pod is watched
+HOLD_S = 0.5  # so long a call waits to be judged: until then it is known whether another began right after it
 MONITORS = {  # tool: its arguments, then for each kind of change the pattern of its lines
     "ip": ("-ts -d -o monitor link address route",
            ("link", r"\d+: (?P<name>[^:@\s]+).* qdisc .*"), ("address", r"\d+: \S+ +inet6? (?!fe80:|::1/)(?P<name>\S+) .*"),
            ("route", r"(?:unicast )?(?!.* table local |ff00:|fe80:)(?P<name>default|[\da-f.:]+(?:/\d+)?) (?:via|dev|nhid|proto|table) .*")),
     "tc": ("-ts monitor", ("qdisc", r"qdisc (?!noqueue)(?P<name>\w+) .* dev \S+.*")),
-    "nft": ("monitor", ("nft", r"(?P<name>element|rule|chain|set|map|table) .*")),
+    "nft": ("-a monitor", ("nft", r"(?:element|rule|chain|set|map|table|counter) (?P<name>\w+ \S+)(?: .*)?")),
 }
 
 
@@ -817,8 +826,8 @@ def parse_monitor(tool, line):
     return None
 
 
-def parse_pod(text):
-    """{(kind, name, interface)} from the output of POD_SCRIPT, a JSON list in each line. Leaves out what every namespace has."""
+def parse_state(text):
+    """{(kind, name, interface)} from the output of STATE_SCRIPT, a JSON list in each line. Leaves out what every namespace has."""
     items = set()
     for line in text.splitlines():
         for row in json.loads(line):
@@ -826,11 +835,17 @@ def parse_pod(text):
             if "kind" in row:
                 items.add(("qdisc", row["kind"], name))
             elif "dst" in row:
-                items.add(("route", f"{row['dst']} {row.get('gateway', '')}", name))
+                items.add(("route", row["dst"], name))
             elif "addr_info" in row:
                 addresses = [f"{entry['local']}/{entry['prefixlen']}" for entry in row["addr_info"]]
                 items |= {("link", name, name), *(("address", address, name) for address in addresses)}
     return {item for item in items if item[1] != "noqueue" and not item[1].startswith(("fe80:", "ff00:"))}
+
+
+def parse_settings(line):
+    """{setting: value} of a link, from its line of `ip monitor`."""
+    found = {name: re.search(pattern, line) for name, pattern in SETTINGS.items()}
+    return {name: match[1] for name, match in found.items() if match}
 
 
 def describe_changes(balance):
@@ -839,8 +854,8 @@ def describe_changes(balance):
     for sign in (1, -1):
         words = Counter()
         for (kind, name, *_), count in balance.items():
-            word = {"address": name, "route": "route", "nft": f"nft {name}"}.get(kind, f"{kind} {name}")
-            words[kind in ("route", "nft"), word] += max(count * sign, 0)
+            word = {"address": name, "setting": name, "route": "route", "nft": f"rules in {name}"}.get(kind, f"{kind} {name}")
+            words[kind == "route", word] += max(count * sign, 0)
         sides.append(", ".join(f"{count} {word}{'s' * (count > 1)}" if is_counted else word
                                for (is_counted, word), count in sorted(words.items(), key=lambda item: item[0][0]) if count))
     return "; ".join(filter(None, (sides[0], sides[1] and f"gone: {sides[1]}")))
@@ -863,85 +878,218 @@ def open_netns(path):
     return None
 
 
+def is_elsewhere(pid):
+    """Whether a process is in another network namespace than this one. One that is gone already is not."""
+    with contextlib.suppress(OSError):
+        return os.stat(f"/proc/{pid}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino
+    return False
+
+
+class Monitor:
+    """What changes in a network namespace: `lines`, of (time, process ID or 0, (sign, kind, name)). enter: words that lead into
+    it; handle: a descriptor that they name, closed at the end."""
+
+    handle = None
+
+    def __init__(self, enter=()):
+        self.enter, self.lines, self.children, self.settings, self.rules = list(enter), deque(maxlen=100_000), [], {}, {}
+        self.first, self.links = set(), set()
+        for tool, (arguments, *_) in MONITORS.items():
+            self.children.append(start([*enter, tool, *arguments.split()], stderr=subprocess.DEVNULL, text=True, errors="replace"))
+        threading.Thread(target=self.begin, daemon=True).start()  # in a thread: whoever made it has events to read
+
+    def begin(self):
+        time.sleep(0.02)  # until the monitors listen: what was there before is in the first look, what comes after is in their lines
+        self.first = self.look()
+        self.links = {name for kind, name, _ in self.first if kind == "link"}
+        self.settings = self.look_settings()
+        if not self.enter:
+            self.look_rules()
+        for tool, child in zip(MONITORS, self.children):
+            read = self.read_nft if tool == "nft" else self.read
+            threading.Thread(target=read, args=(tool, child.stdout), daemon=True).start()
+
+    def look(self):
+        _, stdout, _ = run([*self.enter, "sh", "-c", STATE_SCRIPT])
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            return parse_state(stdout)
+        return set()
+
+    def look_settings(self):
+        """{name of a link: its settings}."""
+        lines = run([*self.enter, "ip", "-d", "-o", "link"])[1].splitlines()
+        return {re.split(r"[:@ ]+", line)[1]: parse_settings(line) for line in lines}
+
+    def check(self, when):
+        """Note the settings that changed without a word from the kernel, such as the length of a queue, until a call ended."""
+        for name, after in self.look_settings().items():
+            self.lines.extend((when, 0, item) for item in self.changed(name, after))
+
+    def changed(self, name, after):
+        """The items of a link's settings. A monitor's line does not have all of them."""
+        before = self.settings.get(name, {})
+        self.settings[name] = {**before, **after}
+        pairs = [(key, value, after.get(key, value)) for key, value in before.items()]
+        return [(1, "setting", f"{key} of {name} {old} -> {new}") for key, old, new in pairs if old != new]
+
+    def look_rules(self):
+        table = chain = ""
+        for line in run(["nft", "-a", "list", "ruleset"])[1].splitlines():
+            words = line.split()
+            table = " ".join(words[1:3]) if words[:1] == ["table"] else table
+            chain = words[1] if words[:1] == ["chain"] else chain
+            self.host_port(f"add rule {table} {chain} {line.strip()}")
+
+    def read(self, tool, lines):
+        for line in lines:
+            stamp, _, rest = line.rstrip("\n").rpartition("] ") if line.startswith("[") else ("", "", line.rstrip("\n"))
+            when = datetime.fromisoformat(stamp[1:]).timestamp() if stamp else time.time()
+            item = parse_monitor(tool, rest)
+            if item:
+                self.lines.extend((when, 0, news) for news in self.news(*item, rest))
+
+    def news(self, sign, kind, name, line):
+        """The items of a monitor's line. A link is reported whenever something about it changes."""
+        if kind in ("address", "route", "qdisc"):
+            return [(sign, kind, name)]
+        changed = self.changed(name, parse_settings(line))
+        if sign < 0:
+            del self.settings[name]
+        if (sign > 0) == (name in self.links):
+            return changed
+        self.links ^= {name}
+        return [(sign, kind, name)]
+
+    def read_nft(self, tool, lines):
+        """A transaction's lines, then which process it was of."""
+        items = []
+        for line in lines:
+            found = re.match(r"# new generation \d+ by process (\d+)", line)
+            if found:
+                self.lines.extend((time.time(), int(found[1]), item) for item in items)
+                items = []
+            else:
+                items += filter(None, [self.host_port(line.strip()) or parse_monitor(tool, re.sub(r" # handle \d+$", "", line.strip()))])
+
+    def host_port(self, line):
+        """(sign, kind, name) of a host port in a line about a rule, None for other rules. A deletion names the rule's handle alone."""
+        words, found = line.split(), HOST_PORT.search(line)
+        place = (*words[2:5], words[-1])
+        if words[:1] == ["add"] and found:
+            self.rules[place] = f"{found[2]}/{found[1]} -> {found[3]}"
+            return 1, "host port", self.rules[place]
+        return (-1, "host port", self.rules.pop(place)) if words[:1] == ["delete"] and place in self.rules else None
+
+    def close(self):
+        for child in self.children:
+            child.kill()
+            child.wait()
+        if self.handle is not None:
+            os.close(self.handle)
+
+
 class Changes:
-    """What calls change. early(event) has to be called with every event as soon as it arrives, of(call) when a call has ended.
+    """What calls change. early(event) has to be called with every event as soon as it arrives, of(call) HOLD_S after a call has ended.
 
     epoch: as in Calls.
     """
 
     def __init__(self, epoch):
         need_tools("--changes", "ip", "tc", "nft", "nsenter")
-        self.epoch, self.links = epoch, set(os.listdir("/sys/class/net"))
-        # By process ID: the words of a program that begins; the pod's namespace and its state before the call; its states before and after.
-        # last: by the inode of a pod's namespace, its state after the last call.
-        self.begun, self.opened, self.pods, self.last = {}, {}, {}, {}
-        self.lines, self.starts, self.monitors = deque(maxlen=100_000), deque(maxlen=1000), []
-        for tool, (arguments, *_) in MONITORS.items():
-            self.monitors.append(start([tool, *arguments.split()], stderr=subprocess.DEVNULL, text=True, errors="replace"))
-            threading.Thread(target=self.read, args=(tool, self.monitors[-1].stdout), daemon=True).start()
-
-    def read(self, tool, lines):
-        for line in lines:
-            stamp, _, rest = line.rstrip("\n").rpartition("] ") if line.startswith("[") else ("", "", line.rstrip("\n"))
-            item = parse_monitor(tool, rest)
-            if not item:
-                continue
-            sign, kind, name = item
-            if kind not in ("address", "route", "qdisc", "nft"):
-                if (sign > 0) == (name in self.links):
-                    continue  # not added or deleted: a link is reported whenever something about it changes
-                self.links ^= {name}
-            self.lines.append((datetime.fromisoformat(stamp[1:]).timestamp() if stamp else time.time(), item))
+        self.epoch, self.host = epoch, Monitor()
+        # By process ID: the words of a program that begins; the process that started it; a call, see exec. By the inode of a pod's
+        # namespace: its Monitor.
+        self.begun, self.above, self.spans, self.pods = {}, {}, {}, {}
 
     def close(self):
-        for monitor in self.monitors:
-            monitor.kill()
-            monitor.wait()
+        for monitor in [self.host, *self.pods.values()]:
+            monitor.close()
 
     def early(self, event):
         kind, ts, pid = event[:3]
-        if kind == "begin" and not event[3]:  # programs that a plugin starts do not count
-            self.begun[pid] = (event[4], {})
+        if kind == "begin":
+            self.above[pid] = event[3]  # programs that a plugin starts
+            if not event[3]:
+                self.begun[pid] = (event[4], {})
         elif kind == "word" and pid in self.begun:
             self.begun[pid][1][event[3]] = event[4]
         elif kind == "exec" and pid in self.begun:
-            parent, words = self.begun.pop(pid)
-            self.starts.append((ts + self.epoch) / 1e9)
-            netns = read_words(words)[2].get("CNI_NETNS", "")
-            paths = [path for path in (f"/proc/{parent}/root{netns}", netns) if netns.startswith("/") and os.path.exists(path)]
-            handle = open_netns(paths[0]) if paths else None
-            if handle is not None:  # it keeps the namespace until the call has ended, even if its file is deleted
-                self.opened[pid] = (handle, self.look_pod(handle))
-        elif kind == "exit" and pid in self.opened:
-            handle, before = self.opened.pop(pid)
-            after, inode = self.look_pod(handle), os.fstat(handle).st_ino
-            os.close(handle)
-            self.pods[pid] = (self.last.get(inode, before), after)
-            self.last[inode] = after
+            self.begin((ts + self.epoch) / 1e9, pid, *self.begun.pop(pid))
+        elif kind == "exit" and pid in self.spans:
+            span = self.spans[pid]
+            span["end"] = (ts + self.epoch) / 1e9
+            if span["inode"] in self.pods:
+                self.pods[span["inode"]].check(span["end"])
 
-    def look_pod(self, handle):
-        _, stdout, _ = run(["nsenter", f"--net=/proc/{os.getpid()}/fd/{handle}", "sh", "-c", POD_SCRIPT])
-        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
-            return parse_pod(stdout)
-        return set()
+    def begin(self, when, pid, parent, words):
+        path, _, env = read_words(words)
+        if env.get("CNI_COMMAND", "").startswith(CANARY):
+            return
+        elsewhere = os.path.basename(path) not in WRAPPERS and is_elsewhere(pid)
+        span = {"begin": when, "end": None, "elsewhere": elsewhere, "inode": 0, "monitor": None,
+                "what": f"{env.get('CNI_COMMAND')} {env.get('CNI_CONTAINERID', '')[:13]}"}
+        self.spans[pid], netns = span, env.get("CNI_NETNS", "")
+        paths = [path for path in (f"/proc/{parent}/root{netns}", netns) if netns.startswith("/") and os.path.exists(path)]
+        handle = open_netns(paths[0]) if paths else None
+        if handle is not None:
+            span["inode"] = os.fstat(handle).st_ino
+            if span["inode"] not in self.pods:
+                span["monitor"] = self.pods[span["inode"]] = Monitor(["nsenter", f"--net=/proc/{os.getpid()}/fd/{handle}"])
+                span["monitor"].handle = handle
+            else:
+                os.close(handle)
+
+    def is_below(self, pid, other):
+        """Whether a process was started by another one, or is it."""
+        for _ in range(10):
+            if pid == other:
+                return True
+            pid = self.above.get(pid, 0)
+        return False
 
     def of(self, call):
         """What a call changed, in words; "" for nothing."""
-        end = call["time"] + call["duration_ms"] / 1000
-        # A monitor reports a little late. Once another call has started, a late line may be about that call.
-        end = min([end + 0.05, *(start for start in self.starts if start > end)])
-        host = Counter()
-        for when, (sign, kind, name) in list(self.lines):
-            if call["time"] <= when <= end and (kind == "nft" or host[(kind, name)] != sign):
-                host[(kind, name)] += sign
-        words = {"host": describe_changes(host)}
-        if call["parent"].get("elsewhere") and not words["host"]:
+        span = self.spans.get(call["pid"])
+        if not span:
+            return ""
+        begin, end = call["time"], call["time"] + call["duration_ms"] / 1000
+        others = [other for pid, other in self.spans.items() if not self.is_below(call["pid"], pid)]  # nsenter may have started it
+        beside = [other["what"] for other in others if other["begin"] <= end and (other["end"] or end) >= begin]
+        words = {"host": self.during(self.host, call, others, beside)}
+        if span["elsewhere"]:
             words["host"] = f"unknown, its caller has another: nsenter --net=/proc/{call['parent']['pid']}/ns/net {sys.argv[0]} ..."
-        before, after = self.pods.pop(call["pid"], (set(), set()))
-        if call["command"] == "ADD" and "prevResult" not in parse_object(call["stdin"]):
-            before = {item for item in before if item[2] != call["ifname"]}  # the first plugin finds no interface; we looked too late
-        words["pod"] = describe_changes({**dict.fromkeys(sorted(after - before), 1), **dict.fromkeys(sorted(before - after), -1)})
+        if span["inode"] in self.pods:
+            own = [other for other in others if other["inode"] == span["inode"]]
+            # The first plugin finds no interface. What of it was there when the pod's monitor began, it made before.
+            is_first = call["command"] == "ADD" and not call["exit"] and "prevResult" not in parse_object(call["stdin"])
+            first = span["monitor"].first if span["monitor"] and is_first else ()
+            late = {item[:2]: 1 for item in first if item[2] == call["ifname"]}
+            words["pod"] = self.during(self.pods[span["inode"]], call, own, [], late)
         return "; ".join(f"{where}: {text}" for where, text in words.items() if text)
+
+    def during(self, monitor, call, others, beside, found=()):
+        """What a monitor told of a call, in words. others: the spans of the calls that may have begun right after it; beside: the names of
+        those that ran at the same time; found: what else it did, {(kind, name): 1}."""
+        begin, end = call["time"], call["time"] + call["duration_ms"] / 1000
+        late = min([end + LATE_S, *(other["begin"] for other in others if other["begin"] > end)])
+        balance, is_sure = Counter(found), True
+        for when, pid, (sign, kind, name) in list(monitor.lines):
+            is_own = self.is_below(pid, call["pid"]) and begin <= when <= end + QUIET_S if pid else begin <= when <= late
+            if is_own and (pid or balance[(kind, name)] != sign):
+                balance[(kind, name)] += sign
+                is_sure = is_sure and bool(pid or not beside)
+        text = describe_changes(balance)
+        return text if is_sure or not text else f"{text} (at the same time as {', '.join(sorted(set(beside)))})"
+
+    def forget(self):
+        """Stop watching pods that are quiet: their namespaces last as long as somebody watches them."""
+        now = time.time()
+        for inode in list(self.pods):
+            spans = [span for span in self.spans.values() if span["inode"] == inode]
+            if all(span["end"] and span["end"] < now - QUIET_S for span in spans):
+                self.pods.pop(inode).close()
+        for pid in [pid for pid, span in self.spans.items() if span["end"] and span["end"] < now - 60]:
+            del self.spans[pid]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1130,7 +1278,7 @@ def show(call, options, counts, file=None):
     if not is_wanted(call, options):
         return
     call = call if options.show_secrets else mask_call(call)
-    counts.update(calls=1, failed=is_failed(call))
+    counts.update(calls=1, failed=int(is_failed(call)))
     line = json.dumps(call)
     if file:
         print(line, file=file, flush=True)
@@ -1167,20 +1315,33 @@ def trace(options):
         tracer = opened.enter_context(contextlib.closing(Tracer(name, argv, environ, parse, changes and changes.early)))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: tracer.stop())
-        for call in watch(tracer, calls):
+        for call in held(watch(tracer, calls, changes.forget if changes else None), HOLD_S if changes else 0):
             survive(lambda call=call: show({**call, "changes": changes.of(call)} if changes else call, options, counts, file))
     if tracer.process.returncode and not tracer.stopped_at:
         raise SnoopError(f"{name} ended: {tracer.said()}")
-    tell(f"{counts['calls']} calls, {counts['failed']} failed" + f", {calls.lost} events lost" * bool(calls.lost))
+    lost = f", {calls.lost} events lost" * bool(calls.lost)
+    tell(f"{counts['calls']} call{'s' * (counts['calls'] != 1)}, {counts['failed']} failed{lost}")
     return 0
 
 
-def watch(tracer, calls):
-    """Yield calls until the backend ends. Tells the user, once each, what to know meanwhile."""
+def held(calls, hold_s):
+    """Yield calls, each hold_s after it has come; calls also yields None when time passes."""
+    waiting = deque()
+    for call in calls:
+        waiting += [(time.monotonic() + hold_s, call)] if call else []
+        while waiting and waiting[0][0] <= time.monotonic():
+            yield waiting.popleft()[1]
+    yield from (call for _, call in waiting)
+
+
+def watch(tracer, calls, idle=None):
+    """Yield calls until the backend ends, and None now and then, after idle(). Tells the user, once each, what to know meanwhile."""
     told = set()
     for event in tracer.events():
         call = survive(calls.feed, event) if event else None
-        if call:
+        if event is None and idle:
+            idle()
+        if call or event is None:
             yield call
         if event is None and tracer.is_ready:
             lost = f"{calls.lost} events lost: {tracer.name} cannot keep up, some calls are not complete"
@@ -1264,7 +1425,7 @@ def cache(options):
 # ---------------------------------------------------------------------------------------------------------------------
 # doctor
 # ---------------------------------------------------------------------------------------------------------------------
-# A finding is a pair: what is wrong, and what to do.
+# A finding is a pair: what is wrong, and what to do. A note is the same about what pods may do without, or what may be meant so.
 DATA_DIRS = ("/var/lib/cni/mncni", "/var/lib/cni/networks")  # leases of MNCNI and of host-local, a directory for each network
 LOOPBACK = ("loopback", {"cniVersion": "0.3.1"})  # the plugin that containerd calls for each pod, with a configuration of its own
 NEEDS = {  # kernel feature: a command that tries it in a temporary namespace, and the plugins that need it; "ready" is MNCNI's agent
@@ -1276,6 +1437,7 @@ NEEDS = {  # kernel feature: a command that tries it in a temporary namespace, a
     "netem": ("tc qdisc add dev lo root netem delay 1ms", {"lat"}),
     "WireGuard": ("ip link add probe type wireguard", {"ready"}),
 }
+OPTIONAL = {"ifb", "tbf", "netem"}
 
 
 def parse_network(path, text):
@@ -1363,11 +1525,12 @@ def look_plugin(kind, conf, bin_dirs):
 
 
 def look_needs(plugins):
-    """Findings about what [(type, configuration)] need: commands, and, if we are root, features of the kernel."""
+    """(findings, notes) about what [(type, configuration)] need: commands, and, if we are root, features of the kernel. One that only pods
+    need that ask for it is a note."""
     kinds = {kind for kind, _ in plugins} | {"ready" for _, conf in plugins if conf.get("ready")}
     for own in (conf.get("plugin") for _, conf in plugins):
         kinds.update(map(str, own if isinstance(own, list) else [own]))
-    findings = []
+    findings, notes = [], []
     for name, (command, needed_by) in NEEDS.items():
         tool = command.split()[0]
         if not kinds & needed_by or (name == "WireGuard" and shutil.which("wireguard-go")):
@@ -1376,8 +1539,10 @@ def look_needs(plugins):
         if not shutil.which(tool):
             findings.append((f"{tool} is missing", f"apt-get install {PACKAGES.get(tool, tool)}"))
         elif code:
-            findings.append((f"the kernel has no {name}: {stderr.strip()}", "load or install its module: modprobe, linux-modules-extra"))
-    return list(dict.fromkeys(findings))
+            without = f", so {' and '.join(sorted(kinds & needed_by))} fails for pods that ask for it" if name in OPTIONAL else ""
+            what = f"the kernel has no {name}{without}: {stderr.strip()}"
+            (notes if name in OPTIONAL else findings).append((what, "load or install its module: modprobe, linux-modules-extra"))
+    return list(dict.fromkeys(findings)), notes
 
 
 def look_leases(paths, rows):
@@ -1395,19 +1560,19 @@ def look_leases(paths, rows):
 
 
 def look_host():
-    """Findings about forwarding: whether this host passes on packets from and to pods."""
-    findings = []
+    """(findings, notes) about forwarding: whether this host passes on packets from and to pods."""
+    findings, notes = [], []
     if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "0":
         findings.append(("the node does not forward: net.ipv4.ip_forward is 0", "sysctl -w net.ipv4.ip_forward=1"))
     entries = objects_in(parse_object(run(["nft", "-json", "list", "chains"])[1]).get("nftables"))
     for chain in objects_in([entry.get("chain") for entry in entries]):
         if (chain.get("hook"), chain.get("policy")) == ("forward", "drop"):
             what = " ".join(str(chain.get(key)) for key in ("family", "table", "name"))
-            findings.append((f"chain {what} drops forwarded packets, unless one of its rules accepts them",
-                             f"if it is Docker's or a firewall's, accept pods there: nft insert rule {what} ip saddr POD-CIDR accept"))
+            notes.append((f"chain {what} drops forwarded packets, unless one of its rules accepts them",
+                          f"if it is Docker's or a firewall's, accept pods there: nft insert rule {what} ip saddr POD-CIDR accept"))
     if "-P FORWARD DROP" in run(["iptables-legacy", "-S", "FORWARD"])[1]:
-        findings.append(("iptables-legacy drops forwarded packets: -P FORWARD DROP", "accept pods there: iptables-legacy -I FORWARD ..."))
-    return findings
+        notes.append(("iptables-legacy drops forwarded packets: -P FORWARD DROP", "accept pods there: iptables-legacy -I FORWARD ..."))
+    return findings, notes
 
 
 def look_containerd():
@@ -1419,30 +1584,33 @@ def look_containerd():
 
 
 def doctor(options):
-    """Print which configuration is in use and what is wrong. Exit status 1 if there are findings."""
+    """Print which configuration is in use and what is wrong. Exit status 1 if there are findings; notes do not count."""
     conf_dir, bin_dirs = look_containerd()
     conf_dir, bin_dirs = options.conf_dir or conf_dir, options.bin_dir or bin_dirs
     rows, findings, network = judge_networks({path: read_text(path) for path in list_dir(conf_dir) if os.path.isfile(path)})
     plugins = plan_plugins(network) if network else []
     for kind, conf in [*plugins, LOOPBACK]:
         findings += look_plugin(kind, conf, bin_dirs)
-    findings += look_needs(plugins)
+    (needs, notes), (host, more) = look_needs(plugins), look_host()
+    findings, notes = findings + needs, notes + more
     cached = look_cache(options.cache_dir)
     findings += [(f"cached result {row['path']}: {row['state']}", f"if no such container runs: rm {row['path']}")
                  for row in cached if row["state"] not in ("in use", "not known")]
     leases = [path for data_dir in options.data_dir or DATA_DIRS for network_dir in list_dir(data_dir) for path in list_dir(network_dir)]
-    findings += look_leases(leases, cached) + look_host()
+    findings += look_leases(leases, cached) + host
     if options.json:
         print(json.dumps({"configurations": [{"path": path, "verdict": verdict} for path, verdict in rows],
                           "plugins": [kind for kind, _ in plugins],
-                          "findings": [{"what": what, "do": way_out} for what, way_out in findings]}, indent=2))
+                          **{kind: [{"what": what, "do": way_out} for what, way_out in rows]
+                             for kind, rows in (("findings", findings), ("notes", notes))}}, indent=2))
     else:
         print(f"{conf_dir}:" + " no files" * (not rows))
         for path, verdict in rows:
             print(f"  {printable(os.path.basename(path))}: {printable(verdict)}")
         print(f"plugins: {printable(', '.join(kind for kind, _ in plugins))}\n" if plugins else "")
-        for what, way_out in findings:
-            print(f"FINDING: {printable(what)}\n     do: {printable(way_out)}")
+        for kind, rows in (("FINDING", findings), ("note", notes)):
+            for what, way_out in rows:
+                print(f"{kind:>7}: {printable(what)}\n     do: {printable(way_out)}")
         print(f"{len(findings)} findings" if findings else "nothing wrong was found")
     if os.geteuid():
         tell("only root can look at the firewall, at kernel features and at namespaces that others made; run it with sudo to check these")

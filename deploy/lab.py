@@ -56,6 +56,7 @@ from pathlib import Path
 # ---------------------------------------------------------------------------------------------------------------------------
 PYTHON = "/usr/bin/python3"     # not sys.executable: it has to exist in the nodes, which see only /usr of the host
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+DEFAULT_NAME = os.environ.get("MNCNI_LAB") or "mncni-lab"
 LAB_FILE = Path(__file__).resolve()
 PARTS = ("mncni.py", "kube.py", "agent.py")          # copied to /opt/mncni of each node, beside this file
 SNOOP = "cnisnoop.py"                                # as well, if --source has it: no node needs it to run
@@ -621,8 +622,8 @@ def check_host(source):
             raise LabError(f"no {part} in {source}; name the directory that has it with --source")
     own = roots_of(Path("/proc/self/mountinfo").read_text())
     if own != roots_of(must(["nsenter", "--mount=/proc/self/ns/mnt", "cat", "/proc/self/mountinfo"])):
-        raise LabError("this is a chroot, in which nodes cannot have a root file system of their own; use in its place a container, "
-                       "systemd-nspawn --directory=DIR, or a virtual machine")
+        raise LabError("this is a chroot, in which the kernel lets nobody make a root file system: use a virtual machine, or a container "
+                       "with all rights (docker run --privileged, systemd-nspawn --directory=DIR)")
 
 
 def roots_of(mountinfo):
@@ -1273,17 +1274,9 @@ def command_reboot(lab, options):
 
 def command_runtime(lab, options):
     """Let the container runtime of a node add, check or delete a pod: NODE/POD, or POD if this runs in a node. `add` prints the result."""
-    node, _, pod = options.pod.rpartition("/")
-    try:
-        capabilities = json.loads(options.capabilities)
-    except ValueError as error:
-        raise LabError(f"{options.capabilities!r} is not JSON: {error}") from None
-    if not isinstance(capabilities, dict):
-        raise LabError(f'{options.capabilities} is not a JSON object like {{"portMappings": [...]}}')
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", pod):
-        raise LabError(f"{pod!r} cannot name a pod: use 1 to 63 of a-z, 0-9 and -")
+    (node, pod), capabilities = options.pod, options.capabilities
     if node:
-        argv = runtime_argv(lab, node, options.act, pod, options.capabilities)
+        argv = runtime_argv(lab, node, options.act, pod, json.dumps(capabilities))
         os.execvpe(argv[0], argv, dict(os.environ, PATH=PATH))
     if not NODE_BOOT_ID.exists():
         raise LabError(f"on which node? For example: lab.py runtime {options.act} node1/{pod}")
@@ -1292,6 +1285,25 @@ def command_runtime(lab, options):
         print(json.dumps(add_with_patience(pod, capabilities, DIRS, run)))
     else:
         {"check": sandbox_check, "del": sandbox_del}[options.act](pod, DIRS, run)
+
+
+def parse_pod(text):
+    """(node or "", pod) from the command line."""
+    node, _, pod = text.rpartition("/")
+    if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", pod):
+        raise argparse.ArgumentTypeError(f"{pod!r} cannot name a pod: use 1 to 63 of a-z, 0-9 and - inside, as in web-0")
+    return node, pod
+
+
+def parse_capabilities(text):
+    """A JSON object from the command line."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}; leave it out for a pod that asks for nothing") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{text} is not a JSON object like {{"portMappings": [...]}}')
+    return found
 
 
 def warn_of_undeclared(capabilities):
@@ -1316,11 +1328,12 @@ def command_demo(lab, options):
             rows = ping_all(lab)
         print_pings(rows)
         reasons = judge_capture(counts, rows)
-        words = {"nd": "neighbour discovery (IPv6's ARP)"}
-        print("on the underlay: " + ", ".join(f"{value} {words.get(kind, kind)}" for kind, value in counts.items() if kind != "samples"))
+        print("on the underlay: " + ", ".join(f"{value} {kind}" for kind, value in counts.items() if kind != "samples"))
+        print("    (arp and nd: the nodes ask for each other's address, by IPv4 and IPv6; clear: packets that anybody could read)")
         print("NOT only WireGuard:" if reasons else "the underlay carried nothing in the clear: all pod traffic was inside WireGuard")
         print("".join(f"  {reason}\n" for reason in reasons), end="", flush=True)
     command_down(lab, options)
+    print("next: `sudo make lab` leaves the nodes running, and docs/tour.md shows what to look at", flush=True)
     return int(bool(reasons) or any(map(is_lost, rows)))
 
 
@@ -1340,7 +1353,8 @@ INTERNAL = {"node-init": (node_init, 3), "node-agent": (node_agent, 2), "sniff":
 def parse_options(argv):
     """The command line as a namespace. --name is accepted before and after the command."""
     name = argparse.ArgumentParser(add_help=False)
-    name.add_argument("--name", default=argparse.SUPPRESS, help="name of the lab, default mncni-lab; several can be up at once")
+    text = "name of the lab, default $MNCNI_LAB or mncni-lab; several can be up at once"
+    name.add_argument("--name", default=argparse.SUPPRESS, help=text)
     parser = argparse.ArgumentParser(prog="lab.py", description=__doc__, parents=[name],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -1360,9 +1374,10 @@ def parse_options(argv):
             sub.add_argument("node", metavar="NODE")
         elif command == "runtime":
             sub.add_argument("act", choices=("add", "del", "check"), help="add prints the result of the network's ADD")
-            sub.add_argument("pod", metavar="NODE/POD", help="in a node, POD alone")
-            sub.add_argument("capabilities", metavar="JSON", nargs="?", default="{}", help="what add may ask of plugins for this pod, "
-                             'for example {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]}')
+            sub.add_argument("pod", type=parse_pod, metavar="NODE/POD", help="in a node, POD alone")
+            sub.add_argument("capabilities", type=parse_capabilities, metavar="JSON", nargs="?", default={}, help="what the pod asks for: "
+                             '{"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]}, '
+                             '{"io.kubernetes.cri.pod-annotations": {"lat": "50ms"}}')
     return parser.parse_args(argv)
 
 
@@ -1379,7 +1394,7 @@ def main(argv):
             signal.signal(number, lambda number, _frame: sys.exit(128 + number))
         if os.geteuid():
             raise LabError("the lab makes network namespaces and needs root: run it with sudo")
-        return COMMANDS[options.command][0](Lab(getattr(options, "name", "mncni-lab")), options) or 0
+        return COMMANDS[options.command][0](Lab(getattr(options, "name", DEFAULT_NAME)), options) or 0
     except LabError as error:
         print(f"lab.py: {error}" if not (argv and argv[0] in INTERNAL) else error, file=sys.stderr)
         return 1

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Builds the programs of a Kubernetes cluster from their sources on the Go module proxy. What is there already stays.
 #
-#   deploy/cluster/build.sh apiserver    kube-apiserver, etcd, kubectl: what `make test` needs for its tests on a real API server
+#   deploy/cluster/build.sh apiserver    kube-apiserver, etcd, kubectl, and the engine of deploy/network-policy: what tests on a real API
+#                                        server need
 #   deploy/cluster/build.sh cluster      the same, and all other programs that `make cluster` runs
 #   deploy/cluster/build.sh e2e          the same, and Kubernetes' own tests with the programs that they run in pods
-#   deploy/cluster/build.sh policy       the network policy engine of deploy/network-policy
 #
 # KUBERNETES_VERSION: such as 1.34.4, or 1.34 for its last one. CONTAINERD_VERSION, COREDNS_VERSION: as their releases are called.
 # The programs are in bin/ of ${XDG_CACHE_HOME:-$HOME/.cache}/mncni-cluster, where bin/kubernetes leads to the version that was asked for last,
@@ -32,19 +32,15 @@ main() {
         apiserver) packages=("${APISERVER[@]}") link=apiserver default=1.30.14 ;;  # the oldest with what deploy/naivewg/policy.yaml needs
         cluster) packages=("${CLUSTER[@]}") ;;
         e2e) packages=("${E2E[@]}") ;;
-        policy) packages=() ;;
         *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
     mkdir -p "$CACHE/bin"
     exec 9>"$CACHE/lock"
     flock --nonblock 9 || { say "waiting for another build"; flock 9; }
-    if [[ $1 == policy ]]; then
-        build kube-network-policies "$POLICY" "$POLICY_VERSION" "$POLICY"/cmd/kube-network-policies/standard
-        ln -sfn "$(basename "$BIN")" "$CACHE/bin/policy"
-        return 0
-    fi
     build kubernetes "$K8S" "${KUBERNETES_VERSION:-$default}" "${packages[@]}"
     ln -sfn "$(basename "$BIN")" "$CACHE/bin/$link"
+    build kube-network-policies "$POLICY" "$POLICY_VERSION" "$POLICY"/cmd/kube-network-policies/standard
+    ln -sfn "$(basename "$BIN")" "$CACHE/bin/policy"
     [[ $1 != apiserver ]] || return 0
     build containerd "$CONTAINERD" "$CONTAINERD_VERSION" "$CONTAINERD"/cmd/{containerd,containerd-shim-runc-v2,ctr}
     ln -sfn "$(basename "$BIN")" "$CACHE/bin/containerd"

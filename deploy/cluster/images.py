@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -65,6 +66,17 @@ def make_e2e_images(cache, version):
     return archive
 
 
+def make_policy_image(cache):
+    """Write images.tar beside the engine of deploy/network-policy, under the name that its manifest gives it. Returns its path."""
+    tarball, program = debian(IMAGE_PACKAGES), cache / "bin/policy/netpol"
+    archive = program.resolve().with_name("images.tar")
+    if not is_made(archive, tarball.name):
+        layers = [base_layer(cache, tarball), file_layer(cache, archive.parent.name, program, directory="usr/bin/")]
+        name = re.search(r"image: (\S*kube-network-policies\S*)", (ROOT / "deploy/network-policy/daemonset.yaml").read_text()).group(1)
+        write_archive(archive, [{"names": [name], "layers": layers, "entrypoint": None, "command": ["/bin/netpol"]}], tarball.name)
+    return archive
+
+
 def called(listed, *names):
     """Of the images that e2e.test lists, those whose last part has one of these names; not those of registries that ask who one is."""
     return [image for image in listed if image.rpartition(":")[0].rpartition("/")[2] in names and "auth" not in image]
@@ -94,12 +106,12 @@ def base_layer(cache, tarball):
     return layer
 
 
-def file_layer(cache, name, *files):
-    """A layer that adds files to the root directory."""
+def file_layer(cache, name, *files, directory=""):
+    """A layer that adds files to a directory, which is the root's or ends in a slash."""
     layer = cache / "layers" / f"{name}.tar"
     with tarfile.open(f"{layer}.new", "w") as tar:
         for file in files:
-            tar.add(file, file.name)
+            tar.add(file, f"{directory}{file.name}")
     os.replace(f"{layer}.new", layer)
     return layer
 

@@ -22,6 +22,7 @@ GROUPS = {
     "services": (r"\[sig-network\] (Services|EndpointSlice|Proxy|Connectivity Pod Lifecycle|Conntrack|KubeProxy|NoSNAT|Networking)",
                  rf"{NEVER}|\[Conformance\]|Granular|load balancer|LoadBalancer|Internet|SSH|GCE|SCTP"),
     "dns": (r"\[sig-network\] DNS", rf"{NEVER}|\[Conformance\]|Internet|external"),
+    "network-policy": (r"\[Feature:NetworkPolicy\]", r"\[Feature:SCTPConnectivity\]"),
     "dual-stack": (r"\[Feature:IPv6DualStack\]", r"\[Disruptive\]|Alpha|LoadBalancer|load balancer|SCTP"),
 }
 # The end of a test's name -> why it fails with MNCNI; docs/faults.md says so, too.
@@ -41,6 +42,19 @@ def ready(driver):
         pytest.fail(f"there is no e2e.test of {version}: make test-cluster KUBERNETES_VERSION={version.partition('-')[2]}")
     archive = images.make_e2e_images(clusters.CACHE, version)
     labs.parallel(lambda node: clusters.import_images(driver.cluster, node, archive), driver.nodes)
+
+
+@pytest.fixture(scope="session")
+def policy_engine(driver):
+    """deploy/network-policy is installed, as its README says."""
+    archive, folder = images.make_policy_image(clusters.CACHE), str(clusters.ROOT / "deploy/network-policy")
+    labs.parallel(lambda node: clusters.import_images(driver.cluster, node, archive), driver.nodes)
+    driver.kubectl("apply", "-k", folder)
+    driver.wait_rollout("daemonset/kube-network-policies", "kube-system")
+    yield
+    driver.kubectl("delete", "-k", folder, "--ignore-not-found", timeout_s=300)
+    for node in driver.nodes:
+        driver.inside(node, "nft", "delete table inet kube-network-policies")
 
 
 def ginkgo_argv(driver, group, directory):
@@ -67,8 +81,13 @@ def summary(report):
     return states, failed
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_e2e(group, driver, ready, figure):
+NEEDS = {"network-policy": pytest.mark.kernel("nft_queue")}
+
+
+@pytest.mark.parametrize("group", [pytest.param(group, marks=NEEDS.get(group, ())) for group in GROUPS])
+def test_e2e(group, driver, ready, figure, request):
+    if group == "network-policy":
+        request.getfixturevalue("policy_engine")
     if group == "dual-stack" and len(driver.families) == 1:
         pytest.skip("the cluster has one family: FAMILIES=46")
     top = clusters.CACHE / "e2e" / group

@@ -306,6 +306,7 @@ def test_the_reference_plugins_chained_with_a_delegate_and_the_replay_line_repea
     assert (done.returncode, json.loads(done.stdout)["msg"]) == (1, error["msg"])
 
 
+@pytest.mark.alone
 def test_the_changes_of_each_call_on_the_host_and_in_the_pod(host):
     conf, pod = host.conf(cniVersion="1.0.0", ipMasq=True), host.pod("a")
     with tracing("bpftrace", "--changes", argv=["nsenter", f"--net=/run/netns/{host.netns}"]) as running:
@@ -319,10 +320,52 @@ def test_the_changes_of_each_call_on_the_host_and_in_the_pod(host):
         calls = [call for call in running.finish() if call["netns"] == pod]
     veth, address = result["interfaces"][1]["name"], result["ips"][0]["address"]
     add, limit, gone = (call["changes"] for call in calls)
-    assert f"veth {veth}" in add and "bridge mncni0" in add and "nft" in add
-    assert "pod: " in add and address in add.partition("pod: ")[2] and "link eth0" in add
+    assert f"veth {veth}" in add and "bridge mncni0" in add and "rules in inet mncni_masq" in add
+    assert "pod: " in add and address in add.partition("pod: ")[2] and "eth0" in add
     assert "qdisc tbf" in limit and "veth" not in limit
     assert f"gone: veth {veth}" in gone and address in gone.partition("pod: gone: ")[2]
+
+
+LENGTH = f"""#!/usr/bin/python3 -IS
+import sys
+sys.path.append({os.path.dirname(PROGRAM)!r})
+import mncni
+
+
+def add(request, run):
+    mncni.apply([mncni.ip_batch([f"link set dev {{request.ifname}} txqueuelen 500 mtu 1400"], request.netns)], run)
+    return request.prev_result
+
+
+mncni.main({{"length": {{"ADD": add, "chained": True}}}})
+"""
+
+
+@pytest.mark.alone
+def test_a_change_belongs_to_the_call_that_made_it(host, tmp_path):
+    """Settings that are changed right after another's ADD, a failed ADD, a DEL that does nothing right before one that does all."""
+    own = tmp_path / "length"
+    own.write_text(LENGTH)
+    own.chmod(0o755)
+    ports = [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]
+    conf = host.conf(plugin=["naivewg", "portmap"], spoofCheck=True, runtimeConfig={"portMappings": ports})
+    pod, other = host.pod("a"), host.pod("b")
+    host.add(conf, "c0", other)  # so the tables are there
+    with tracing("bpftrace", "--changes", argv=["nsenter", f"--net=/run/netns/{host.netns}"]) as running:
+        result = host.add({**conf, "runtimeConfig": {"portMappings": [{**ports[0], "hostPort": 8081}]}}, "c1", pod)
+        chained = {"cniVersion": "1.1.0", "name": "net", "type": "length", "prevResult": result}
+        host.add(chained, "c1", pod, program=str(own))
+        assert host.cni("ADD", conf, "c2", pod)[0] == 1  # eth0 is there
+        assert host.cni("DEL", chained, "c1", pod, program=str(own))[0] == 0
+        assert host.cni("DEL", conf, "c1", pod)[0] == 0
+        time.sleep(1)
+        calls = [call for call in running.finish() if call["netns"] == pod]
+    add, settings, failed, nothing, gone = (call["changes"] for call in calls)
+    address, veth = result["ips"][0]["address"], result["interfaces"][1]["name"]
+    assert f"host port 8081/tcp -> {address.partition('/')[0]}:80" in add and "8080" not in add and f"veth {veth}" in add
+    assert "txqlen of eth0 1000 -> 500" in settings and "host: " not in settings
+    assert (failed, nothing) == ("", "")
+    assert f"host port 8081/tcp -> {address.partition('/')[0]}:80" in gone.partition("gone: ")[2] and f"veth {veth}" in gone
 
 
 def test_secrets_are_masked_in_the_recording_and_view_prints_it(tmp_path):

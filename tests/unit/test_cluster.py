@@ -54,6 +54,14 @@ def test_an_archive_of_images_is_whole(tmp_path):
     assert images.is_made(tmp_path / "images.tar", "recipe") and not images.is_made(tmp_path / "images.tar", "other")
 
 
+def test_a_layer_puts_a_program_where_the_path_leads_to_it(tmp_path):
+    (tmp_path / "layers").mkdir()
+    for directory, name in (("", "program"), ("usr/bin/", "usr/bin/program")):
+        (tmp_path / "program").write_text("program")
+        with tarfile.open(images.file_layer(tmp_path, "one", tmp_path / "program", directory=directory)) as tar:
+            assert tar.getnames() == [name]
+
+
 def test_images_of_registries_that_ask_who_one_is_are_left_out():
     listed = ["registry.k8s.io/pause:3.10", "gcr.io/authenticated-image-pulling/pause:3", "docker.io/library/busybox:1.36"]
     assert images.called(listed, "pause") == ["registry.k8s.io/pause:3.10"]

@@ -542,29 +542,33 @@ def test_the_name_may_stand_before_and_after_the_command(argv):
     assert (lab.parse_options(argv).name, lab.parse_options(argv).command) == ("x", "ping")
 
 
-@pytest.mark.parametrize("words", [(), ("add",), ("start", "node1/web"), ("add", "node1/web", "{}", "more")])
-def test_the_runtime_says_its_usage(words, capsys):
-    with pytest.raises(SystemExit) as ended:
-        lab.main(["runtime", *words])
-    assert ended.value.code == 2 and "lab.py" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "words, said",
     [
+        ((), "the following arguments are required"),
+        (("add",), "the following arguments are required"),
+        (("start", "node1/web"), "invalid choice: 'start'"),
+        (("add", "node1/web", "{}", "more"), "unrecognized arguments: more"),
         (("add", "node1/web", "nojson"), "'nojson' is not JSON: "),
         (("add", "node1/web", "[]"), "[] is not a JSON object like "),
         (("add", "node1/a b"), "'a b' cannot name a pod: "),
         (("add", "node1/"), "'' cannot name a pod: "),
-        (("add", "web"), "on which node? For example: lab.py runtime add node1/web\n"),
-        (("del", "web"), "on which node? "),
-        (("check", "node1/web"), "the lab nowhere is not up; "),
+        (("add", "../.."), "'..' cannot name a pod: "),
     ],
 )
-def test_wrong_words_to_the_runtime_are_told_in_a_line(words, said, mocker, capsys):
+@pytest.mark.parametrize("name", [(), ("--name", "nowhere")])
+def test_wrong_words_to_the_runtime_are_a_usage_error(name, words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        lab.main([*name, "runtime", *words])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, said", [("add web", "on which node? For example: lab.py runtime add node1/web\n"),
+                                         ("del web", "on which node? "), ("check node1/web", "the lab nowhere is not up; ")])
+def test_the_runtime_is_one_of_a_node(words, said, mocker, capsys):
     mocker.patch("os.geteuid", return_value=0)
     mocker.patch("deploy.lab.NODE_BOOT_ID", lab.Path("/nowhere"))
-    assert lab.main(["--name", "nowhere", "runtime", *words]) == 1
+    assert lab.main(["--name", "nowhere", "runtime", *words.split()]) == 1
     assert capsys.readouterr().err.startswith(f"lab.py: {said}")
 
 

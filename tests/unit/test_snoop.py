@@ -374,10 +374,11 @@ def test_json_is_cut_sensibly_and_whole_with_full():
         "prevResult": {"cniVersion": "1.0.0", "ips": [{"address": "10.244.1.5/24"}], "more": "z" * 200},
         "routes": [{"dst": f"10.{n}.0.0/16", "gw": "10.0.0.1"} for n in range(60)],
     }
-    call = sample(stdin=json.dumps(conf))
+    call = sample(stdin=json.dumps(conf), stdout=json.dumps(conf))
     short, full = ("\n".join(cnisnoop.format_call(call, is_full)) for is_full in (False, True))
     assert "more lines" in short and "(913 characters)" in short and "... 10.244.1.5/24" in short
-    assert max(map(len, short.splitlines())) < 160
+    assert " characters, whole with --full)" in short
+    assert max(map(len, short.splitlines())) < 170
     assert "10.29.0.0/16" in full and "y" * 900 in full and "z" * 200 in full
 
 
@@ -460,8 +461,8 @@ IP_LINK = "2: mncni0: <BROADCAST> mtu 1500 qdisc noop state DOWN \\    link/ethe
         ("ip", "multicast ff00::/8 dev br0 table local", None),
         ("tc", "qdisc tbf 8485: dev mn12 root refcnt 2 rate 1Mbit", (1, "qdisc", "tbf")),
         ("tc", "deleted qdisc noqueue 0: dev br0 root ", None),
-        ("nft", "add element inet t s { 1.2.3.4 }", (1, "nft", "element")),
-        ("nft", "delete rule inet t c handle 3", (-1, "nft", "rule")),
+        ("nft", "add element inet t s { 1.2.3.4 }", (1, "nft", "inet t")),
+        ("nft", "delete rule inet t c handle 3", (-1, "nft", "inet t")),
         ("nft", "# new generation 8 by process 935 (nft)", None),
     ],
 )
@@ -475,15 +476,27 @@ def test_changes_in_words():
         ("address", "10.244.1.5/24"): 1,
         ("route", "a"): 1,
         ("route", "b"): 1,
-        ("nft", "element"): 1,
-        ("nft", "rule"): -2,
+        ("nft", "inet t"): 5,
+        ("nft", "inet u"): -2,
+        ("host port", "8080/tcp -> 10.244.1.5:80"): 1,
         ("qdisc", "netem"): 1,
         ("link", "old"): -1,
     }
     assert (
         cnisnoop.describe_changes(balance)
-        == "veth mn12, 10.244.1.5/24, qdisc netem, 2 routes, 1 nft element; gone: link old, 2 nft rules"
+        == "veth mn12, 10.244.1.5/24, rules in inet t, host port 8080/tcp -> 10.244.1.5:80, qdisc netem, 2 routes; "
+        "gone: rules in inet u, link old"
     )
+
+
+def test_settings_of_a_link():
+    line = "2: eth0@if3: <BROADCAST,UP> mtu 1400 qdisc noqueue state UP group default qlen 500 \\    link/ether 0a:58:00:00:00:01 brd ff:ff"
+    assert cnisnoop.parse_settings(line) == {"mtu": "1400", "txqlen": "500", "mac": "0a:58:00:00:00:01"}
+
+
+def test_calls_are_held_back_for_a_while_and_none_is_lost():
+    assert list(cnisnoop.held([1, None, 2], 60)) == [1, 2]
+    assert list(cnisnoop.held([1, None, 2], 0)) == [1, 2]
 
 
 def test_what_is_in_a_pod():
@@ -494,11 +507,11 @@ def test_what_is_in_a_pod():
         [],
         [{"kind": "netem", "dev": "eth0"}, {"kind": "noqueue", "dev": "lo"}],
     ]
-    assert cnisnoop.parse_pod("".join(f"{json.dumps(rows)}\n" for rows in documents)) == {
+    assert cnisnoop.parse_state("".join(f"{json.dumps(rows)}\n" for rows in documents)) == {
         ("link", "lo", "lo"),
         ("link", "eth0", "eth0"),
         ("address", "10.0.0.5/24", "eth0"),
-        ("route", "default 10.0.0.1", "eth0"),
+        ("route", "default", "eth0"),
         ("qdisc", "netem", "eth0"),
     }
 

@@ -41,8 +41,8 @@ def node(tmp_path, mocker, capsys):
     (made.conf / "10-net.conflist").write_text(json.dumps(CONFLIST))
     for name in ("main", "ipam", "chained", "loopback"):
         plugin(made.bin / name)
-    mocker.patch("cnisnoop.look_host", return_value=[])
-    mocker.patch("cnisnoop.look_needs", return_value=[])
+    mocker.patch("cnisnoop.look_host", return_value=([], []))
+    mocker.patch("cnisnoop.look_needs", return_value=([], []))
     return made
 
 
@@ -169,20 +169,29 @@ def test_a_missing_tool_or_kernel_feature_is_a_finding(mocker):
     mocker.patch("shutil.which", side_effect=lambda name: None if name in ("tc", "wireguard-go") else name)
     mocker.patch("cnisnoop.run", side_effect=lambda argv: (2, "", "Error: Unknown device type.") if "wireguard" in argv else (0, "", ""))
     mocker.patch("os.geteuid", return_value=0)
-    findings = cnisnoop.look_needs([("mncni", {"plugin": ["naivewg", "bandwidth", "lat"], "ready": "/run/mncni/ready"}), ("mine", {})])
+    findings, _ = cnisnoop.look_needs([("mncni", {"plugin": ["naivewg", "bandwidth", "lat"], "ready": "/run/mncni/ready"}), ("mine", {})])
     assert findings == [
         ("tc is missing", "apt-get install iproute2"),
         ("the kernel has no WireGuard: Error: Unknown device type.", "load or install its module: modprobe, linux-modules-extra"),
     ]
 
 
+def test_what_only_some_pods_ask_for_is_a_note(mocker):
+    mocker.patch("cnisnoop.run", side_effect=lambda argv: (2, "", "no") if "netem" in argv else (0, "", ""))
+    mocker.patch("shutil.which", side_effect=lambda name: name)
+    mocker.patch("os.geteuid", return_value=0)
+    findings, notes = cnisnoop.look_needs([("mncni", {"plugin": ["naivewg", "lat"]})])
+    assert findings == []
+    assert [what for what, _ in notes] == ["the kernel has no netem, so lat fails for pods that ask for it: no"]
+
+
 def test_what_no_plugin_needs_is_not_tried(mocker):
     run = mocker.patch("cnisnoop.run")
-    assert cnisnoop.look_needs([("loopback", {}), ("macvlan", {})]) == []
+    assert cnisnoop.look_needs([("loopback", {}), ("macvlan", {})]) == ([], [])
     run.assert_not_called()
 
 
-def test_a_foreign_drop_policy_of_forward_is_a_finding(mocker):
+def test_a_foreign_drop_policy_of_forward_is_a_note(mocker):
     chains = {
         "nftables": [
             {"metainfo": {}},
@@ -193,8 +202,9 @@ def test_a_foreign_drop_policy_of_forward_is_a_finding(mocker):
     }
     mocker.patch("cnisnoop.run", side_effect=[(0, json.dumps(chains), ""), (0, "-P FORWARD DROP\n", "")])
     mocker.patch("cnisnoop.read_text", return_value="0\n")
-    assert [what.partition(",")[0] for what, _ in cnisnoop.look_host()] == [
-        "the node does not forward: net.ipv4.ip_forward is 0",
+    findings, notes = cnisnoop.look_host()
+    assert [what for what, _ in findings] == ["the node does not forward: net.ipv4.ip_forward is 0"]
+    assert [what.partition(",")[0] for what, _ in notes] == [
         "chain ip filter FORWARD drops forwarded packets",
         "iptables-legacy drops forwarded packets: -P FORWARD DROP",
     ]
