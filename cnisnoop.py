@@ -1568,17 +1568,17 @@ def look_plugin(kind, conf, bin_dirs):
 
 def look_needs(plugins):
     """(findings, notes) about what [(type, configuration)] need: commands, and, if we are root, features of the kernel. One that only pods
-    need that ask for it is a note."""
-    kinds = {kind for kind, _ in plugins} | {"ready" for _, conf in plugins if conf.get("ready")}
-    for own in (conf.get("plugin") for _, conf in plugins):
-        kinds.update(map(str, own if isinstance(own, list) else [own]))
-    findings, notes = [], []
+    need that ask for it is a note. Other plugins than MNCNI's (own) start no tools, and their portmap may use iptables."""
+    own, findings, notes = {"ready" for _, conf in plugins if conf.get("ready")}, [], []
+    for names in (conf.get("plugin") for _, conf in plugins):
+        own.update(map(str, names if isinstance(names, list) else [names]))
+    kinds = own | {kind for kind, _ in plugins}
     for name, (command, needed_by) in NEEDS.items():
         tool = command.split()[0]
-        if not kinds & needed_by or (name == "WireGuard" and shutil.which("wireguard-go")):
+        if not (own if name == "nft" else kinds) & needed_by or (name == "WireGuard" and shutil.which("wireguard-go")):
             continue
         code, _, stderr = run(["unshare", "--net", *command.split()]) if shutil.which(tool) and not os.geteuid() else (0, "", "")
-        if not shutil.which(tool):
+        if not shutil.which(tool) and own & needed_by:
             findings.append((f"{tool} is missing", f"apt-get install {PACKAGES.get(tool, tool)}"))
         elif code:
             without = f", so {' and '.join(sorted(kinds & needed_by))} fails for pods that ask for it" if name in OPTIONAL else ""
@@ -1601,11 +1601,12 @@ def look_leases(paths, rows):
     return findings
 
 
-def look_host():
-    """(findings, notes) about forwarding: whether this host passes on packets from and to pods."""
+def look_host(has_pods):
+    """(findings, notes) about forwarding: whether this host passes on packets from and to pods. Plugins switch it on for the first pod."""
     findings, notes = [], []
     if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "0":
-        findings.append(("the node does not forward: net.ipv4.ip_forward is 0", "sysctl -w net.ipv4.ip_forward=1"))
+        what = "the node does not forward: net.ipv4.ip_forward is 0", "sysctl -w net.ipv4.ip_forward=1"
+        (findings if has_pods else notes).append(what)
     entries = objects_in(parse_object(run(["nft", "-json", "list", "chains"])[1]).get("nftables"))
     for chain in objects_in([entry.get("chain") for entry in entries]):
         if (chain.get("hook"), chain.get("policy")) == ("forward", "drop"):
@@ -1618,28 +1619,35 @@ def look_host():
 
 
 def look_containerd():
-    """(conf_dir, [bin_dir]) from containerd's configuration, else the defaults."""
+    """(conf_dir, [bin_dir], whether it calls the plugin loopback) from containerd's configuration, else the defaults. CRI-O calls no
+    loopback."""
     text = read_text("/etc/containerd/config.toml")
     conf_dir = re.search(r"""^\s*conf_dir\s*=\s*["']([^"']+)""", text, re.MULTILINE)
     bin_dirs = re.search(r"""^\s*bin_dirs?\s*=(.+)""", text, re.MULTILINE)
-    return conf_dir[1] if conf_dir else "/etc/cni/net.d", re.findall(r"/[^\"', ]+", bin_dirs[1]) if bin_dirs else ["/opt/cni/bin"]
+    is_internal = re.search(r"^\s*use_internal_loopback\s*=\s*true", text, re.MULTILINE) or (not text and os.path.isdir("/etc/crio"))
+    bin_dirs = re.findall(r"/[^\"', ]+", bin_dirs[1]) if bin_dirs else ["/opt/cni/bin"]
+    return conf_dir[1] if conf_dir else "/etc/cni/net.d", bin_dirs, not is_internal
 
 
 def doctor(options):
     """Print which configuration is in use and what is wrong. Exit status 1 if there are findings; notes do not count."""
-    conf_dir, bin_dirs = look_containerd()
+    conf_dir, bin_dirs, needs_loopback = look_containerd()
     conf_dir, bin_dirs = options.conf_dir or conf_dir, options.bin_dir or bin_dirs
     rows, findings, network = judge_networks({path: read_text(path) for path in list_dir(conf_dir) if os.path.isfile(path)})
     plugins = plan_plugins(network) if network else []
-    for kind, conf in [*plugins, LOOPBACK]:
+    for kind, conf in [*plugins, *[LOOPBACK] * needs_loopback]:
         findings += look_plugin(kind, conf, bin_dirs)
-    (needs, notes), (host, more) = look_needs(plugins), look_host()
-    findings, notes = findings + needs, notes + more
     cached = look_cache(options.cache_dir)
+    (needs, notes), (host, more) = look_needs(plugins), look_host(any(row["state"] == "in use" for row in cached))
+    findings, notes = findings + needs, notes + more
     findings += [(f"cached result {row['path']}: {row['state']}", f"if no such container runs: rm {row['path']}")
                  for row in cached if row["state"] not in ("in use", "not known")]
     leases = [path for data_dir in options.data_dir or DATA_DIRS for network_dir in list_dir(data_dir) for path in list_dir(network_dir)]
-    findings += look_leases(leases, cached) + host
+    if os.path.isdir(options.cache_dir):
+        findings += look_leases(leases, cached)
+    elif leases:
+        notes.append((f"there is no {options.cache_dir}, so nothing says which leases are in use", "name the runtime's with --cache-dir"))
+    findings += host
     if options.json:
         print(json.dumps({"configurations": [{"path": path, "verdict": verdict} for path, verdict in rows],
                           "plugins": [kind for kind, _ in plugins],
