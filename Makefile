@@ -36,6 +36,7 @@ lab: ## the same nodes and pods, left running for you to look around (root)
 	@echo '  deploy/lab.py ping                         every pod to every pod'
 	@echo '  deploy/lab.py exec NODE -- ip route        a command on a node'
 	@echo '  deploy/lab.py exec NODE/POD -- ip address  a command in a pod'
+	@echo '  deploy/lab.py runtime add NODE/web         one more pod, as kubelet has a container runtime make it'
 	@echo '  make lab-down                              remove it'
 
 lab-down: ## remove the lab (root)

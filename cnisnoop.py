@@ -799,7 +799,8 @@ def is_gone(pid):
 # ---------------------------------------------------------------------------------------------------------------------
 # `ip monitor` and the like tell what changes in a network namespace: in that of the host, and in the pod's from its first call on. nft's
 # monitor says by which process, so its changes belong to the call that started that process. Of other changes monitors do not know who made
-# them: they belong to the call during which they came, and where others ran at the same time, that is said.
+# them: they belong to the call during which they came, and where others ran in that namespace at the same time, that is said. What the
+# result of an ADD is the first to name was made by that ADD, and goes with that container, however late the kernel or a monitor is.
 STATE_SCRIPT = "ip -json address; ip -json route; ip -json -6 route; tc -json qdisc"
 SETTINGS = {"mtu": r" mtu (\d+) ", "txqlen": r" qlen (\d+)", "mac": r" link/ether ([\da-f:]+)"}  # of a link, in a line of `ip monitor`
 HOST_PORT = re.compile(r"rule .* (tcp|udp|sctp) dport (\d+) .*dnat .*to (\S+:\d+)( .*)?")
@@ -838,7 +839,7 @@ def parse_state(text):
                 items.add(("route", row["dst"], name))
             elif "addr_info" in row:
                 addresses = [f"{entry['local']}/{entry['prefixlen']}" for entry in row["addr_info"]]
-                items |= {("link", name, name), *(("address", address, name) for address in addresses)}
+                items |= {*[("link", name, name)] * (name != "lo"), *(("address", address, name) for address in addresses)}
     return {item for item in items if item[1] != "noqueue" and not item[1].startswith(("fe80:", "ff00:"))}
 
 
@@ -878,33 +879,39 @@ def open_netns(path):
     return None
 
 
-def is_elsewhere(pid):
-    """Whether a process is in another network namespace than this one. One that is gone already is not."""
+def is_elsewhere(pid, unless_known=False):
+    """Whether a process is in another network namespace than this one; unless_known if it is gone already."""
     with contextlib.suppress(OSError):
         return os.stat(f"/proc/{pid}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino
-    return False
+    return unless_known
 
 
 class Monitor:
     """What changes in a network namespace: `lines`, of (time, process ID or 0, (sign, kind, name)). enter: words that lead into
-    it; handle: a descriptor that they name, closed at the end."""
+    it; handle: a descriptor that they name, closed at the end. since: when it began; first: what was there; before: what was there when
+    an earlier one of that namespace ended."""
 
     handle = None
 
     def __init__(self, enter=()):
         self.enter, self.lines, self.children, self.settings, self.rules = list(enter), deque(maxlen=100_000), [], {}, {}
-        self.first, self.links = set(), set()
+        self.first, self.links, self.since, self.is_ready, self.before = set(), set(), float("inf"), threading.Event(), set()
         for tool, (arguments, *_) in MONITORS.items():
             self.children.append(start([*enter, tool, *arguments.split()], stderr=subprocess.DEVNULL, text=True, errors="replace"))
         threading.Thread(target=self.begin, daemon=True).start()  # in a thread: whoever made it has events to read
 
     def begin(self):
-        time.sleep(0.02)  # until the monitors listen: what was there before is in the first look, what comes after is in their lines
-        self.first = self.look()
+        # Until the monitors listen: what was there before is in the first look, what comes after is in their lines.
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline and any(read_text(f"/proc/{child.pid}/comm").strip() not in MONITORS for child in self.children):
+            time.sleep(0.002)  # setpriv and nsenter still run
+        time.sleep(0.02)
+        self.since, self.first = time.time(), self.look()
         self.links = {name for kind, name, _ in self.first if kind == "link"}
         self.settings = self.look_settings()
         if not self.enter:
             self.look_rules()
+        self.is_ready.set()
         for tool, child in zip(MONITORS, self.children):
             read = self.read_nft if tool == "nft" else self.read
             threading.Thread(target=read, args=(tool, child.stdout), daemon=True).start()
@@ -998,8 +1005,9 @@ class Changes:
         need_tools("--changes", "ip", "tc", "nft", "nsenter")
         self.epoch, self.host = epoch, Monitor()
         # By process ID: the words of a program that begins; the process that started it; a call, see exec. By the inode of a pod's
-        # namespace: its Monitor.
-        self.begun, self.above, self.spans, self.pods = {}, {}, {}, {}
+        # namespace: its Monitor; last, with the container ID: what was there at its end. makers: by the inode of a pod's namespace, 0 for
+        # the host, and the name of a link or an address there: {container ID: process ID of the ADD whose result was the first to name it}.
+        self.begun, self.above, self.spans, self.pods, self.last, self.makers = {}, {}, {}, {}, {}, {}
 
     def close(self):
         for monitor in [self.host, *self.pods.values()]:
@@ -1015,6 +1023,8 @@ class Changes:
             self.begun[pid][1][event[3]] = event[4]
         elif kind == "exec" and pid in self.begun:
             self.begin((ts + self.epoch) / 1e9, pid, *self.begun.pop(pid))
+        elif kind == "exec" and pid in self.spans:  # what a wrapper, such as nsenter, has executed
+            self.spans[pid]["elsewhere"] = is_elsewhere(pid, self.spans[pid]["elsewhere"])
         elif kind == "exit" and pid in self.spans:
             span = self.spans[pid]
             span["end"] = (ts + self.epoch) / 1e9
@@ -1027,7 +1037,7 @@ class Changes:
             return
         elsewhere = os.path.basename(path) not in WRAPPERS and is_elsewhere(pid)
         span = {"begin": when, "end": None, "elsewhere": elsewhere, "inode": 0, "monitor": None,
-                "what": f"{env.get('CNI_COMMAND')} {env.get('CNI_CONTAINERID', '')[:13]}"}
+                "container_id": env.get("CNI_CONTAINERID", ""), "what": f"{env.get('CNI_COMMAND')} {env.get('CNI_CONTAINERID', '')[:13]}"}
         self.spans[pid], netns = span, env.get("CNI_NETNS", "")
         paths = [path for path in (f"/proc/{parent}/root{netns}", netns) if netns.startswith("/") and os.path.exists(path)]
         handle = open_netns(paths[0]) if paths else None
@@ -1036,6 +1046,7 @@ class Changes:
             if span["inode"] not in self.pods:
                 span["monitor"] = self.pods[span["inode"]] = Monitor(["nsenter", f"--net=/proc/{os.getpid()}/fd/{handle}"])
                 span["monitor"].handle = handle
+                span["monitor"].before = self.last.pop((span["inode"], env.get("CNI_CONTAINERID")), set())
             else:
                 os.close(handle)
 
@@ -1047,6 +1058,18 @@ class Changes:
             pid = self.above.get(pid, 0)
         return False
 
+    def note(self, call):
+        """Note what a result names, as soon as the call has ended: others that still run are judged by it."""
+        inode = self.spans.get(call["pid"], {"inode": 0})["inode"]
+        before, result = parse_object(call["stdin"]).get("prevResult"), parse_object(call["stdout"])
+        names, known = ([*((inode if link.get("sandbox") else 0, str(link.get("name"))) for link in objects_in(one.get("interfaces"))),
+                         *((inode, str(ip.get("address"))) for ip in objects_in(one.get("ips")))]
+                        for one in (result, before if isinstance(before, dict) else {}))
+        for name in set(names) - set(known) if call["command"] == "ADD" and not call["exit"] else ():
+            self.makers.setdefault(name, {})[call["container_id"]] = call["pid"]
+        while len(self.makers) > 10_000:
+            del self.makers[next(iter(self.makers))]
+
     def of(self, call):
         """What a call changed, in words; "" for nothing."""
         span = self.spans.get(call["pid"])
@@ -1054,17 +1077,21 @@ class Changes:
             return ""
         begin, end = call["time"], call["time"] + call["duration_ms"] / 1000
         others = [other for pid, other in self.spans.items() if not self.is_below(call["pid"], pid)]  # nsenter may have started it
-        beside = [other["what"] for other in others if other["begin"] <= end and (other["end"] or end) >= begin]
+        near = [other for other in others if other["elsewhere"] == span["elsewhere"]]
+        beside = [other["what"] for other in near if other["begin"] <= end and (other["end"] or end) >= begin]
         words = {"host": self.during(self.host, call, others, beside)}
         if span["elsewhere"]:
             words["host"] = f"unknown, its caller has another: nsenter --net=/proc/{call['parent']['pid']}/ns/net {sys.argv[0]} ..."
-        if span["inode"] in self.pods:
+        monitor = self.pods.get(span["inode"])
+        if monitor and monitor.is_ready.wait(2):
             own = [other for other in others if other["inode"] == span["inode"]]
             # The first plugin finds no interface. What of it was there when the pod's monitor began, it made before.
             is_first = call["command"] == "ADD" and not call["exit"] and "prevResult" not in parse_object(call["stdin"])
-            first = span["monitor"].first if span["monitor"] and is_first else ()
-            late = {item[:2]: 1 for item in first if item[2] == call["ifname"]}
-            words["pod"] = self.during(self.pods[span["inode"]], call, own, [], late)
+            found = {item[:2]: 1 for item in monitor.first if span["monitor"] and is_first and item[2] == call["ifname"]}
+            found.update({item[:2]: -1 for item in monitor.before - monitor.first if span["monitor"] and call["command"] == "DEL"})
+            words["pod"] = self.during(monitor, call, own, [], found)
+            if not words["pod"] and begin < monitor.since and not call["exit"] and not is_first and not monitor.before:
+                words["pod"] = "not seen, the call was over too soon" if end < monitor.since else ""
         return "; ".join(f"{where}: {text}" for where, text in words.items() if text)
 
     def during(self, monitor, call, others, beside, found=()):
@@ -1072,12 +1099,22 @@ class Changes:
         those that ran at the same time; found: what else it did, {(kind, name): 1}."""
         begin, end = call["time"], call["time"] + call["duration_ms"] / 1000
         late = min([end + LATE_S, *(other["begin"] for other in others if other["begin"] > end)])
-        balance, is_sure = Counter(found), True
+        balance, settings, is_sure = Counter(found), {}, True
+        inode = 0 if monitor is self.host else self.spans[call["pid"]]["inode"]
         for when, pid, (sign, kind, name) in list(monitor.lines):
-            is_own = self.is_below(pid, call["pid"]) and begin <= when <= end + QUIET_S if pid else begin <= when <= late
-            if is_own and (pid or balance[(kind, name)] != sign):
+            makers = self.makers.get((inode, name.split()[2] if kind == "setting" else name), {})
+            is_made = len(makers) == 1 and kind not in ("setting", "nft", "host port") and sign > 0
+            is_own = self.is_below(pid, call["pid"]) if pid else not is_made or makers.get(call["container_id"]) == call["pid"]
+            is_own = is_own and (not makers or call["container_id"] in makers)
+            if not is_own or not begin <= when <= (end + QUIET_S if pid or is_made else late):
+                continue
+            if kind == "setting":
+                what, old, _, new = name.rsplit(" ", 3)
+                settings[what] = (settings.get(what, (old,))[0], new)
+            elif pid or balance[(kind, name)] != sign:
                 balance[(kind, name)] += sign
-                is_sure = is_sure and bool(pid or not beside)
+            is_sure = is_sure and bool(pid or not beside or len(makers) == 1)
+        balance.update({("setting", f"{what} {old} -> {new}"): 1 for what, (old, new) in settings.items() if old != new})
         text = describe_changes(balance)
         return text if is_sure or not text else f"{text} (at the same time as {', '.join(sorted(set(beside)))})"
 
@@ -1087,7 +1124,9 @@ class Changes:
         for inode in list(self.pods):
             spans = [span for span in self.spans.values() if span["inode"] == inode]
             if all(span["end"] and span["end"] < now - QUIET_S for span in spans):
-                self.pods.pop(inode).close()
+                monitor = self.pods.pop(inode)
+                self.last = {**dict(list(self.last.items())[-1000:]), (inode, spans[-1]["container_id"] if spans else ""): monitor.look()}
+                monitor.close()
         for pid in [pid for pid, span in self.spans.items() if span["end"] and span["end"] < now - 60]:
             del self.spans[pid]
 
@@ -1315,7 +1354,8 @@ def trace(options):
         tracer = opened.enter_context(contextlib.closing(Tracer(name, argv, environ, parse, changes and changes.early)))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: tracer.stop())
-        for call in held(watch(tracer, calls, changes.forget if changes else None), HOLD_S if changes else 0):
+        watched = watch(tracer, calls, changes.forget if changes else None)
+        for call in held(watched, HOLD_S, lambda call: survive(changes.note, call)) if changes else filter(None, watched):
             survive(lambda call=call: show({**call, "changes": changes.of(call)} if changes else call, options, counts, file))
     if tracer.process.returncode and not tracer.stopped_at:
         raise SnoopError(f"{name} ended: {tracer.said()}")
@@ -1324,11 +1364,13 @@ def trace(options):
     return 0
 
 
-def held(calls, hold_s):
-    """Yield calls, each hold_s after it has come; calls also yields None when time passes."""
+def held(calls, hold_s, note=lambda call: None):
+    """Yield calls, each hold_s after it has come and note(call) was called; calls also yields None when time passes."""
     waiting = deque()
     for call in calls:
-        waiting += [(time.monotonic() + hold_s, call)] if call else []
+        if call:
+            note(call)
+            waiting.append((time.monotonic() + hold_s, call))
         while waiting and waiting[0][0] <= time.monotonic():
             yield waiting.popleft()[1]
     yield from (call for _, call in waiting)
@@ -1526,17 +1568,17 @@ def look_plugin(kind, conf, bin_dirs):
 
 def look_needs(plugins):
     """(findings, notes) about what [(type, configuration)] need: commands, and, if we are root, features of the kernel. One that only pods
-    need that ask for it is a note."""
-    kinds = {kind for kind, _ in plugins} | {"ready" for _, conf in plugins if conf.get("ready")}
-    for own in (conf.get("plugin") for _, conf in plugins):
-        kinds.update(map(str, own if isinstance(own, list) else [own]))
-    findings, notes = [], []
+    need that ask for it is a note. Other plugins than MNCNI's (own) start no tools, and their portmap may use iptables."""
+    own, findings, notes = {"ready" for _, conf in plugins if conf.get("ready")}, [], []
+    for names in (conf.get("plugin") for _, conf in plugins):
+        own.update(map(str, names if isinstance(names, list) else [names]))
+    kinds = own | {kind for kind, _ in plugins}
     for name, (command, needed_by) in NEEDS.items():
         tool = command.split()[0]
-        if not kinds & needed_by or (name == "WireGuard" and shutil.which("wireguard-go")):
+        if not (own if name == "nft" else kinds) & needed_by or (name == "WireGuard" and shutil.which("wireguard-go")):
             continue
         code, _, stderr = run(["unshare", "--net", *command.split()]) if shutil.which(tool) and not os.geteuid() else (0, "", "")
-        if not shutil.which(tool):
+        if not shutil.which(tool) and own & needed_by:
             findings.append((f"{tool} is missing", f"apt-get install {PACKAGES.get(tool, tool)}"))
         elif code:
             without = f", so {' and '.join(sorted(kinds & needed_by))} fails for pods that ask for it" if name in OPTIONAL else ""
@@ -1559,11 +1601,12 @@ def look_leases(paths, rows):
     return findings
 
 
-def look_host():
-    """(findings, notes) about forwarding: whether this host passes on packets from and to pods."""
+def look_host(has_pods):
+    """(findings, notes) about forwarding: whether this host passes on packets from and to pods. Plugins switch it on for the first pod."""
     findings, notes = [], []
     if read_text("/proc/sys/net/ipv4/ip_forward").strip() == "0":
-        findings.append(("the node does not forward: net.ipv4.ip_forward is 0", "sysctl -w net.ipv4.ip_forward=1"))
+        what = "the node does not forward: net.ipv4.ip_forward is 0", "sysctl -w net.ipv4.ip_forward=1"
+        (findings if has_pods else notes).append(what)
     entries = objects_in(parse_object(run(["nft", "-json", "list", "chains"])[1]).get("nftables"))
     for chain in objects_in([entry.get("chain") for entry in entries]):
         if (chain.get("hook"), chain.get("policy")) == ("forward", "drop"):
@@ -1576,28 +1619,35 @@ def look_host():
 
 
 def look_containerd():
-    """(conf_dir, [bin_dir]) from containerd's configuration, else the defaults."""
+    """(conf_dir, [bin_dir], whether it calls the plugin loopback) from containerd's configuration, else the defaults. CRI-O calls no
+    loopback."""
     text = read_text("/etc/containerd/config.toml")
     conf_dir = re.search(r"""^\s*conf_dir\s*=\s*["']([^"']+)""", text, re.MULTILINE)
     bin_dirs = re.search(r"""^\s*bin_dirs?\s*=(.+)""", text, re.MULTILINE)
-    return conf_dir[1] if conf_dir else "/etc/cni/net.d", re.findall(r"/[^\"', ]+", bin_dirs[1]) if bin_dirs else ["/opt/cni/bin"]
+    is_internal = re.search(r"^\s*use_internal_loopback\s*=\s*true", text, re.MULTILINE) or (not text and os.path.isdir("/etc/crio"))
+    bin_dirs = re.findall(r"/[^\"', ]+", bin_dirs[1]) if bin_dirs else ["/opt/cni/bin"]
+    return conf_dir[1] if conf_dir else "/etc/cni/net.d", bin_dirs, not is_internal
 
 
 def doctor(options):
     """Print which configuration is in use and what is wrong. Exit status 1 if there are findings; notes do not count."""
-    conf_dir, bin_dirs = look_containerd()
+    conf_dir, bin_dirs, needs_loopback = look_containerd()
     conf_dir, bin_dirs = options.conf_dir or conf_dir, options.bin_dir or bin_dirs
     rows, findings, network = judge_networks({path: read_text(path) for path in list_dir(conf_dir) if os.path.isfile(path)})
     plugins = plan_plugins(network) if network else []
-    for kind, conf in [*plugins, LOOPBACK]:
+    for kind, conf in [*plugins, *[LOOPBACK] * needs_loopback]:
         findings += look_plugin(kind, conf, bin_dirs)
-    (needs, notes), (host, more) = look_needs(plugins), look_host()
-    findings, notes = findings + needs, notes + more
     cached = look_cache(options.cache_dir)
+    (needs, notes), (host, more) = look_needs(plugins), look_host(any(row["state"] == "in use" for row in cached))
+    findings, notes = findings + needs, notes + more
     findings += [(f"cached result {row['path']}: {row['state']}", f"if no such container runs: rm {row['path']}")
                  for row in cached if row["state"] not in ("in use", "not known")]
     leases = [path for data_dir in options.data_dir or DATA_DIRS for network_dir in list_dir(data_dir) for path in list_dir(network_dir)]
-    findings += look_leases(leases, cached) + host
+    if os.path.isdir(options.cache_dir):
+        findings += look_leases(leases, cached)
+    elif leases:
+        notes.append((f"there is no {options.cache_dir}, so nothing says which leases are in use", "name the runtime's with --cache-dir"))
+    findings += host
     if options.json:
         print(json.dumps({"configurations": [{"path": path, "verdict": verdict} for path, verdict in rows],
                           "plugins": [kind for kind, _ in plugins],

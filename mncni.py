@@ -69,7 +69,9 @@ class CNIError(Exception):
 
     def __init__(self, code, msg, details=""):
         super().__init__(msg)
-        self.code, self.msg, self.details = code, msg, details
+        if type(code) is not int or code < 1:
+            raise TypeError(f"the code of a CNIError is a number from 1, not {code!r}")
+        self.code, self.msg, self.details = code, str(msg), str(details)
 
 
 def config_error(msg, details=""):
@@ -339,6 +341,7 @@ def answer(environ, stdin_text, run, plugins=None, called_as="mncni", at_once=Fa
     """
     version = NEWEST  # for errors before the configuration has named a known version
     try:
+        plugins = PLUGINS if plugins is None else parse_table(plugins)
         check_environment(environ)
         command = environ["CNI_COMMAND"]
         if command == "VERSION":
@@ -348,7 +351,7 @@ def answer(environ, stdin_text, run, plugins=None, called_as="mncni", at_once=Fa
             raise CNIError(BAD_ENVIRONMENT, f"CNI_COMMAND {command!r} is unknown; there are: {', '.join(VERBS)}, VERSION")
         check_version(command, conf["cniVersion"])
         version = conf["cniVersion"]
-        stages = choose_plugins(conf, called_as, plugins or PLUGINS)
+        stages = choose_plugins(conf, called_as, plugins)
         request = Request(environ, conf, at_once)
         request.links = [host_ifname(stage["link"], *request.attachment) for stage in stages if "link" in stage]
         request.leave_nft = next((stage["leave_nft"] for stage in stages if "leave_nft" in stage), leave_nft)
@@ -372,13 +375,16 @@ def call_add(request, stages, run):
     only it knows whether the attachment was there before, and must stay."""
     request.prev_result = parse_prev_result(request.conf)
     for position, stage in enumerate(stages):
+        begun = stage.get("chained", False)
         try:
-            if stage.get("chained") and request.prev_result is None:
-                raise config_error("a chained plugin works on the result of one before it: put it behind one that makes the interface")
-            request.prev_result = call_stage(stage, "ADD", request, run)
+            if begun and request.prev_result is None:
+                what = f"the chained plugin {stage['name']} works on the result of one before it, and got none"
+                raise config_error(f"{what}: put it behind one that makes the interface")
+            result = call_stage(stage, "ADD", request, run)
+            begun = True  # it has done its work, whatever it returned
+            request.prev_result = parse_own_result(stage, result)
         except Exception as error:
-            half_done = stage.get("chained") and getattr(error, "code", 0) != BAD_CONFIG
-            for done in reversed(stages[: position + bool(half_done)]):
+            for done in reversed(stages[: position + (begun and getattr(error, "code", 0) != BAD_CONFIG)]):
                 best_effort(call_stage, done, "DEL", request, run)
             raise
     return request.prev_result
@@ -408,26 +414,33 @@ def call_all(request, stages, run):
     all_of([(call_stage, (stage, request.command, request, run)) for stage in stages], request.at_once and request.command == "DEL")
 
 
-def call_stage(stage, verb, request, run):
-    """Call a plugin's function. An ADD has to return a result, the one before it if it has nothing to add. What a defect of the plugin
-    raises gets its name, for to_cni_error."""
-    act, name = stage.get(verb, nothing_to_do), stage["name"]
+def call_stage(stage, part, *arguments):
+    """What a plugin's function returns. Any exception of another program's plugin but a CNIError becomes one that names the plugin."""
+    act, name = stage.get(part, nothing_to_do), stage["name"]
     try:
-        result = act(request, run)
-    except SystemExit as error:
-        raise CNIError(INTERNAL, f'plugin {name}: {verb} called exit({error.code!r}); an error is raised as mncni.CNIError') from error
-    except Exception as error:
-        error.plugin = name, getattr(getattr(act, "__code__", None), "co_filename", "")
+        result = act(*arguments)
+    except CNIError:
         raise
-    if verb != "ADD":
-        return None
+    except BaseException as error:  # also sys.exit and an interrupt: what ADD has begun is to be undone
+        if getattr(act, "__module__", "") == __name__:
+            raise
+        place = describe_defect(error, getattr(getattr(act, "__code__", None), "co_filename", ""))
+        raise CNIError(IO_FAILURE if isinstance(error, OSError) else INTERNAL, f"plugin {name}: {part} failed: {place}") from None
+    if type(result).__name__ in ("generator", "coroutine", "async_generator"):
+        raise CNIError(INTERNAL, f"plugin {name}: {part} did not run: with its yield or await it only makes a {type(result).__name__}")
+    return result
+
+
+def parse_own_result(stage, result):
+    """What an ADD returned, as the next plugin will read it. CNIError 999 if it is no result."""
+    name = stage["name"]
     if not isinstance(result, dict) or not result:
-        what = f'plugin {name}: ADD returned {result!r:.80}, which is no result'
-        raise CNIError(INTERNAL, f"{what}; a chained plugin returns request.prev_result, with what it adds")
+        what = f"plugin {name}: ADD returned {result!r:.80}, which is no result"
+        raise CNIError(INTERNAL, f"{what}; a chained plugin is marked \"chained\" and returns request.prev_result, with what it adds")
     try:
-        return parse_result(result, "it")
-    except CNIError as error:
-        raise CNIError(INTERNAL, f"plugin {name}: what ADD returned makes no sense: {error.msg}", error.details) from None
+        return parse_result(parse_json(to_json(result)), "it")
+    except (CNIError, TypeError, ValueError, RecursionError) as error:
+        raise CNIError(INTERNAL, f"plugin {name}: what ADD returned makes no sense: {error}") from None
 
 
 VERBS = {"ADD": call_add, "DEL": call_del, "CHECK": call_check, "GC": call_all, "STATUS": call_all}
@@ -440,29 +453,30 @@ def choose_plugins(conf, called_as, plugins):
     known = ", ".join(plugins)
     if not names:
         raise config_error(f'"plugin" is an empty list; the plugins are: {known}')
-    stages = []
     for position, name in enumerate(names):
         if not isinstance(name, str) or name not in plugins:
             what = f'called as "{name}" without a "plugin" key' if "plugin" not in conf else f'"plugin" {to_json(name)} is unknown'
             raise config_error(f"{what}; the plugins are: {known}", 'set "plugin" to one of them, or to a list of them')
         if name in names[:position]:
             raise config_error(f'"plugin" lists "{name}" twice')
-        stages.append(plugin_of(name, plugins[name]))
-        if position and stages[-1].get("first"):
+        if position and plugins[name].get("first"):
             raise config_error(f'"plugin" lists "{name}" at place {position + 1}: it can only be the first, it adds to no result before it')
-    return stages
+    return [{**plugins[name], "name": name} for name in names]
 
 
-def plugin_of(name, row):
-    """A row of the plugin table as a stage, with its name. CNIError 999 if it makes no sense."""
-    unknown = sorted(set(row) - {*VERBS, "first", "chained", "link", "leave_nft", "tools"}) if isinstance(row, dict) else []
-    if not isinstance(row, dict) or unknown:
-        wrong = f"has {to_json(unknown)}" if unknown else "is no dict"
-    elif "ADD" not in row or not all(callable(row.get(verb, nothing_to_do)) for verb in VERBS):
-        wrong = "needs a function as ADD, and functions as the other verbs that it names"
-    else:
-        return {**row, "name": name}
-    raise CNIError(INTERNAL, f"plugin {name}: its row of the table {wrong}; the verbs are: {', '.join(VERBS)}")
+def parse_table(plugins):
+    """The plugin table that another program gives to main. CNIError 999 if it makes no sense."""
+    functions, marks = (*VERBS, "leave_nft", "tools"), {"first": bool, "chained": bool, "link": str}
+    rows = list(plugins.items()) if isinstance(plugins, dict) else []
+    if not rows or not all(isinstance(name, str) and isinstance(row, dict) for name, row in rows):
+        raise CNIError(INTERNAL, f'main needs a table of plugins like {{"txqueue": {{"ADD": add, "chained": True}}}}, not {plugins!r:.80}')
+    for name, row in rows:
+        for key, value in {"ADD": None, **row}.items():
+            if not (callable(value) if key in functions else type(value) is marks.get(key)):
+                what = f"has {key!r}: {value!r:.80}" if key in row else "needs a function as ADD"
+                known = f"functions may be {', '.join(functions)}; marks {', '.join(marks)}"
+                raise CNIError(INTERNAL, f"plugin {name}: its row of the table {what}; {known}")
+    return plugins
 
 
 def check_version(command, version):
@@ -513,7 +527,7 @@ def check_netns(request, environ):
 def require_tools(request, stages, path):
     """CNIError 4, before anything is changed, if a program is missing that an ADD or CHECK needs; for STATUS 50, if any call needs it."""
     if request.command in ("ADD", "CHECK", "STATUS"):
-        for tool in [tool for stage in stages for tool in stage.get("tools", lambda request: ())(request)]:
+        for tool in [tool for stage in stages if "tools" in stage for tool in call_stage(stage, "tools", request)]:
             try:
                 find_program(tool, path)
             except CNIError as error:
@@ -535,14 +549,17 @@ def to_cni_error(error):
     if isinstance(error, (UnicodeEncodeError, RecursionError)) or "embedded null" in str(error):
         what = "a character that no name can have" if isinstance(error, ValueError) else "a path or value that is nested too deep"
         return config_error(f"a string of the configuration holds {what}: {error}")
+    return CNIError(INTERNAL, f"a defect of the program: {describe_defect(error, __file__)}")
+
+
+def describe_defect(error, file):
+    """The last line of a file that an exception passed, and the exception. The traceback goes to stderr."""
     import traceback  # slow, and only for defects
 
     traceback.print_exception(type(error), error, error.__traceback__)
-    name, file = getattr(error, "plugin", ("", ""))
-    frames = traceback.extract_tb(error.__traceback__)
-    frame = ([frame for frame in frames if frame.filename == file] or frames)[-1]
-    where = f"line {frame.lineno} of {os.path.basename(frame.filename)}, in {frame.name}"
-    return CNIError(INTERNAL, f'{name and f"plugin {name}: "}a defect of the program: {where}: {type(error).__name__}: {error}')
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file][-1:]
+    places = [f"line {frame.lineno} of {os.path.basename(frame.filename)}, in {frame.name}: " for frame in frames]
+    return "".join([*places, traceback.format_exception_only(type(error), error)[-1].strip()])
 
 
 def error_reply(error, version):
@@ -565,6 +582,8 @@ class Command:
     environ (variables to set), fds (descriptors that the process inherits)."""
 
     def __init__(self, argv, stdin="", why="", environ=None):
+        if isinstance(argv, str):
+            raise TypeError(f'a command is a list of words, as in ["ip", "link"], not {argv!r}')
         self.argv, self.stdin, self.why, self.environ, self.fds = argv, stdin, why, environ or {}, ()
 
     def __str__(self):
@@ -594,6 +613,8 @@ def in_netns(netns, argv):
 
 def guarded(lines):
     """Batch lines as text. This is the one guard against injection: every value in a line has come through a validator before."""
+    if isinstance(lines, str):
+        raise TypeError(f'a batch is a list of lines, as in ["link set dev lo up"], not {lines!r}')
     for line in lines:
         if not (SPECIAL.isdisjoint(line) and line.isprintable()):
             raise CNIError(BAD_ENVIRONMENT, f"refused to pass a value with a special character on to ip: {line!r}")
@@ -2707,6 +2728,10 @@ def refuse_constant(word):
     raise ValueError(f"{word} is not JSON")
 
 
+def refuse_value(value):
+    raise TypeError(f"{value!r} is no JSON but a Python {type(value).__name__}")
+
+
 def finite(word):
     """A number with a point or an exponent. ValueError for 1e400: Python reads it as infinite and would write Infinity."""
     return float(word) if abs(float(word)) < float("inf") else refuse_constant(word)
@@ -2723,12 +2748,12 @@ try:  # the half of the json module that is written in C. The other half imports
     import _json
 
     scan_json = _json.make_scanner(JsonRules)
-    encode_json = _json.make_encoder(None, None, _json.encode_basestring_ascii, None, ": ", ", ", False, False, True)
+    encode_json = _json.make_encoder(None, refuse_value, _json.encode_basestring_ascii, None, ": ", ", ", False, False, True)
 except (ImportError, AttributeError, TypeError):  # _json is private to CPython and may change
     import json
 
     scan_json = json.JSONDecoder(parse_float=finite, parse_constant=refuse_constant).scan_once
-    encode_json = json.JSONEncoder().iterencode
+    encode_json = json.JSONEncoder(default=refuse_value).iterencode
 
 
 def parse_json(text):
@@ -3135,10 +3160,15 @@ EXPLAINED = {  # what the runtime supplies for the capabilities that a conflist 
 }
 
 
-FOREIGN_RESULT = {  # what another plugin may have made, on the host and in the pod
-    "interfaces": [{"name": "veth0"}, {"name": "eth0", "sandbox": "/run/netns/c1"}],
-    "ips": [{"address": "192.0.2.2/24", "gateway": "192.0.2.1", "interface": 1}],
-}
+def foreign_result(conf):
+    """What another program's plugin may make, on the host and in the pod: the addresses are the first of each range, as of host-local."""
+    ipam = typed(conf, "ipam", dict, {})
+    sets = typed(ipam, "ranges", list, []) or [[ipam if "subnet" in ipam else {"subnet": "192.0.2.0/24"}]]
+    ips = []
+    for entry in [parse_range_set(ranges)[0] for ranges in sets]:
+        first = type(entry["gateway"])(entry["start"] + (entry["start"] == int(entry["gateway"])))
+        ips.append({"address": f"{first}/{entry['subnet'].prefixlen}", "gateway": str(entry["gateway"]), "interface": 1})
+    return {"interfaces": [{"name": "veth0"}, {"name": "eth0", "sandbox": "/run/netns/c1"}], "ips": ips}
 
 
 class Explainer:
@@ -3158,9 +3188,8 @@ class Explainer:
         return reply
 
     def reply(self, command):
-        if "CNI_COMMAND" in command.environ:
-            self.script.append("# That is another plugin. The address below stands for the one that it gives.")
-            return Reply(0, to_json({"ips": [without(FOREIGN_RESULT["ips"][0], "interface")]}), "")
+        if "CNI_COMMAND" in command.environ:  # a delegate
+            return Reply(0, to_json({"ips": [without(ip, "interface") for ip in foreign_result(parse_json(command.stdin))["ips"]]}), "")
         if "address show scope global" in command.stdin:
             address = {"local": "192.0.2.10", "prefixlen": 24}
             return Reply(0, to_json([{"ifname": "eth9", "mtu": 1500, "flags": ["UP"], "addr_info": [address]}]), "")
@@ -3189,12 +3218,18 @@ def explain_command(options, run):
     shared = {"name": conflist.get("name"), "cniVersion": max((one for one in versions if one in CNI_VERSIONS), default=versions[0])}
     print(f"# The commands of CNI_COMMAND={options.command} for {options.conflist}: container c1, namespace /run/netns/c1, interface eth0,")
     print("# on a host that has nothing of it yet, or only what an ADD made. Leases are files, not commands, so they do not show.")
+    print("# The runtime makes the namespace:\n[ -e /run/netns/c1 ] || ip netns add c1")
+    print(f"export CNI_CONTAINERID=c1 CNI_NETNS=/run/netns/c1 CNI_IFNAME=eth0 CNI_PATH={DEFAULT_BIN_DIR}  # for other plugins")
     result, scripts = None, []
     for conf in plugins:
         head = f"\n# ---- type {to_json(conf.get('type'))}, plugin {to_json(conf.get('plugin', conf.get('type')))} ----\n"
         if "plugin" not in conf and conf.get("type") not in (*options.plugins, "mncni", "mncni.py"):
-            script = "# Another program's plugin. The interface and the address below stand for what it makes."
-            result = result or FOREIGN_RESULT
+            why = f"another program's plugin; if it uses mncni.py, `{conf.get('type')} explain` shows its commands, too"
+            path, stdin = f"{DEFAULT_BIN_DIR}/{conf.get('type')}", {**conf, **shared, **({"prevResult": result} if result else {})}
+            script = Command([path], to_json(stdin), why, {"CNI_COMMAND": options.command}).explained()
+            if result is None:
+                result = foreign_result(conf)
+                script += f"\n# What follows takes it that the pod has {result['ips'][0]['address']}, behind the link veth0 of the host."
         else:
             with tempfile.TemporaryDirectory() as root:
                 script, result = explain_plugin({**conf, **shared}, result, options, root)
@@ -3205,11 +3240,12 @@ def explain_command(options, run):
 def explain_plugin(conf, prev_result, options, root):
     """(what one plugin of a list runs after others returned prev_result or None, the result of its ADD). root: an empty directory for the
     host's files."""
-    conf.update({"ready": "", "logFile": "", "cni.dev/valid-attachments": []})
-    conf["runtimeConfig"] = {name: value for name, value in EXPLAINED.items() if any_case(conf.get("capabilities"), name)}
-    asked = f"# The runtime asks for {to_json(conf['runtimeConfig'])}.\n" if conf["runtimeConfig"] else ""
+    asked = {name: value for name, value in EXPLAINED.items() if any_case(conf.get("capabilities"), name)}
+    conf = {**without(conf, "ready", "logFile"), **({"runtimeConfig": asked} if asked else {})}
+    conf.update({"cni.dev/valid-attachments": []} if options.command == "GC" else {})
     delegate, ipam = delegate_type(conf), typed(conf, "ipam", dict, {})
-    conf["ipam"] = {key: value for key, value in ipam.items() if key.lower() != "datadir"}
+    if not delegate:
+        conf["ipam"] = {key: value for key, value in ipam.items() if key.lower() != "datadir"}
     os.makedirs(f"{root}/run/netns")
     os.symlink("/proc/self/ns/net", f"{root}/run/netns/c1")
     if delegate:
@@ -3219,13 +3255,14 @@ def explain_plugin(conf, prev_result, options, root):
     environ, result = {**names, "CNI_PATH": root + DEFAULT_BIN_DIR, "MNCNI_RUN_DIR": root + DEFAULT_RUN_DIR}, prev_result
     environ["MNCNI_DATA_DIR"] = root + DEFAULT_DATA_DIR
     for verb in dict.fromkeys(("ADD", options.command)):  # the other commands need the result of an ADD
-        run, stdin = Explainer(result), to_json({**conf, "prevResult": result})
+        run, stdin = Explainer(result), to_json({key: value for key, value in {**conf, "prevResult": result}.items() if value is not None})
         exit_code, stdout = answer({**environ, "CNI_COMMAND": verb}, stdin, run, options.plugins, conf.get("type"))
         reply = parse_json(stdout or "{}")
         if exit_code and (verb, reply["code"]) != ("CHECK", COMMAND_FAILED):  # a CHECK finds everything missing here
             raise CNIError(reply["code"], reply["msg"], reply.get("details", ""))
         result = reply if verb == "ADD" else result
-    return asked + ("\n\n".join(run.script).replace(root, "") or "# It starts no command."), result
+    script = "\n\n".join(run.script).replace(root, "") or "# It starts no command."
+    return (f"# The runtime asks for {to_json(asked)}.\n" if asked else "") + script, result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3295,6 +3332,9 @@ def main(plugins=None):
 
     run = make_run(environ, print_trace if environ.get("CNI_TRACE") == "1" else None)
     stdout, sys.stdout = sys.stdout, sys.stderr  # stdout is the protocol's: what a plugin prints is for people
+    if plugins is not None and stdout:
+        stdout = open(os.dup(1), "w")  # noqa: SIM115
+        os.dup2(sys.stderr.fileno(), 1)  # also what programs print that the plugin starts without run
     exit_code, text = answer(environ, read_stdin(), run, plugins, os.path.basename(sys.argv[0]), at_once=True)
     print(text, end="", file=stdout, flush=True)
     os._exit(exit_code)  # skips the interpreter's clean-up, which takes 2 ms

@@ -24,6 +24,7 @@ configuration that the agent wrote, as containerd would.
     lab.py up          start the nodes, attach the pods          lab.py exec node1/pod1 -- ip address
     lab.py ping        every pod to every other pod, as a table  lab.py reboot node1
     lab.py status      nodes and pods, as tables                 lab.py down
+    lab.py runtime add node1/web    a pod more, as kubelet has the container runtime make one; also check and del
     lab.py demo        up, ping and down; a packet capture proves that the underlay carries only WireGuard
 
 Reading order: constants, processes, the lab's state; then what `up` builds, from the bottom to the top: underlay, nodes, agents, pods;
@@ -63,6 +64,7 @@ BRIDGE = "underlay0"
 UNSHARE = ("unshare", "--fork", "--pid", "--mount", "--net", "--uts", "--ipc", "--propagation", "private", "--")
 STORE = "/var/lib/mncni-lab/nodes"                   # where the agents publish their nodes: one directory, mounted into all nodes
 AGENT_LOG, AGENT_PID = "/var/log/mncni-agent.log", "/run/mncni-agent.pid"
+NODE_BOOT_ID = Path("/run/boot_id")                  # only a node has this file
 PODS_DIR = "/var/lib/mncni-lab/pods"                 # the container runtime's records, a file for each pod
 # Much longer than each takes: the machine may be busy, or emulated.
 BOOT_TIMEOUT_S, AGENT_TIMEOUT_S, POD_TIMEOUT_S, FIRST_PONG_TIMEOUT_S = 60, 60, 60, 20
@@ -88,19 +90,24 @@ class LabError(Exception):
     """An error message for the user."""
 
 
+class NotStarted(LabError):
+    """A program that could not be started, so it has done nothing."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # Processes and waiting
 # ---------------------------------------------------------------------------------------------------------------------------
 def start(argv, **popen):
-    """Start a process; nothing else in this file does. Returns the Popen. LabError names the package of a missing tool."""
+    """Start a process; nothing else in this file does. Returns the Popen. NotStarted, with the package of a missing tool."""
     popen.setdefault("env", dict(os.environ, PATH=PATH, LC_ALL="C.UTF-8"))
     try:
         return subprocess.Popen(argv, text=True, errors="replace", **popen)
-    except PermissionError:
-        raise LabError(f"{argv[0]}: not executable; make it so with chmod +x") from None
-    except FileNotFoundError:
-        package = TOOLS.get(argv[0])
-        raise LabError(f"{argv[0]}: not found" + (f"; it is in the package {package}" if package else "")) from None
+    except OSError as error:
+        what = f"{argv[0]} cannot be started: {error.strerror}"
+        if isinstance(error, FileNotFoundError):
+            what = f"{argv[0]}: its interpreter is not there" if os.path.exists(argv[0]) else f"{argv[0]}: not found"
+        package = f"; it is in the package {TOOLS[argv[0]]}" if argv[0] in TOOLS else ""
+        raise NotStarted(what + package + f"; chmod +x {argv[0]}" * isinstance(error, PermissionError)) from None
 
 
 def run(argv, stdin="", env=None, timeout_s=60):
@@ -167,10 +174,11 @@ def signals_ignored():
 # The lab's state: /run/NAME/lab.json and one directory per node
 # ---------------------------------------------------------------------------------------------------------------------------
 class Lab:
-    """Names, paths and state of one lab. The state is kept in lab.json only, so that several processes can work on one lab:
+    """Names, paths and state of one lab. The state is kept in files only, so that several processes can work on one lab. lab.json:
 
-    {"name", "families": ["ipv4"], "underlay": "ipv4", "source": path, "nodes": {"node1": {"number": 1, "pods": ["pod1"], "boot_id": uuid,
-     "pid": PID of its init on the host, "start": start time of that process in clock ticks}}}. pid is 0 while the node is down.
+    {"name", "families": ["ipv4"], "underlay": "ipv4", "source": path, "nodes": {"node1": {"number": 1, "pods": those of its first boot,
+     "boot_id": uuid, "pid": PID of its init on the host, "start": start time of that process in clock ticks}}}. pid is 0 while the node
+    is down. Which pods a node has is in the records that its container runtime keeps, see sandbox_add.
     Tests may add "kubeconfig": "path/{node}", for agents that follow an API server on the underlay instead of the directory.
     """
 
@@ -231,7 +239,7 @@ class Lab:
 
     def pods(self):
         """All pods as [(node, pod)], those that `runtime add` made among them."""
-        return [(node, pod) for node, row in self.nodes().items() for pod in dict.fromkeys([*row["pods"], *pods_of(self, node)])]
+        return [(node, pod) for node in self.nodes() for pod in pods_of(self, node)]
 
 
 def write_atomically(path, text):
@@ -329,9 +337,10 @@ def node_argv(lab, node):
 
 def pod_argv(lab, node, pod):
     """The same for a pod: it also runs in the pod's network namespace. With pod "", the node itself."""
+    argv = node_argv(lab, node)
     if pod and not pod_record(lab, node, pod):
         raise LabError(f"no pod {pod!r} on {node}; the pods are: {' '.join(pods_of(lab, node))}")
-    return node_argv(lab, node) + (["ip", "netns", "exec", pod] if pod else [])
+    return argv + (["ip", "netns", "exec", pod] if pod else [])
 
 
 def make_node_dir(lab, node):
@@ -414,7 +423,7 @@ def reboot(lab, node):
     start_agent(lab, node)
     lab.say(f"{node}: booted, boot ID {lab.node(node)['boot_id']}")
     wait_agent(lab, node)
-    for pod in [pod for where, pod in lab.pods() if where == node]:
+    for pod in pods_of(lab, node):
         add_pod(lab, node, pod, pod_record(lab, node, pod).get("capabilities"))
 
 
@@ -457,7 +466,7 @@ def plan_node_pivot(root):
         ["pivot_root", root, f"{root}/old"],
         ["umount", "--lazy", "/old"],
         ["rmdir", "/old"],
-        ["mount", "--bind", "/run/boot_id", boot_id],
+        ["mount", "--bind", str(NODE_BOOT_ID), boot_id],
         # `ip netns add` does this at its first call, but two first calls at once would disturb each other.
         ["mkdir", "/run/netns", "/run/lock"],
         ["mount", "--bind", "/run/netns", "/run/netns"],
@@ -478,7 +487,7 @@ def node_init(arguments):
     root = f"{lab_dir}/{node}/root"
     for argv in plan_node_root(f"{lab_dir}/{node}", f"{lab_dir}/nodes", root):
         must(argv)
-    Path(root, "run/boot_id").write_text(f"{boot_id}\n")
+    Path(f"{root}{NODE_BOOT_ID}").write_text(f"{boot_id}\n")
     os.chdir(root)
     for argv in plan_node_pivot(root):
         must(argv)
@@ -565,19 +574,23 @@ def wait_agent(lab, node, timeout_s=AGENT_TIMEOUT_S):
 # Pods; up and down
 # ---------------------------------------------------------------------------------------------------------------------------
 def runtime(lab, node, *words):
-    """Call the container runtime of the node, see runtime_main. Returns its stdout. LabError with the plugin's error."""
+    """Call the container runtime of the node, see command_runtime. Returns its stdout. LabError with the plugin's error."""
     try:
-        return must(node_argv(lab, node) + [PYTHON, "/opt/mncni/lab.py", "runtime", *words], timeout_s=POD_TIMEOUT_S + 30)
+        return must(runtime_argv(lab, node, *words), timeout_s=POD_TIMEOUT_S + 30)
     except LabError as error:
-        raise LabError(f"{node}/{words[1]}: {str(error).partition(chr(10))[2] or error}") from None
+        said = str(error).partition("\n")[2] or str(error)
+        raise LabError(f"{node}/{words[1]}: {said.replace('lab.py: ', '', 1)}") from None
+
+
+def runtime_argv(lab, node, *words):
+    """The command line of the container runtime of a node."""
+    return node_argv(lab, node) + [PYTHON, "/opt/mncni/lab.py", "runtime", *words]
 
 
 def add_pod(lab, node, pod, capabilities=None):
     """Create a pod and attach it to its networks. Returns the CNI result. capabilities: what the runtime may ask of plugins for this pod,
     such as {"portMappings": [...]}; a plugin gets what its configuration declares."""
     result = json.loads(runtime(lab, node, "add", pod, json.dumps(capabilities or {})))
-    with lab.changing(node) as row:
-        row["pods"] += [pod] if pod not in row["pods"] else []
     lab.say(f"{node}/{pod}: {' '.join(ip['address'] for ip in result.get('ips', [])) or 'attached'}")
     return result
 
@@ -585,13 +598,12 @@ def add_pod(lab, node, pod, capabilities=None):
 def del_pod(lab, node, pod):
     """Detach and remove a pod."""
     runtime(lab, node, "del", pod)
-    with lab.changing(node) as row:
-        row["pods"] = [other for other in row["pods"] if other != pod]
 
 
 def pods_of(lab, node):
     """The names of the pods that a node has, those that `runtime add` made among them."""
-    return sorted(path.stem for path in (lab.dir / node / PODS_DIR[1:]).glob("*.json"))
+    names = [path.stem for path in (lab.dir / node / PODS_DIR[1:]).glob("*.json")]
+    return sorted(names, key=lambda name: (name.rstrip("0123456789"), len(name), name))     # pod2 before pod10
 
 
 def pod_record(lab, node, pod):
@@ -600,24 +612,23 @@ def pod_record(lab, node, pod):
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def is_chroot():
-    """Whether / is not that of the init process."""
-    with contextlib.suppress(OSError):
-        return not os.path.samestat(os.stat("/"), os.stat("/proc/1/root/"))
-    return False
-
-
 def check_host(source):
-    """LabError if a tool or program that the lab runs is missing."""
-    if is_chroot():
-        raise LabError("this is a chroot, in which the kernel lets nobody make a root file system: use a virtual machine, or a container "
-                       "with all rights (docker run --privileged, systemd-nspawn)")
+    """LabError if a tool or program that the lab runs is missing, or if a node could not have a root file system of its own."""
     missing = [f"{tool} (package {package})" for tool, package in TOOLS.items() if not shutil.which(tool, path=PATH)]
     if missing:
         raise LabError(f"not installed: {', '.join(missing)}")
     for part in PARTS:
         if not (source / part).is_file():
             raise LabError(f"no {part} in {source}; name the directory that has it with --source")
+    own = roots_of(Path("/proc/self/mountinfo").read_text())
+    if own != roots_of(must(["nsenter", "--mount=/proc/self/ns/mnt", "cat", "/proc/self/mountinfo"])):
+        raise LabError("this is a chroot, in which the kernel lets nobody make a root file system: use a virtual machine, or a container "
+                       "with all rights (docker run --privileged, systemd-nspawn --directory=DIR)")
+
+
+def roots_of(mountinfo):
+    """The numbers of the mounts at /. Whoever enters a mount namespace sees its root, and not that of a chroot. proc(5)"""
+    return {line.split()[0] for line in mountinfo.splitlines() if line.split()[4] == "/"}
 
 
 @contextlib.contextmanager
@@ -1023,12 +1034,15 @@ def plan_call(command, network, plugin, attachment, prev_result):
 
 
 def call_plugin(call, dirs, run):
-    """Execute a planned call. Returns the plugin's result. LabError if there is no such program, CNIError if it fails."""
+    """Execute a planned call. Returns the plugin's result. NotStarted if there is no such program, CNIError if it fails."""
     binary = Path(dirs["bin"]) / call["type"]
     if not binary.is_file():
-        raise LabError(f"{call['act']}: no {call['type']} in {dirs['bin']}")
+        raise NotStarted(f"{call['act']}: no {call['type']} in {dirs['bin']}")
     env = {**os.environ, "PATH": PATH, "CNI_PATH": dirs["bin"], **call["env"]}       # as libcni: CNI_* beside the runtime's own
-    code, stdout, stderr = run([str(binary)], call["stdin"], env=env)
+    try:
+        code, stdout, stderr = run([str(binary)], call["stdin"], env=env)
+    except LabError as error:
+        raise type(error)(f"{call['act']}: {error}") from None
     result = parse_answer(call["act"], code, stdout, stderr)
     sys.stderr.write(stderr)                         # after a success, too: it may be what CNI_TRACE=1 prints
     return result
@@ -1058,22 +1072,31 @@ def cached_result(network, attachment, dirs):
 
 
 def cni_add(network, attachment, dirs, run):
-    """Call STATUS, then ADD of each plugin, and store the final result, which is returned. If an ADD fails: DEL, and that ADD's error."""
+    """Call STATUS, then ADD of each plugin, and store the final result, which is returned. If an ADD fails: DEL of the plugins that were
+    started, and that ADD's error."""
     if at_least(network, "1.1.0"):
         for plugin in network["plugins"]:
             call_plugin(plan_call("STATUS", network, plugin, {}, None), dirs, run)
     result = None
-    try:
-        for plugin in network["plugins"]:
+    for number, plugin in enumerate(network["plugins"]):
+        try:
             result = call_plugin(plan_call("ADD", network, plugin, attachment, result), dirs, run)
-    except LabError:
-        with contextlib.suppress(LabError):
-            cni_del(network, attachment, dirs, run)
-        raise
+        except LabError as error:
+            started = network["plugins"][:number + (not isinstance(error, NotStarted))]
+            undo(cni_del, {**network, "plugins": started}, attachment, dirs, run)
+            raise
     path = cache_path(network, attachment, dirs)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(plan_cache(network, attachment, result)))
     return result
+
+
+def undo(act, *arguments):
+    """A step back after an error, which is the one to report: print an error of its own, and go on."""
+    try:
+        act(*arguments)
+    except LabError as error:
+        print(f"while undoing: {error}", file=sys.stderr)
 
 
 def cni_check(network, attachment, dirs, run):
@@ -1104,20 +1127,25 @@ def sandbox_add(pod, capabilities, dirs, run):
     The pod's record is <pods>/POD.json: {"pod", "container_id", "netns", "capabilities", "addresses": ["10.244.1.2"]}, written before
     the first ADD. If there is already such a pod, from before a reboot, it is deleted first, as kubelet does.
     """
-    path = Path(dirs["pods"]) / f"{pod}.json"
+    path, done = Path(dirs["pods"]) / f"{pod}.json", []
     if path.exists():
         sandbox_del(pod, dirs, run)
     record = {"pod": pod, "container_id": secrets.token_hex(32), "netns": f"{dirs['netns']}/{pod}",
               "capabilities": capabilities, "addresses": []}
+    if Path(record["netns"]).exists():
+        raise LabError(f"{record['netns']} exists, and is of no pod; use another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(record))
     must(["ip", "netns", "add", pod])
     try:
         for network, attachment in networks_of(record, dirs):
             result = cni_add(network, attachment, dirs, run)
+            done.append((network, attachment))
     except LabError:
-        with contextlib.suppress(LabError):
-            sandbox_del(pod, dirs, run)
+        for network, attachment in reversed(done):
+            undo(cni_del, network, attachment, dirs, run)
+        must(["ip", "netns", "del", pod])
+        path.unlink()
         raise
     record["addresses"] = [ip["address"].partition("/")[0] for ip in (result or {}).get("ips", [])]
     write_atomically(path, json.dumps(record))
@@ -1152,49 +1180,6 @@ def sandbox_check(pod, dirs, run):
         raise LabError(f"no pod {pod}")
     for network, attachment in networks_of(json.loads(path.read_text()), dirs):
         cni_check(network, attachment, dirs, run)
-
-
-def runtime_main(arguments):
-    """What a kubelet has its runtime do for a pod, in a node. On the machine a pod is NODE/POD, and the node is entered first. `add` prints
-    the CNI result; an error goes to stderr."""
-    options = parse_runtime(arguments)
-    node, _, pod = options.pod.rpartition("/")
-    if node:
-        lab = Lab(options.name)
-        argv = [*node_argv(lab, node), PYTHON, "/opt/mncni/lab.py", "runtime", options.command, pod, options.capabilities]
-        os.execvpe(argv[0], argv[: None if options.command == "add" else -1], dict(os.environ, PATH=PATH))
-    if str(LAB_FILE) != "/opt/mncni/lab.py":
-        raise LabError(f"lab.py runtime: on which node? For example: lab.py runtime {options.command} node1/{pod}")
-    if options.command == "add":
-        print(json.dumps(add_with_patience(pod, parse_capabilities(options.capabilities), DIRS, run)))
-    else:
-        {"check": sandbox_check, "del": sandbox_del}[options.command](pod, DIRS, run)
-
-
-def parse_runtime(arguments):
-    """The command line of `runtime` as a namespace."""
-    what = "Do for a pod what a container runtime does: call the plugins of the node's configuration."
-    parser = argparse.ArgumentParser(prog="lab.py runtime", description=what)
-    parser.add_argument("command", choices=("add", "check", "del"))
-    parser.add_argument("pod", metavar="[NODE/]POD", help="on a node POD, on the machine NODE/POD")
-    parser.add_argument("capabilities", metavar="JSON", nargs="?", default="{}",
-                        help='what the pod asks for: {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]}, '
-                             '{"io.kubernetes.cri.pod-annotations": {"lat": "50ms"}}')
-    parser.add_argument("--name", default=DEFAULT_NAME, help="name of the lab, default %(default)s")
-    options = parser.parse_args(arguments)
-    if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", options.pod.rpartition("/")[2]):
-        parser.error(f"{options.pod!r} is no name of a pod: small letters, digits and hyphens, as in web-0")
-    return options
-
-
-def parse_capabilities(text):
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise LabError(f"{text!r} is no JSON ({error}); for a pod that asks for nothing leave it out") from None
-    if not isinstance(found, dict):
-        raise LabError(f'{text!r} is no JSON object such as {{"portMappings": [...]}}')
-    return found
 
 
 def add_with_patience(pod, capabilities, dirs, run, timeout_s=POD_TIMEOUT_S):
@@ -1287,6 +1272,48 @@ def command_reboot(lab, options):
     reboot(lab, options.node)
 
 
+def command_runtime(lab, options):
+    """Let the container runtime of a node add, check or delete a pod: NODE/POD, or POD if this runs in a node. `add` prints the result."""
+    (node, pod), capabilities = options.pod, options.capabilities
+    if node:
+        argv = runtime_argv(lab, node, options.act, pod, json.dumps(capabilities))
+        os.execvpe(argv[0], argv, dict(os.environ, PATH=PATH))
+    if not NODE_BOOT_ID.exists():
+        raise LabError(f"on which node? For example: lab.py runtime {options.act} node1/{pod}")
+    if options.act == "add":
+        warn_of_undeclared(capabilities)
+        print(json.dumps(add_with_patience(pod, capabilities, DIRS, run)))
+    else:
+        {"check": sandbox_check, "del": sandbox_del}[options.act](pod, DIRS, run)
+
+
+def parse_pod(text):
+    """(node or "", pod) from the command line."""
+    node, _, pod = text.rpartition("/")
+    if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", pod):
+        raise argparse.ArgumentTypeError(f"{pod!r} cannot name a pod: use 1 to 63 of a-z, 0-9 and - inside, as in web-0")
+    return node, pod
+
+
+def parse_capabilities(text):
+    """A JSON object from the command line."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}; leave it out for a pod that asks for nothing") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{text} is not a JSON object like {{"portMappings": [...]}}')
+    return found
+
+
+def warn_of_undeclared(capabilities):
+    """Say which capabilities no plugin of the network declares: a runtime leaves them out without a word."""
+    plugins = look_network(DIRS)["plugins"]
+    declared = {key for plugin in plugins for key, value in plugin.get("capabilities", {}).items() if value is True}
+    for key in sorted(set(capabilities) - declared):
+        print(f"lab.py: left out, as no plugin declares this capability: {key}; declared: {', '.join(sorted(declared))}", file=sys.stderr)
+
+
 def command_down(lab, _options):
     with signals_ignored():
         down(lab)
@@ -1316,10 +1343,11 @@ COMMANDS = {                                         # name -> (function that re
     "ping": (command_ping, "ping every pod from every other pod and every node; exit status 1 if a ping is lost"),
     "exec": (command_exec, "run a command in a node or a pod"),
     "reboot": (command_reboot, "switch a node off without warning, boot it and bring its pods back"),
+    "runtime": (command_runtime, "let the container runtime of a node add, check or delete a pod"),
     "down": (command_down, "end the lab and remove all of it"),
     "demo": (command_demo, "up, ping, down, and proof that the underlay carries only WireGuard; exit status 1 if a part fails"),
 }
-INTERNAL = {"node-init": node_init, "node-agent": node_agent, "runtime": runtime_main, "sniff": sniff}    # the lab calls these itself, too
+INTERNAL = {"node-init": (node_init, 3), "node-agent": (node_agent, 2), "sniff": (sniff, 0)}    # name -> (function, least words)
 
 
 def parse_options(argv):
@@ -1330,7 +1358,6 @@ def parse_options(argv):
     parser = argparse.ArgumentParser(prog="lab.py", description=__doc__, parents=[name],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser("runtime", help="add, check, del: do for a pod what a container runtime does; lab.py runtime --help")
     for command, (_, text) in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, parents=[name])
         if command in ("up", "demo"):
@@ -1345,6 +1372,12 @@ def parse_options(argv):
             sub.add_argument("words", metavar="-- CMD", nargs=argparse.REMAINDER)
         elif command == "reboot":
             sub.add_argument("node", metavar="NODE")
+        elif command == "runtime":
+            sub.add_argument("act", choices=("add", "del", "check"), help="add prints the result of the network's ADD")
+            sub.add_argument("pod", type=parse_pod, metavar="NODE/POD", help="in a node, POD alone")
+            sub.add_argument("capabilities", type=parse_capabilities, metavar="JSON", nargs="?", default={}, help="what the pod asks for: "
+                             '{"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]}, '
+                             '{"io.kubernetes.cri.pod-annotations": {"lat": "50ms"}}')
     return parser.parse_args(argv)
 
 
@@ -1352,7 +1385,10 @@ def main(argv):
     """Returns the exit status: 0 fine, 1 failed (also: a lost ping, a packet in the clear), 2 usage, 128 + signal if interrupted."""
     try:
         if argv and argv[0] in INTERNAL:
-            return INTERNAL[argv[0]](argv[1:]) or 0
+            function, least = INTERNAL[argv[0]]
+            if len(argv) <= least:
+                raise LabError(f"{argv[0]} is what the lab calls itself; for the others see lab.py --help")
+            return function(argv[1:]) or 0
         options = parse_options(argv)
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, _frame: sys.exit(128 + number))

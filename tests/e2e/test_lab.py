@@ -331,6 +331,9 @@ def test_exec_passes_the_exit_status_and_the_output(lab):
     [
         (("exec", "node9", "--", "true"), "lab.py: no node 'node9'; the nodes are: node1 node2\n"),
         (("exec", "node1/pod9", "--", "true"), "lab.py: no pod 'pod9' on node1; the pods are: pod1 pod2\n"),
+        (("runtime", "check", "node1/pod9"), "lab.py: no pod pod9\n"),
+        (("runtime", "add", "node9/web"), "lab.py: no node 'node9'; the nodes are: node1 node2\n"),
+        (("runtime", "add", "node1/mncni-wg"), "lab.py: /run/netns/mncni-wg exists, and is of no pod; use another name\n"),
         (("exec", "node1"), "lab.py: exec: the command is missing; for example: lab.py exec node1/pod1 -- ip address\n"),
         (("reboot", "node9"), "lab.py: no node 'node9'; the nodes are: node1 node2\n"),
         (("up",), f"lab.py: the lab {NAME} is up; end it with: lab.py --name {NAME} down\n"),
@@ -341,6 +344,59 @@ def test_what_is_not_possible_is_said_in_one_line_and_changes_nothing(words, ans
     done = lab_py(*words)
     assert (done.returncode, done.stdout) == (1, answer)
     assert lab.file.read_text() == before
+
+
+def test_a_pod_of_the_runtime_command_is_one_like_the_others(lab):
+    ports = {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}], "typo": 1}
+    added = lab_py("runtime", "add", "node2/web", json.dumps(ports))
+    try:
+        assert added.returncode == 0 and "left out, as no plugin declares this capability: typo" in added.stdout
+        (line,) = [line for line in lab_py("status").stdout.splitlines() if line.startswith("node2/web")]
+        assert line.split()[1].startswith("10.244.2.") and line.split()[-1] == "ok"
+        assert f" {line.split()[1]}/24" in lab_py("exec", "node2/web", "--", "ip", "-brief", "address").stdout
+        assert {("", "web"), ("pod1", "web")} <= {(pair["pod"], pair["to_pod"]) for pair in labs.plan_pairs(lab)}
+        assert "8080" in shell(lab, "node2", "nft list table inet mncni_portmap")
+        inside = lab_py("exec", "node2", "--", "/opt/mncni/lab.py", "runtime", "check", "web")
+        assert (inside.returncode, inside.stdout) == (0, "")
+    finally:
+        assert lab_py("runtime", "del", "node2/web").returncode == 0
+    assert "node2/web" not in lab_py("status").stdout
+    assert lab_py("runtime", "del", "node2/web").returncode == 0
+
+
+def test_a_plugin_without_its_execute_bit_is_named_and_nothing_is_left_of_the_pod(lab):
+    def left():
+        return shell(lab, "node1", f"ls {labs.PODS_DIR} /run/netns /var/lib/cni/mncni/mncni /var/lib/cni/results; ip -o link | wc -l")
+
+    before, bits = left(), "/opt/cni/bin/mncni"
+    shell(lab, "node1", f"chmod -x {bits}")
+    try:
+        done = lab_py("runtime", "add", "node1/web")
+    finally:
+        shell(lab, "node1", f"chmod +x {bits}")
+    assert (done.returncode, left()) == (1, before)
+    assert done.stdout.startswith("lab.py: STATUS of mncni in network mncni: ") and done.stdout.endswith(f"chmod +x {bits}\n")
+
+
+CHROOT = """
+mount --make-rprivate / && mount -t tmpfs tmpfs "$0" && mkdir "$0/root" && mount --rbind / "$0/root"
+exec chroot "$0/root" "$@"
+"""
+DIRECTORY = """
+mount --make-rprivate / && mount -t tmpfs tmpfs "$0" && mkdir "$0/root" && cd "$0/root"
+for path in /*; do
+  if [ -L "$path" ]; then cp -P "$path" ".$path"; elif [ -d "$path" ]; then mkdir ".$path" && mount --rbind "$path" ".$path"; fi
+done
+exec chroot "$0/root" "$@"
+"""
+
+
+@pytest.mark.parametrize("how", [CHROOT, DIRECTORY], ids=["mount", "directory"])
+def test_in_a_chroot_it_says_what_to_use_in_its_place(tmp_path, how):
+    argv = ["unshare", "--mount", "sh", "-ec", how, str(tmp_path), labs.PYTHON, str(labs.LAB_FILE), "--name", f"{NAME}-jail", "up"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "this is a chroot" in done.stderr and "systemd-nspawn" in done.stderr
+    assert left_of(f"{NAME}-jail") == []
 
 
 def test_status_shows_nodes_and_pods_and_ping_answers_with_its_exit_status(lab):

@@ -36,6 +36,12 @@ class Host:
         self.pods.append(full)
         return f"/run/netns/{full}"
 
+    def drop(self, path):
+        """Delete a pod's namespace."""
+        name = os.path.basename(path)
+        self.pods.remove(name)
+        self.sh(f"ip netns delete {name}", inside=False)
+
     def sh(self, command, inside=True, check=True, netns=None):
         """What a shell command prints, in the host's namespace or in the one at netns."""
         path = netns or f"/run/netns/{self.netns}"

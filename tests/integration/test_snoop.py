@@ -20,6 +20,7 @@ import cnisnoop
 from deploy import lab as labs
 from tests import snoop
 from tests.e2e.conftest import lab_up
+from tests.integration.conftest import Host
 
 pytestmark = pytest.mark.root
 PROGRAM = os.path.realpath(cnisnoop.__file__)
@@ -366,6 +367,68 @@ def test_a_change_belongs_to_the_call_that_made_it(host, tmp_path):
     assert "txqlen of eth0 1000 -> 500" in settings and "host: " not in settings
     assert (failed, nothing) == ("", "")
     assert f"host port 8081/tcp -> {address.partition('/')[0]}:80" in gone.partition("gone: ")[2] and f"veth {veth}" in gone
+
+
+def test_what_another_pod_or_another_host_does_at_the_same_time_is_not_told_of_a_call(host, tmp_path_factory):
+    """Three ADDs and DELs at once, a call in another host's namespace, and a pod whose namespace goes without a DEL."""
+    pods, elsewhere = {name: host.pod(name) for name in "abcd"}, Host(tmp_path_factory.mktemp("other"))
+    conf = host.conf(cniVersion="1.0.0")
+    try:
+        other = elsewhere.pod("x")
+        with tracing("bpftrace", "--changes", argv=["nsenter", f"--net=/run/netns/{host.netns}"]) as running:
+            begun = [host.start("ADD", conf, f"c{name}", pods[name]) for name in "abc"]
+            begun.append(elsewhere.start("ADD", elsewhere.conf(cniVersion="1.0.0"), "cx", other))
+            results = [json.loads(process.communicate(timeout=60)[0]) for process in begun]
+            time.sleep(1)
+            for process in [host.start("DEL", conf, f"c{name}", pods[name]) for name in "ab"]:
+                process.communicate(timeout=60)
+            host.drop(pods["c"])
+            host.add(conf, "cd", pods["d"])
+            time.sleep(3)  # by then the kernel has removed c's link
+            host.cni("DEL", conf, "cd", pods["d"])
+            time.sleep(1)
+            calls = [call for call in running.finish() if call["netns"] in (*pods.values(), other)]
+    finally:
+        elsewhere.close()
+    links = {call: result["interfaces"][1]["name"] for call, result in zip(("ca", "cb", "cc", "cx"), results)}
+    for call in calls:
+        own = links.get(call["container_id"], "")
+        strangers = [name for name in links.values() if name != own and name in call["changes"]]
+        assert not strangers, (call["command"], call["container_id"], call["changes"], links)
+        if call["container_id"] == "cx":
+            assert own not in call["changes"].partition("pod: ")[0]  # the host of this trace has no such link
+        elif own:
+            assert f"veth {own}" in call["changes"]
+
+
+@needs_reference
+def test_the_changes_of_plugins_that_start_no_commands(host):
+    """The reference plugins speak netlink themselves, and each is called by itself."""
+    common, ports = {"cniVersion": "1.0.0", "name": "net"}, [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]
+    ipam = {"type": "host-local", "dataDir": f"{host.tmp}/data", "ranges": [[{"subnet": "10.88.0.0/24"}]]}
+    chain = [{**common, "type": "bridge", "bridge": "br0", "isGateway": True, "ipam": ipam}, {**common, "type": "tuning", "mtu": 1400}]
+    chain.append({**common, "type": "portmap", "runtimeConfig": {"portMappings": ports}})
+    pod, result = host.pod("a"), None
+
+    def call(command, conf, prev_result):
+        given = {**conf, **({"prevResult": prev_result} if prev_result else {})}
+        return host.cni(command, given, "c1", pod, program=f"{REFERENCE}/{conf['type']}", CNI_PATH=REFERENCE)
+
+    with tracing("bpftrace", "--changes", argv=["nsenter", f"--net=/run/netns/{host.netns}"]) as running:
+        for conf in chain:
+            code, result, stderr = call("ADD", conf, result)
+            assert code == 0, (result, stderr)
+            time.sleep(0.3)  # bridge ends before anybody can have looked into the pod
+        for conf in reversed(chain):
+            assert call("DEL", conf, result)[0] == 0
+        time.sleep(1)
+        calls = {(call["command"], call["plugin"]): call["changes"] for call in running.finish() if call["netns"] == pod}
+    veth = next(link["name"] for link in result["interfaces"] if link["name"].startswith("veth"))
+    assert f"veth {veth}" in calls["ADD", "bridge"] and "10.88.0.2/24" in calls["ADD", "bridge"].partition("pod: ")[2]
+    assert calls["ADD", "tuning"] == "pod: mtu of eth0 1500 -> 1400"
+    assert "8080/tcp -> 10.88.0.2:80" in calls["ADD", "portmap"] and "pod: " not in calls["ADD", "portmap"]
+    assert calls["DEL", "tuning"] == "pod: mtu of eth0 1400 -> 1500"
+    assert f"gone: veth {veth}" in calls["DEL", "bridge"] and "veth" not in calls["DEL", "portmap"]
 
 
 def test_secrets_are_masked_in_the_recording_and_view_prints_it(tmp_path):

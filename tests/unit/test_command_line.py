@@ -42,7 +42,19 @@ def test_explain_takes_a_delegate_and_foreign_plugins(tmp_path):
     exit_code, script, stderr = explain(path)
     assert exit_code == 0, stderr
     assert "host-local" in script and "address add 192.0.2.2/24" in script
-    assert "# Another program's plugin" in script
+    assert "# another program's plugin" in script and "CNI_COMMAND=ADD /opt/cni/bin/tuning" in script
+
+
+@pytest.mark.parametrize("kind", ["mncni", "bridge"])
+def test_explain_goes_on_with_the_address_that_the_range_of_a_delegate_gives(tmp_path, kind):
+    path = tmp_path / "x.conflist"
+    ipam = {"type": "host-local", "dataDir": "/run/x", "ranges": [[{"subnet": "10.77.0.0/24"}], [{"subnet": "fd00::/64"}]]}
+    first = {"type": kind, **({"plugin": "naivewg"} if kind == "mncni" else {}), "ipam": ipam}
+    path.write_text(json.dumps({"cniVersion": "1.0.0", "name": "x", "plugins": [first, {"type": "mncni", "plugin": "quickack"}]}))
+    script = explain(path)[1]
+    assert json.dumps(ipam) in script and "192.0.2." not in script
+    assert "route replace default via 10.77.0.1 dev eth0 quickack 1" in script and "via fd00::1 dev eth0 quickack 1" in script
+    assert kind == "bridge" or ("address add 10.77.0.2/24" in script and "address add fd00::2/64" in script)
 
 
 def test_explain_shows_what_chained_plugins_run_on_top_of_another_network(tmp_path):

@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import re
 import socket
 import struct
 
@@ -489,6 +490,33 @@ def test_a_plugin_that_is_not_installed_is_named_with_the_directory(node):
         node.act(lab.cni_add)
 
 
+def no_program(path):
+    path.unlink()
+
+
+def no_execute_bit(path):
+    path.chmod(0o644)
+
+
+def no_interpreter(path):
+    path.write_text("#!/nonexistent/python3\n")
+
+
+@pytest.mark.parametrize(
+    "broken, said",
+    [
+        (no_program, "no second in "),
+        (no_execute_bit, "/second cannot be started: Permission denied; chmod +x "),
+        (no_interpreter, "/second: its interpreter is not there"),
+    ],
+)
+def test_a_plugin_that_cannot_be_started_is_an_error_in_its_name_and_those_before_it_are_undone(node, broken, said):
+    broken(node.bin / "second")
+    with pytest.raises(lab.NotStarted, match=f"^ADD of second in network net: .*{re.escape(said)}"):
+        node.act(lab.cni_add)
+    assert [call[:2] for call in node.calls()] == [["first", "ADD"], ["first", "DEL"]] and not node.cache.exists()
+
+
 def test_the_network_of_a_node_is_the_first_configuration_by_name(tmp_path):
     conf = tmp_path / "conf"
     conf.mkdir()
@@ -512,6 +540,42 @@ def test_a_name_that_is_no_name_is_refused(name):
 @pytest.mark.parametrize("argv", [["--name", "x", "ping"], ["ping", "--name", "x"]])
 def test_the_name_may_stand_before_and_after_the_command(argv):
     assert (lab.parse_options(argv).name, lab.parse_options(argv).command) == ("x", "ping")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ((), "the following arguments are required"),
+        (("add",), "the following arguments are required"),
+        (("start", "node1/web"), "invalid choice: 'start'"),
+        (("add", "node1/web", "{}", "more"), "unrecognized arguments: more"),
+        (("add", "node1/web", "nojson"), "'nojson' is not JSON: "),
+        (("add", "node1/web", "[]"), "[] is not a JSON object like "),
+        (("add", "node1/a b"), "'a b' cannot name a pod: "),
+        (("add", "node1/"), "'' cannot name a pod: "),
+        (("add", "../.."), "'..' cannot name a pod: "),
+    ],
+)
+@pytest.mark.parametrize("name", [(), ("--name", "nowhere")])
+def test_wrong_words_to_the_runtime_are_a_usage_error(name, words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        lab.main([*name, "runtime", *words])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, said", [("add web", "on which node? For example: lab.py runtime add node1/web\n"),
+                                         ("del web", "on which node? "), ("check node1/web", "the lab nowhere is not up; ")])
+def test_the_runtime_is_one_of_a_node(words, said, mocker, capsys):
+    mocker.patch("os.geteuid", return_value=0)
+    mocker.patch("deploy.lab.NODE_BOOT_ID", lab.Path("/nowhere"))
+    assert lab.main(["--name", "nowhere", "runtime", *words.split()]) == 1
+    assert capsys.readouterr().err.startswith(f"lab.py: {said}")
+
+
+@pytest.mark.parametrize("words", [("node-init",), ("node-init", "a", "b"), ("node-agent",), ("node-agent", "start")])
+def test_what_the_lab_calls_itself_is_no_command_for_users(words, capsys):
+    assert lab.main([*words]) == 1
+    assert "is what the lab calls itself" in capsys.readouterr().err
 
 
 def test_what_follows_exec_is_left_to_the_command():

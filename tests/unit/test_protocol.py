@@ -99,11 +99,10 @@ def test_a_system_error_is_5_and_names_the_file():
     def add(request, run):
         raise PermissionError(13, "Permission denied", "/var/lib/x")
 
-    assert call("ADD", {"a": {"ADD": add}}, "a")[1] == {
-        "cniVersion": "1.1.0",
-        "code": 5,
-        "msg": "input/output failure: Permission denied: /var/lib/x",
-    }
+    error = call("ADD", {"a": {"ADD": add}}, "a")[1]
+    assert error["code"] == 5 and "plugin a: ADD failed: " in error["msg"] and "Permission denied: '/var/lib/x'" in error["msg"]
+    error = mncni.to_cni_error(PermissionError(13, "Permission denied", "/var/lib/x"))
+    assert (error.code, error.msg) == (5, "input/output failure: Permission denied: /var/lib/x")
 
 
 @pytest.mark.parametrize("version", mncni.CNI_VERSIONS)

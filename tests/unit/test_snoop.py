@@ -508,7 +508,6 @@ def test_what_is_in_a_pod():
         [{"kind": "netem", "dev": "eth0"}, {"kind": "noqueue", "dev": "lo"}],
     ]
     assert cnisnoop.parse_state("".join(f"{json.dumps(rows)}\n" for rows in documents)) == {
-        ("link", "lo", "lo"),
         ("link", "eth0", "eth0"),
         ("address", "10.0.0.5/24", "eth0"),
         ("route", "default", "eth0"),

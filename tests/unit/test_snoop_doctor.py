@@ -185,6 +185,35 @@ def test_what_only_some_pods_ask_for_is_a_note(mocker):
     assert [what for what, _ in notes] == ["the kernel has no netem, so lat fails for pods that ask for it: no"]
 
 
+def test_plugins_of_others_need_none_of_the_tools(mocker):
+    mocker.patch("shutil.which", return_value=None)
+    mocker.patch("os.geteuid", return_value=0)
+    assert cnisnoop.look_needs([(kind, {}) for kind in ("bridge", "host-local", "portmap", "bandwidth")]) == ([], [])
+
+
+def test_forwarding_that_is_off_before_the_first_pod_is_a_note(mocker):
+    mocker.patch("cnisnoop.run", return_value=(1, "", ""))
+    mocker.patch("cnisnoop.read_text", return_value="0\n")
+    findings, notes = cnisnoop.look_host(has_pods=False)
+    assert findings == [] and "net.ipv4.ip_forward is 0" in notes[0][0]
+
+
+def test_without_a_cache_of_results_no_lease_is_called_stale(node):
+    (node.data / "net").mkdir()
+    (node.data / "net" / "10.244.1.5").write_text("living\neth0")
+    node.cache.rmdir()
+    assert node.doctor()[0] == []
+    assert "nothing says which leases are in use" in node.run("doctor")[1]
+
+
+def test_a_loopback_that_the_runtime_has_itself_need_not_be_there(node, mocker):
+    (node.bin / "loopback").unlink()
+    read = cnisnoop.read_text
+    config = "  use_internal_loopback = true\n"
+    mocker.patch("cnisnoop.read_text", side_effect=lambda path: config if path == "/etc/containerd/config.toml" else read(path))
+    assert node.doctor()[0] == []
+
+
 def test_what_no_plugin_needs_is_not_tried(mocker):
     run = mocker.patch("cnisnoop.run")
     assert cnisnoop.look_needs([("loopback", {}), ("macvlan", {})]) == ([], [])
@@ -202,7 +231,7 @@ def test_a_foreign_drop_policy_of_forward_is_a_note(mocker):
     }
     mocker.patch("cnisnoop.run", side_effect=[(0, json.dumps(chains), ""), (0, "-P FORWARD DROP\n", "")])
     mocker.patch("cnisnoop.read_text", return_value="0\n")
-    findings, notes = cnisnoop.look_host()
+    findings, notes = cnisnoop.look_host(has_pods=True)
     assert [what for what, _ in findings] == ["the node does not forward: net.ipv4.ip_forward is 0"]
     assert [what.partition(",")[0] for what, _ in notes] == [
         "chain ip filter FORWARD drops forwarded packets",
@@ -213,14 +242,14 @@ def test_a_foreign_drop_policy_of_forward_is_a_note(mocker):
 @pytest.mark.parametrize(
     "text, directories",
     [
-        ("", ("/etc/cni/net.d", ["/opt/cni/bin"])),
+        ("", ("/etc/cni/net.d", ["/opt/cni/bin"], True)),
         (
             '[plugins."io.containerd.grpc.v1.cri".cni]\n  bin_dir = "/usr/lib/cni"\n  conf_dir = "/etc/mine"\n',
-            ("/etc/mine", ["/usr/lib/cni"]),
+            ("/etc/mine", ["/usr/lib/cni"], True),
         ),
         (
             "  bin_dirs = ['/opt/cni/bin', '/usr/lib/cni']\n# conf_dir = '/not/this'\n",
-            ("/etc/cni/net.d", ["/opt/cni/bin", "/usr/lib/cni"]),
+            ("/etc/cni/net.d", ["/opt/cni/bin", "/usr/lib/cni"], True),
         ),
     ],
 )
