@@ -189,7 +189,9 @@ class Pod:
 
     def get(self, address, port=PORT):
         """What an HTTP server at an address says to this pod's container. By nc: wget of Debian's busybox-static crashes."""
-        reply = self.run("sh", "-c", f"printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nc -w 10 {address} {port}")
+        # nc may end before a busy server has answered, because there is no more to send: then once more, with stdin open for a while.
+        asks = [f"(printf 'GET / HTTP/1.0\\r\\n\\r\\n'; {wait}) | nc -w 10 {address} {port}" for wait in ("true", "sleep 3")]
+        reply = self.run("sh", "-c", asks[0]) or self.run("sh", "-c", asks[1])
         return reply.replace("\r\n", "\n").partition("\n\n")[2]
 
     def remove(self):
