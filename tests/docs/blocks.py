@@ -1,8 +1,8 @@
 """The command blocks of the documents, and running them.
 
 A block fenced as ```console has lines `$ command` (`> ` goes on with the line above), each followed by what a reader sees. `...` stands for
-any text in a line, and for any lines on a line of its own. A block fenced as ```sh has commands alone, which have to succeed. Directly above
-a block may stand
+any text in a line, and on a line of its own for any lines. A block fenced as ```sh has commands alone, which have to succeed. Directly
+above a block may stand
 
     <!-- not run: reason -->        it cannot run here
     <!-- needs: netem, strace -->   features of the kernel (tests/conftest.py) or programs; without one it is left out, aloud
