@@ -2308,7 +2308,7 @@ def plan_portmap(states, node_addresses, before="", after=""):
     before, after: lines before and after the chains are declared, which say what becomes of a table that is there, and of other tables.
     """
     rules = [f'add rule inet mncni_portmap {rule[0]} {rule[1]} comment "{stamp_of(*rule)}"' for rule in plan_rules(states, node_addresses)]
-    script = before + PORTMAP_CHAINS + after + "\n".join(rules) + "\n"
+    script = before + PORTMAP_CHAINS + after + "".join(f"{rule}\n" for rule in rules)
     why = "all host ports, as one table: which port of the host leads to which pod"
     return Command(["nft", "-f", "-"], script if states else f"{before}{PORTMAP}\ndelete {PORTMAP}\n", why)
 
