@@ -28,7 +28,8 @@ Both backends give the same events. An event is a tuple (kind, time in ns, proce
                                                included, of which an "exec" was reported; 0 if there is none.
     ("word", ts, pid, number, text)            A string of that program: number 0 is the path, 1 to 1023 are the arguments, from ENV on
                                                come the CNI_* variables. Each has 8 numbers, because a long one comes in parts.
-                                               From bpftrace, the 17th variable is "uid=N", the user who calls.
+                                               From bpftrace, the 17th variable is "uid=N", the user who calls, and, where the kernel
+                                               describes its structs (BTF), the 18th "netns=N", the number of its network namespace.
     ("exec", ts, pid, error, in, out, err)     error 0: the program runs, and its descriptors 0, 1 and 2 stand for these streams. A stream
                                                is 8 * PID of the process whose stdin, stdout or stderr it is, plus 1, 2 or 3; 4 more
                                                if that process put it there after its first program. Else error is minus the errno:
@@ -140,7 +141,7 @@ tracepoint:syscalls:sys_enter_CALL {
   if ($cni || @in[pid]) {
     @try[tid] = 1;
     printf("begin|%llu|%d|%d|%d|%s", nsecs, pid, @in[pid], @parent[pid], comm);
-    if ($cni) { printf("word|%llu|%d|%d|uid=%d", nsecs, pid, ENV + 128, uid); }
+    if ($cni) { printf("word|%llu|%d|%d|uid=%d", nsecs, pid, ENV + 128, uid); NETNS }
     printf("word|%llu|%d|0|%s", nsecs, pid, str(uptr(args->filename)));
     $p = (uint64)args->argv; $i = 0;
     while ($i < 32) {
@@ -217,12 +218,17 @@ PROBES = {"read write": TRANSFER, "readv writev": TRANSFER + CONTENTS, "dup dup2
           "open openat": OPEN + COPIED, "execve execveat": EXECUTE}
 
 
-def bpftrace_program(syscalls):
-    """The text of the bpftrace program. syscalls: those that this kernel has tracepoints for; some kernels lack `open` and `dup2`."""
+NETNS = 'printf("word|%llu|%d|%d|netns=%u", nsecs, pid, ENV + 136, curtask->nsproxy->net_ns->ns.inum);'
+
+
+def bpftrace_program(syscalls, has_btf=False):
+    """The text of the bpftrace program. syscalls: those that this kernel has tracepoints for; some kernels lack `open` and `dup2`. has_btf:
+    the kernel describes its structs, of which nothing but the network namespace is read."""
     parts = [(PROCESSES, "")] + [(text, call) for calls, text in PROBES.items() for call in calls.split() if call in syscalls]
     program = ""
     for text, call in parts:
         values = {
+            "NETNS": NETNS if has_btf else "",
             "CALL": call, "DIRECTION": "== 1" if call.startswith("read") else "> 1", "BUFFER": "vec" if call.endswith("v") else "buf",
             "LATER": "@left[tid] = $n; $n = 0;" if call.endswith("v") else "", "FIELD": {"dup": "fildes", "fcntl": "fd"}.get(call, "oldfd"),
             "CONDITION": " && (args->cmd == 0 || args->cmd == 1030)" if call == "fcntl" else "",
@@ -477,7 +483,7 @@ class Calls:
         if not attempt:
             return None  # its "begin" was lost
         attempt["path"], attempt["argv"], attempt["env"] = read_words(attempt["words"])
-        uid = int(attempt["env"].pop("uid", 0))
+        uid, _ = int(attempt["env"].pop("uid", 0)), attempt["env"].pop("netns", "")
         attempt["parent"].update({"uid": uid} if uid else {})
         if error:
             return self.refuse(ts, pid, error, attempt, process)
@@ -879,10 +885,11 @@ def open_netns(path):
     return None
 
 
-def is_elsewhere(pid, unless_known=False):
-    """Whether a process is in another network namespace than this one; unless_known if it is gone already."""
-    with contextlib.suppress(OSError):
-        return os.stat(f"/proc/{pid}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino
+def is_elsewhere(pid, number="", unless_known=False):
+    """Whether a process is in another network namespace than this one: the one of that number, if the backend tells it. unless_known: the
+    answer if it is gone already, or /proc does not show it: that of a PID namespace has other process IDs than bpftrace reports."""
+    with contextlib.suppress(OSError, ValueError):
+        return (int(number) if number else os.stat(f"/proc/{pid}/ns/net").st_ino) != os.stat("/proc/self/ns/net").st_ino
     return unless_known
 
 
@@ -901,14 +908,15 @@ class Monitor:
         threading.Thread(target=self.begin, daemon=True).start()  # in a thread: whoever made it has events to read
 
     def begin(self):
+        self.settings = self.look_settings()
         # Until the monitors listen: what was there before is in the first look, what comes after is in their lines.
         deadline = time.monotonic() + 1
         while time.monotonic() < deadline and any(read_text(f"/proc/{child.pid}/comm").strip() not in MONITORS for child in self.children):
             time.sleep(0.002)  # setpriv and nsenter still run
         time.sleep(0.02)
         self.since, self.first = time.time(), self.look()
-        self.links = {name for kind, name, _ in self.first if kind == "link"}
-        self.settings = self.look_settings()
+        self.links = {"lo", *(name for kind, name, _ in self.first if kind == "link")}
+        self.settings = {**self.look_settings(), **self.settings}  # what has changed since is told by check
         if not self.enter:
             self.look_rules()
         self.is_ready.set()
@@ -929,6 +937,7 @@ class Monitor:
 
     def check(self, when):
         """Note the settings that changed without a word from the kernel, such as the length of a queue, until a call ended."""
+        self.is_ready.wait(0.2)
         for name, after in self.look_settings().items():
             self.lines.extend((when, 0, item) for item in self.changed(name, after))
 
@@ -1021,10 +1030,12 @@ class Changes:
                 self.begun[pid] = (event[4], {})
         elif kind == "word" and pid in self.begun:
             self.begun[pid][1][event[3]] = event[4]
+        elif kind == "word" and pid in self.spans and event[4].startswith("netns="):
+            self.spans[pid]["elsewhere"] = is_elsewhere(pid, number=event[4][6:])
         elif kind == "exec" and pid in self.begun:
             self.begin((ts + self.epoch) / 1e9, pid, *self.begun.pop(pid))
-        elif kind == "exec" and pid in self.spans:  # what a wrapper, such as nsenter, has executed
-            self.spans[pid]["elsewhere"] = is_elsewhere(pid, self.spans[pid]["elsewhere"])
+        elif kind == "exec" and pid in self.spans and not self.spans[pid]["number"]:  # what a wrapper, such as nsenter, has executed
+            self.spans[pid]["elsewhere"] = is_elsewhere(pid, unless_known=self.spans[pid]["elsewhere"])
         elif kind == "exit" and pid in self.spans:
             span = self.spans[pid]
             span["end"] = (ts + self.epoch) / 1e9
@@ -1035,11 +1046,13 @@ class Changes:
         path, _, env = read_words(words)
         if env.get("CNI_COMMAND", "").startswith(CANARY):
             return
-        elsewhere = os.path.basename(path) not in WRAPPERS and is_elsewhere(pid)
-        span = {"begin": when, "end": None, "elsewhere": elsewhere, "inode": 0, "monitor": None,
+        number = env.get("netns", "")
+        elsewhere = is_elsewhere(pid, number) if number or os.path.basename(path) not in WRAPPERS else False
+        span = {"begin": when, "end": None, "elsewhere": elsewhere, "number": number, "inode": 0, "monitor": None,
                 "container_id": env.get("CNI_CONTAINERID", ""), "what": f"{env.get('CNI_COMMAND')} {env.get('CNI_CONTAINERID', '')[:13]}"}
         self.spans[pid], netns = span, env.get("CNI_NETNS", "")
-        paths = [path for path in (f"/proc/{parent}/root{netns}", netns) if netns.startswith("/") and os.path.exists(path)]
+        places = [f"/proc/{parent}/root{netns}", *[netns] * (not elsewhere)]  # elsewhere the same path may be another pod's
+        paths = [path for path in places if netns.startswith("/") and os.path.exists(path)]
         handle = open_netns(paths[0]) if paths else None
         if handle is not None:
             span["inode"] = os.fstat(handle).st_ino
@@ -1159,7 +1172,8 @@ def bpftrace_backend(_options):
         raise SnoopError(f"this kernel has no tracepoints for system calls that bpftrace can use ({reason})")
     environ = {"BPFTRACE_MAP_KEYS_MAX": "65536", "BPFTRACE_MAX_MAP_KEYS": "65536", "BPFTRACE_PERF_RB_PAGES": "1024",
                "BPFTRACE_STRLEN": str(CHUNK), "BPFTRACE_MAX_STRLEN": str(CHUNK)}  # the names before 0.20, and since
-    argv = plan_tracefs([shutil.which("bpftrace"), "--no-warnings", "-f", "json", "-e", bpftrace_program(syscalls)])
+    program = bpftrace_program(syscalls, os.path.exists("/sys/kernel/btf/vmlinux"))
+    argv = plan_tracefs([shutil.which("bpftrace"), "--no-warnings", "-f", "json", "-e", program])
     return argv, environ, lambda line: filter(None, [parse_bpftrace(line)])
 
 

@@ -382,7 +382,7 @@ def call_add(request, stages, run):
                 raise config_error(f"{what}: put it behind one that makes the interface")
             result = call_stage(stage, "ADD", request, run)
             begun = True  # it has done its work, whatever it returned
-            request.prev_result = parse_own_result(stage, result)
+            request.prev_result = parse_own_result(stage["name"], result, request.prev_result)
         except Exception as error:
             for done in reversed(stages[: position + (begun and getattr(error, "code", 0) != BAD_CONFIG)]):
                 best_effort(call_stage, done, "DEL", request, run)
@@ -431,14 +431,18 @@ def call_stage(stage, part, *arguments):
     return result
 
 
-def parse_own_result(stage, result):
-    """What an ADD returned, as the next plugin will read it. CNIError 999 if it is no result."""
-    name = stage["name"]
+def parse_own_result(name, result, prev_result):
+    """What the ADD of a plugin returned, as the next one will read it. CNIError 999 if it is no result."""
     if not isinstance(result, dict) or not result:
         what = f"plugin {name}: ADD returned {result!r:.80}, which is no result"
         raise CNIError(INTERNAL, f"{what}; a chained plugin is marked \"chained\" and returns request.prev_result, with what it adds")
     try:
-        return parse_result(parse_json(to_json(result)), "it")
+        parsed = parse_result(parse_json(to_json(result)), "it")
+        for key, needed in (("interfaces", "name"), ("routes", "dst")):
+            for item in parsed.get(key) or []:
+                if not isinstance(item.get(needed), str) and item not in ((prev_result or {}).get(key) or []):
+                    raise ValueError(f'of "{key}", {to_json(item)} has no "{needed}"')
+        return parsed
     except (CNIError, TypeError, ValueError, RecursionError) as error:
         raise CNIError(INTERNAL, f"plugin {name}: what ADD returned makes no sense: {error}") from None
 
@@ -2304,7 +2308,7 @@ def plan_portmap(states, node_addresses, before="", after=""):
     before, after: lines before and after the chains are declared, which say what becomes of a table that is there, and of other tables.
     """
     rules = [f'add rule inet mncni_portmap {rule[0]} {rule[1]} comment "{stamp_of(*rule)}"' for rule in plan_rules(states, node_addresses)]
-    script = before + PORTMAP_CHAINS + after + "\n".join(rules) + "\n"
+    script = before + PORTMAP_CHAINS + after + "".join(f"{rule}\n" for rule in rules)
     why = "all host ports, as one table: which port of the host leads to which pod"
     return Command(["nft", "-f", "-"], script if states else f"{before}{PORTMAP}\ndelete {PORTMAP}\n", why)
 

@@ -56,6 +56,8 @@ NOT_JSON = "is no JSON but a Python"
         ("return {'ips': ['10.0.0.5/24']}", '"ips" must be an array of objects'),
         ("return {'ips': [{'address': '10.0.0.5/24', 'interface': 7}]}", "7 is not an index into its interfaces"),
         ("return {'interfaces': {'name': 'x'}}", '"interfaces" must be an array'),
+        ("return {'interfaces': [{'mac': 'x'}]}", 'of "interfaces", {"mac": "x"} has no "name"'),
+        ("return {**request.prev_result, 'routes': [{'gw': '10.0.0.1'}]}", 'of "routes", {"gw": "10.0.0.1"} has no "dst"'),
         ("return {'dns': {1, 2}}", f"{{1, 2}} {NOT_JSON} set"),
         ("return {'dns': float('nan')}", "NaN"),
         ("import ipaddress; return {'ips': [{'address': ipaddress.ip_interface('10.0.0.5/24')}]}", f"{NOT_JSON} IPv4Interface"),

@@ -584,3 +584,39 @@ def test_a_call_whose_end_was_lost_is_not_said_to_run():
     for event in [("lost", 0, 0, 9), *executed(5, "/opt/cni/bin/bridge"), *executed(6, "/opt/cni/bin/portmap")]:
         calls.feed(event)
     assert {call["pid"]: (call["running"], call["incomplete"]) for call in calls.unfinished(9)} == {5: (False, True), 6: (True, False)}
+
+
+def test_the_network_namespace_of_a_caller_is_read_only_where_the_kernel_describes_its_structs():
+    assert "curtask" in cnisnoop.bpftrace_program({"execve"}, has_btf=True)
+    assert "curtask" not in cnisnoop.bpftrace_program({"execve"}) and "NETNS" not in cnisnoop.bpftrace_program({"execve"})
+
+
+def test_a_call_is_elsewhere_by_the_number_of_its_namespace_or_by_proc():
+    own = os.stat("/proc/self/ns/net").st_ino
+    assert cnisnoop.is_elsewhere(0, str(own + 1)) and not cnisnoop.is_elsewhere(0, str(own))
+    assert not cnisnoop.is_elsewhere(os.getpid()) and cnisnoop.is_elsewhere(0, unless_known=True)
+
+
+def link(name, **keys):
+    return {"name": name, **keys}
+
+
+def test_what_a_result_is_the_first_to_name_belongs_to_that_add(mocker):
+    mocker.patch("cnisnoop.need_tools")
+    mocker.patch("cnisnoop.Monitor")
+    changes = cnisnoop.Changes(0)
+    first = {"interfaces": [link("br0"), link("veth1"), link("eth0", sandbox="/x")], "ips": [{"address": "10.0.0.5/24"}]}
+    second = {**first, "interfaces": [*first["interfaces"], link("ifb1")]}
+    for pid, given, returned in ((10, {}, first), (11, {"prevResult": first}, second), (12, {"prevResult": 5}, {"interfaces": 5})):
+        changes.spans[pid] = {"inode": 7}
+        changes.note(sample(pid=pid, command="ADD", container_id="c1", exit=0, stdin=json.dumps(given), stdout=json.dumps(returned)))
+    other = {"interfaces": [link("br0"), link("veth2")]}
+    changes.note(sample(pid=20, command="ADD", container_id="c2", exit=0, stdin="{}", stdout=json.dumps(other)))
+    assert changes.makers == {
+        (0, "br0"): {"c1": 10, "c2": 20},
+        (0, "veth1"): {"c1": 10},
+        (7, "eth0"): {"c1": 10},
+        (7, "10.0.0.5/24"): {"c1": 10},
+        (0, "ifb1"): {"c1": 11},
+        (0, "veth2"): {"c2": 20},
+    }
