@@ -3177,15 +3177,18 @@ def foreign_result(conf):
 
 class Explainer:
     """A `run` that runs nothing and keeps each command in `script`. It answers as a host that has only the interfaces of a result (or
-    None), and in every namespace a default route to the result's gateways."""
+    None), and in every namespace a default route to the result's gateways. ipam: what a delegate gets, directories and all."""
 
-    def __init__(self, result):
-        self.script, result = [], result or {}
+    def __init__(self, result, ipam):
+        self.ipam, self.script, result = ipam, [], result or {}
         self.links = ["lo", *(link["name"] for link in result.get("interfaces", []))]
         self.gateways = {6 if ":" in ip["gateway"] else 4: ip["gateway"] for ip in result.get("ips", []) if ip.get("gateway")}
 
     def __call__(self, command):
-        reply, text = self.reply(command), command.explained()
+        reply = self.reply(command)
+        if "CNI_COMMAND" in command.environ:
+            command = Command(command.argv, to_json({**parse_json(command.stdin), "ipam": self.ipam}), command.why, command.environ)
+        text = command.explained()
         if reply.exit_code or (not reply.stdout and {"-json", "-j"} & set(command.argv)):  # the script goes on where nothing is there
             text = text.replace("<<'E'\n", "<<'E' || true\n", 1) if command.stdin else f"{text} || true"
         self.script.append(text)
@@ -3228,6 +3231,8 @@ def explain_command(options, run):
     for conf in plugins:
         head = f"\n# ---- type {to_json(conf.get('type'))}, plugin {to_json(conf.get('plugin', conf.get('type')))} ----\n"
         if "plugin" not in conf and conf.get("type") not in (*options.plugins, "mncni", "mncni.py"):
+            if not is_identifier(conf.get("type")):
+                raise config_error(f'"type" {to_json(conf.get("type"))} is no name of a plugin')
             why = f"another program's plugin; if it uses mncni.py, `{conf.get('type')} explain` shows its commands, too"
             path, stdin = f"{DEFAULT_BIN_DIR}/{conf.get('type')}", {**conf, **shared, **({"prevResult": result} if result else {})}
             script = Command([path], to_json(stdin), why, {"CNI_COMMAND": options.command}).explained()
@@ -3248,8 +3253,7 @@ def explain_plugin(conf, prev_result, options, root):
     conf = {**without(conf, "ready", "logFile"), **({"runtimeConfig": asked} if asked else {})}
     conf.update({"cni.dev/valid-attachments": []} if options.command == "GC" else {})
     delegate, ipam = delegate_type(conf), typed(conf, "ipam", dict, {})
-    if not delegate:
-        conf["ipam"] = {key: value for key, value in ipam.items() if key.lower() != "datadir"}
+    conf["ipam"] = {key: value for key, value in ipam.items() if key.lower() != "datadir"}  # it names a directory of this host
     os.makedirs(f"{root}/run/netns")
     os.symlink("/proc/self/ns/net", f"{root}/run/netns/c1")
     if delegate:
@@ -3259,7 +3263,8 @@ def explain_plugin(conf, prev_result, options, root):
     environ, result = {**names, "CNI_PATH": root + DEFAULT_BIN_DIR, "MNCNI_RUN_DIR": root + DEFAULT_RUN_DIR}, prev_result
     environ["MNCNI_DATA_DIR"] = root + DEFAULT_DATA_DIR
     for verb in dict.fromkeys(("ADD", options.command)):  # the other commands need the result of an ADD
-        run, stdin = Explainer(result), to_json({key: value for key, value in {**conf, "prevResult": result}.items() if value is not None})
+        run, asked_for = Explainer(result, ipam), {**conf, "prevResult": result}
+        stdin = to_json({key: value for key, value in asked_for.items() if value is not None})
         exit_code, stdout = answer({**environ, "CNI_COMMAND": verb}, stdin, run, options.plugins, conf.get("type"))
         reply = parse_json(stdout or "{}")
         if exit_code and (verb, reply["code"]) != ("CHECK", COMMAND_FAILED):  # a CHECK finds everything missing here
