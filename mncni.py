@@ -3232,7 +3232,8 @@ def explain_command(options, run):
         head = f"\n# ---- type {to_json(conf.get('type'))}, plugin {to_json(conf.get('plugin', conf.get('type')))} ----\n"
         if "plugin" not in conf and conf.get("type") not in (*options.plugins, "mncni", "mncni.py"):
             if not is_identifier(conf.get("type")):
-                raise config_error(f'"type" {to_json(conf.get("type"))} is no name of a plugin')
+                hint = "" if "plugins" in conflist else ': there is no list of plugins, "plugins"'
+                raise config_error(f'"type" {to_json(conf.get("type"))} is no name of a plugin{hint}')
             why = f"another program's plugin; if it uses mncni.py, `{conf.get('type')} explain` shows its commands, too"
             path, stdin = f"{DEFAULT_BIN_DIR}/{conf.get('type')}", {**conf, **shared, **({"prevResult": result} if result else {})}
             script = Command([path], to_json(stdin), why, {"CNI_COMMAND": options.command}).explained()

@@ -14,12 +14,12 @@ write_file() {  # name, source
     printf '  - path: %s/%s\n    encoding: gz+b64\n    content: %s\n' "$setup" "$1" "$(gzip -9 -n -c "$2" | base64 -w 0)"
 }
 
-# The same for a file that would be too large: by xz and base 85, which cloud-init does not unpack, so runcmd does.
+# The same for a file that would be too large: by bzip2 and base 85, which cloud-init does not unpack, so runcmd does.
 write_large_file() {  # name, source
-    printf '  - path: %s/%s.xz.b85\n    content: |\n      %s\n' "$setup" "$1" "$(python3 -IS -c "$pack" "$2")"
+    printf '  - path: %s/%s.bz2.b85\n    content: |\n      %s\n' "$setup" "$1" "$(python3 -IS -c "$pack" "$2")"
 }
-pack='import base64, lzma, sys; print(base64.b85encode(lzma.compress(open(sys.argv[1], "rb").read(), preset=9 | lzma.PRESET_EXTREME)).decode())'
-unpack="import base64, lzma; open('$setup/mncni.py', 'wb').write(lzma.decompress(base64.b85decode(open('$setup/mncni.py.xz.b85').read().strip())))"
+pack='import base64, bz2, sys; print(base64.b85encode(bz2.compress(open(sys.argv[1], "rb").read())).decode())'
+unpack="import base64, bz2; open('$setup/mncni.py', 'wb').write(bz2.decompress(base64.b85decode(open('$setup/mncni.py.bz2.b85').read().strip())))"
 
 [[ $# == 1 ]] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 python3 -IS "$here/../../mncni.py" explain "$1" >/dev/null || die "$1 does not work"
