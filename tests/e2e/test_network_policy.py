@@ -271,6 +271,27 @@ def test_the_engine_away_lets_pass_and_holds_again_when_it_is_back(world, figure
     figure("network policy: engine of a node killed or stopped: new connections to its pods pass until it is back")
 
 
+def test_a_queue_that_is_full_lets_pass(world, figure):
+    """An engine that hangs, or is slower than a pod that begins connections: the kernel keeps 1024 packets for it at most."""
+    spec, denied, _ = POLICIES["default deny ingress"]
+    flood = ("import socket, sys\n"
+             "with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:\n"
+             "    for _ in range(1100):\n"
+             "        out.sendto(b'x', (sys.argv[1], 9))")
+    with world.policy("one", spec):
+        world.wait_reached(denied)
+        node_sh(world.lab, "node1", f"kill -STOP $(cat {PID})")
+        try:
+            assert "error" in world.ask("a", [["tcp", world.addresses("b")[0], PORT, 0]])[0], "what is allowed waits for the engine, too"
+            labs.must([*world.in_pod("b"), *AS_USER, labs.PYTHON, "-c", flood, world.addresses("a")[0]])
+            world.wait_reached(denied | TO_A - {("c", "a")})
+        finally:
+            node_sh(world.lab, "node1", f"kill -CONT $(cat {PID})")
+        world.wait_reached(denied)
+    world.wait_reached(EVERYTHING)
+    figure("network policy: engine of a node hangs: new connections wait until its queue is full, then they pass")
+
+
 def test_policies_between_pods_of_a_node_need_bridged_packets_in_netfilter(world):
     spec, denied, _ = POLICIES["default deny ingress"]
     with world.policy("one", spec):

@@ -55,9 +55,13 @@ def test_the_check_asks_the_kernel_and_leaves_nothing():
 
 
 @pytest.mark.skipif(bool(manifests.yaml_missing()), reason=manifests.yaml_missing())
-def test_the_engine_only_reads():
-    rules = find(load("deploy/network-policy/account.yaml"), "ClusterRole")["rules"]
-    assert {verb for rule in rules for verb in rule["verbs"]} == {"list", "watch"}
+def test_the_engine_only_reads_what_its_informers_ask_for():
+    account, user = "deploy/network-policy/account.yaml", "system:serviceaccount:kube-system:kube-network-policies"
+    kinds = ("pods", "namespaces", "networkpolicies")
+    assert set(manifests.rights(account)) == {(user, verb, kind) for verb in ("list", "watch") for kind in kinds}
+    name = find(load(account), "ServiceAccount", namespace="kube-system")["metadata"]["name"]
+    pod = find(load("deploy/network-policy/daemonset.yaml"), "DaemonSet", namespace="kube-system")["spec"]["template"]["spec"]
+    assert pod["serviceAccountName"] == name
 
 
 @pytest.mark.skipif(bool(manifests.yaml_missing()), reason=manifests.yaml_missing())
