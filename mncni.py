@@ -382,7 +382,7 @@ def call_add(request, stages, run):
                 raise config_error(f"{what}: put it behind one that makes the interface")
             result = call_stage(stage, "ADD", request, run)
             begun = True  # it has done its work, whatever it returned
-            request.prev_result = parse_own_result(stage["name"], result, request.prev_result)
+            request.prev_result = result if is_built_in(stage["ADD"]) else parse_own_result(stage["name"], result, request.prev_result)
         except Exception as error:
             for done in reversed(stages[: position + (begun and getattr(error, "code", 0) != BAD_CONFIG)]):
                 best_effort(call_stage, done, "DEL", request, run)
@@ -414,6 +414,11 @@ def call_all(request, stages, run):
     all_of([(call_stage, (stage, request.command, request, run)) for stage in stages], request.at_once and request.command == "DEL")
 
 
+def is_built_in(act):
+    """Whether a function is of this file, and not of another program that gave main a table."""
+    return getattr(act, "__module__", "") == __name__
+
+
 def call_stage(stage, part, *arguments):
     """What a plugin's function returns. Any exception of another program's plugin but a CNIError becomes one that names the plugin."""
     act, name = stage.get(part, nothing_to_do), stage["name"]
@@ -422,7 +427,7 @@ def call_stage(stage, part, *arguments):
     except CNIError:
         raise
     except BaseException as error:  # also sys.exit and an interrupt: what ADD has begun is to be undone
-        if getattr(act, "__module__", "") == __name__:
+        if is_built_in(act):
             raise
         place = describe_defect(error, getattr(getattr(act, "__code__", None), "co_filename", ""))
         raise CNIError(IO_FAILURE if isinstance(error, OSError) else INTERNAL, f"plugin {name}: {part} failed: {place}") from None
