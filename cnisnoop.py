@@ -218,12 +218,13 @@ PROBES = {"read write": TRANSFER, "readv writev": TRANSFER + CONTENTS, "dup dup2
           "open openat": OPEN + COPIED, "execve execveat": EXECUTE}
 
 
-NETNS = 'printf("word|%llu|%d|%d|netns=%u", nsecs, pid, ENV + 136, curtask->nsproxy->net_ns->ns.inum);'
+NAMESPACE = "curtask->nsproxy->net_ns->ns.inum"
+NETNS = f'printf("word|%llu|%d|%d|netns=%u", nsecs, pid, ENV + 136, {NAMESPACE});'
 
 
 def bpftrace_program(syscalls, has_btf=False):
     """The text of the bpftrace program. syscalls: those that this kernel has tracepoints for; some kernels lack `open` and `dup2`. has_btf:
-    the kernel describes its structs, of which nothing but the network namespace is read."""
+    bpftrace knows the kernel's structs, of which nothing but the network namespace is read."""
     parts = [(PROCESSES, "")] + [(text, call) for calls, text in PROBES.items() for call in calls.split() if call in syscalls]
     program = ""
     for text, call in parts:
@@ -483,7 +484,8 @@ class Calls:
         if not attempt:
             return None  # its "begin" was lost
         attempt["path"], attempt["argv"], attempt["env"] = read_words(attempt["words"])
-        uid, _ = int(attempt["env"].pop("uid", 0)), attempt["env"].pop("netns", "")
+        uid = int(attempt["env"].pop("uid", 0))
+        attempt["env"].pop("netns", "")
         attempt["parent"].update({"uid": uid} if uid else {})
         if error:
             return self.refuse(ts, pid, error, attempt, process)
@@ -717,8 +719,8 @@ def format_call(call, is_full=False, replay="error", is_coloured=False, caller=N
     body += [("netns", [printable(call["netns"])])] if call["netns"] and not caller else []
     for name in STREAMS:
         same = caller and name == "stdin" and call["stdin"] == caller["stdin"] and call["stdin"]
-        lines_of = content_lines(call[name], call[f"{name}_size"], is_full, name == "stdin")
-        body.append((name, ["same as its caller's"] if same and not is_full else lines_of))
+        shown = same and not is_full and ["same as its caller's"]
+        body.append((name, shown or content_lines(call[name], call[f"{name}_size"], is_full, name == "stdin")))
     for entry in call["commands"]:
         if is_full or (is_failed(call) and (entry["exit"] or entry["signal"])):
             shown = [printable(f"{shlex.join(entry['argv'])}  {entry['duration_ms']:.1f} ms  {verdict(entry)}")]
@@ -1172,8 +1174,9 @@ def bpftrace_backend(_options):
         raise SnoopError(f"this kernel has no tracepoints for system calls that bpftrace can use ({reason})")
     environ = {"BPFTRACE_MAP_KEYS_MAX": "65536", "BPFTRACE_MAX_MAP_KEYS": "65536", "BPFTRACE_PERF_RB_PAGES": "1024",
                "BPFTRACE_STRLEN": str(CHUNK), "BPFTRACE_MAX_STRLEN": str(CHUNK)}  # the names before 0.20, and since
-    program = bpftrace_program(syscalls, os.path.exists("/sys/kernel/btf/vmlinux"))
-    argv = plan_tracefs([shutil.which("bpftrace"), "--no-warnings", "-f", "json", "-e", program])
+    # A kernel may describe its structs to a bpftrace that was built without BTF.
+    has_btf = run(plan_tracefs([shutil.which("bpftrace"), "-e", f"BEGIN {{ $probe = {NAMESPACE}; exit(); }}"]), timeout_s=60)[0] == 0
+    argv = plan_tracefs([shutil.which("bpftrace"), "--no-warnings", "-f", "json", "-e", bpftrace_program(syscalls, has_btf)])
     return argv, environ, lambda line: filter(None, [parse_bpftrace(line)])
 
 
