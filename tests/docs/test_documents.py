@@ -48,6 +48,7 @@ def lacking(text):
 @pytest.mark.parametrize("path", RUN, ids=lambda path: str(path.relative_to(blocks.ROOT)))
 def test_the_commands_of_a_document_do_what_it_says(path, place, figure):
     top, environ = place
+    subprocess.run(["deploy/lab.py", "down"], cwd=top, env=environ, capture_output=True, check=False)  # of a page that failed
     ran, left_out = 0, []
     for block in blocks.parse(path.read_text()):
         lacks = lacking(block.mark[1]) if block.mark[0] == "needs" else []
