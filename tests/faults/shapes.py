@@ -147,7 +147,7 @@ COMMANDS = (  # the whole argv, its words joined by NUL
     "wg show mncni-wg0 dump",
     "nft delete table inet mncni(?:_portmap)?",
     "wg set mncni-wg0(?: listen-port <NUMBER>)?(?: private-key /[^ ]+)?"
-    "(?: peer <KEY>(?: remove)?(?: endpoint <ENDPOINT>)?(?: allowed-ips <PREFIX>(?:,<PREFIX>)*)?)*",
+    "(?: peer <KEY>(?: remove)?(?: endpoint <ENDPOINT>)?(?: allowed-ips <PREFIX>(?:,<PREFIX>)*)?(?: persistent-keepalive [01])?)*",
 )
 
 
