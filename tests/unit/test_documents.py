@@ -32,6 +32,12 @@ def dead_links(path):
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=str)
+def test_commands_are_in_fenced_blocks(path):
+    """tests/docs runs these; it does not see a block that is only indented."""
+    assert not re.findall(r"^ {4}.*", text_of(path), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=str)
 def test_links_lead_to_files_and_headings(path):
     assert not dead_links(path)
 
