@@ -89,7 +89,7 @@ def test_podhosts_keeps_a_file_for_each_attachment_and_forgets_it(host, attach):
 
 
 def test_what_the_page_names_is_there():
-    table = PAGE.read_text().partition("What a plugin may use of `mncni`:")[2].split("\n\n")[1]
+    table = PAGE.read_text().partition("### What a plugin may use of mncni")[2].split("\n\n")[1]
     words = [word for row in table.splitlines()[2:] for word in re.findall(r"`([\w.]+)[^`]*`", row.split("|")[1])]
     request = mncni.Request({"CNI_COMMAND": "ADD"}, {"name": "net"})
     assert len(words) > 30

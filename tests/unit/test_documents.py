@@ -1,9 +1,14 @@
-"""The documents' links lead somewhere."""
+"""The documents' links lead somewhere, and the references are whole."""
 
 import re
 from pathlib import Path
 
 import pytest
+
+import agent
+import kube
+import mncni
+import nodeipam
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/**/*.md")])
@@ -32,6 +37,12 @@ def dead_links(path):
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=str)
+def test_commands_are_in_fenced_blocks(path):
+    """tests/docs runs these; it does not see a block that is only indented."""
+    assert not re.findall(r"^ {4}.*", text_of(path), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=str)
 def test_links_lead_to_files_and_headings(path):
     assert not dead_links(path)
 
@@ -44,3 +55,13 @@ def test_a_dead_link_is_found(tmp_path):
 
 def test_readme_is_two_screens():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page, names", [
+    ("docs/agent.md", [row[0] for row in (*agent.FLAGS, *nodeipam.FLAGS)]),
+    ("docs/observe.md", [*agent.METRICS, *nodeipam.METRICS, *kube.METRICS]),
+    ("docs/plugin.md", list(mncni.PLUGINS)),
+])
+def test_a_reference_has_every_flag_metric_and_plugin(page, names):
+    text = (ROOT / page).read_text()
+    assert [name for name in names if name not in text] == []

@@ -161,9 +161,9 @@ def test_the_probes_ask_where_the_programs_listen_and_none_of_them_kills():
         assert not {"livenessProbe", "startupProbe"} & set(container), "whoever keeps the port busy could have it killed"
 
 
-def test_the_command_of_the_readme_puts_the_digest_into_every_place_that_names_the_image(tmp_path):
-    """With a stand-in for docker. The README's last line shows what has none."""
-    commands = re.search(r"((?: {4}.*\n)+)\nputs it into all manifests", (DEPLOY / "README.md").read_text()).group(1)
+def test_the_command_of_the_guide_puts_the_digest_into_every_place_that_names_the_image(tmp_path):
+    """With a stand-in for docker. The guide's last line shows what has none."""
+    (commands,) = re.findall(r"```sh\n(digest=.*?)```", (DEPLOY / "README.md").read_text(), re.DOTALL)
     shutil.copytree(DEPLOY, tmp_path / "deploy", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "docker").write_text('#!/bin/sh\necho "$*" >>asked\necho sha256:$DIGEST\n')
     (tmp_path / "docker").chmod(0o755)
