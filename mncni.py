@@ -3169,7 +3169,7 @@ EXPLAINED = {  # what the runtime supplies for the capabilities that a conflist 
 }
 
 
-def foreign_result(conf):
+def foreign_result(conf, netns=""):
     """What another program's plugin may make, on the host and in the pod: the addresses are the first of each range, as of host-local."""
     ipam = typed(conf, "ipam", dict, {})
     sets = typed(ipam, "ranges", list, []) or [[ipam if "subnet" in ipam else {"subnet": "192.0.2.0/24"}]]
@@ -3177,7 +3177,7 @@ def foreign_result(conf):
     for entry in [parse_range_set(ranges)[0] for ranges in sets]:
         first = type(entry["gateway"])(entry["start"] + (entry["start"] == int(entry["gateway"])))
         ips.append({"address": f"{first}/{entry['subnet'].prefixlen}", "gateway": str(entry["gateway"]), "interface": 1})
-    return {"interfaces": [{"name": "veth0"}, {"name": "eth0", "sandbox": "/run/netns/c1"}], "ips": ips}
+    return {"interfaces": [{"name": "veth0"}, {"name": "eth0", "sandbox": netns}], "ips": ips}
 
 
 class Explainer:
@@ -3232,38 +3232,44 @@ def explain_command(options, run):
     print("# on a host that has nothing of it yet, or only what an ADD made. Leases are files, not commands, so they do not show.")
     print("# The runtime makes the namespace:\n[ -e /run/netns/c1 ] || ip netns add c1")
     print(f"export CNI_CONTAINERID=c1 CNI_NETNS=/run/netns/c1 CNI_IFNAME=eth0 CNI_PATH={DEFAULT_BIN_DIR}  # for other plugins")
-    result, scripts = None, []
     for conf in plugins:
-        head = f"\n# ---- type {to_json(conf.get('type'))}, plugin {to_json(conf.get('plugin', conf.get('type')))} ----\n"
-        if "plugin" not in conf and conf.get("type") not in (*options.plugins, "mncni", "mncni.py"):
-            if not is_identifier(conf.get("type")):
-                hint = "" if "plugins" in conflist else ': there is no list of plugins, "plugins"'
-                raise config_error(f'"type" {to_json(conf.get("type"))} is no name of a plugin{hint}')
-            why = f"another program's plugin; if it uses mncni.py, `{conf.get('type')} explain` shows its commands, too"
-            path, stdin = f"{DEFAULT_BIN_DIR}/{conf.get('type')}", {**conf, **shared, **({"prevResult": result} if result else {})}
-            script = Command([path], to_json(stdin), why, {"CNI_COMMAND": options.command}).explained()
-            if result is None:
-                result = foreign_result(conf)
-                script += f"\n# What follows takes it that the pod has {result['ips'][0]['address']}, behind the link veth0 of the host."
-        else:
-            with tempfile.TemporaryDirectory() as root:
-                script, result = explain_plugin({**conf, **shared}, result, options, root)
-        scripts.append(head + script)
+        if "plugin" not in conf and not is_identifier(conf.get("type")):
+            hint = "" if "plugins" in conflist else ': there is no list of plugins, "plugins"'
+            raise config_error(f'"type" {to_json(conf.get("type"))} is no name of a plugin{hint}')
+    with tempfile.TemporaryDirectory() as root:
+        os.makedirs(f"{root}/run/netns")
+        os.symlink("/proc/self/ns/net", f"{root}/run/netns/c1")
+        scripts = explain_plugins([{**conf, **shared} for conf in plugins], options, root)
     print("\n".join(reversed(scripts) if options.command == "DEL" else scripts))  # a runtime calls DEL in reverse
 
 
+def explain_plugins(confs, options, root):
+    """What each plugin of a list runs. root: a directory for the host's files, with the pod's namespace."""
+    result, scripts = None, []
+    for conf in confs:
+        kind, command = conf.get("type"), options.command
+        if "plugin" not in conf and kind not in (*options.plugins, "mncni", "mncni.py"):
+            why = f"another program's plugin; if it uses mncni.py, `{kind} explain` shows its commands, too"
+            stdin = to_json({**conf, **({"prevResult": result} if result else {})}).replace(root, "")
+            script = Command([f"{DEFAULT_BIN_DIR}/{kind}"], stdin, why, {"CNI_COMMAND": command}).explained()
+            if result is None:
+                result = foreign_result(conf, f"{root}/run/netns/c1")
+                script += f"\n# What follows takes it that the pod has {result['ips'][0]['address']}, behind the link veth0 of the host."
+        else:
+            script, result = explain_plugin(conf, result, options, root)
+        scripts.append(f"\n# ---- type {to_json(kind)}, plugin {to_json(conf.get('plugin', kind))} ----\n{script}")
+    return scripts
+
+
 def explain_plugin(conf, prev_result, options, root):
-    """(what one plugin of a list runs after others returned prev_result or None, the result of its ADD). root: an empty directory for the
-    host's files."""
+    """(what one plugin of a list runs after others returned prev_result or None, the result of its ADD)."""
     asked = {name: value for name, value in EXPLAINED.items() if any_case(conf.get("capabilities"), name)}
     conf = {**without(conf, "ready", "logFile"), **({"runtimeConfig": asked} if asked else {})}
     conf.update({"cni.dev/valid-attachments": []} if options.command == "GC" else {})
     delegate, ipam = delegate_type(conf), typed(conf, "ipam", dict, {})
     conf["ipam"] = {key: value for key, value in ipam.items() if key.lower() != "datadir"}  # it names a directory of this host
-    os.makedirs(f"{root}/run/netns")
-    os.symlink("/proc/self/ns/net", f"{root}/run/netns/c1")
     if delegate:
-        os.makedirs(root + DEFAULT_BIN_DIR)
+        os.makedirs(root + DEFAULT_BIN_DIR, exist_ok=True)
         write_file(f"{root}{DEFAULT_BIN_DIR}/{delegate}", "")
     names = {"CNI_CONTAINERID": "c1", "CNI_NETNS": f"{root}/run/netns/c1", "CNI_NETNS_OVERRIDE": "1", "CNI_IFNAME": "eth0"}
     environ, result = {**names, "CNI_PATH": root + DEFAULT_BIN_DIR, "MNCNI_RUN_DIR": root + DEFAULT_RUN_DIR}, prev_result

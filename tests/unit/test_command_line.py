@@ -25,6 +25,7 @@ def test_explain_prints_a_script_that_a_shell_can_read_for_every_example(path, c
     assert (exit_code, stderr) == (0, "")
     assert command in script.splitlines()[0]
     assert subprocess.run(["sh", "-n"], input=script, text=True).returncode == 0
+    assert command != "CHECK" or "# It starts no command." not in script  # every plugin looks
 
 
 def test_explain_shows_the_commands_of_an_add_in_order():
@@ -43,6 +44,7 @@ def test_explain_takes_a_delegate_and_foreign_plugins(tmp_path):
     assert exit_code == 0, stderr
     assert "host-local" in script and "address add 192.0.2.2/24" in script
     assert "# another program's plugin" in script and "CNI_COMMAND=ADD /opt/cni/bin/tuning" in script
+    assert '"sandbox": "/run/netns/c1"' in script and str(tmp_path.parent.parent) not in script.partition("\n")[2]
 
 
 @pytest.mark.parametrize("kind", ["mncni", "bridge"])
@@ -63,6 +65,7 @@ def test_explain_shows_what_chained_plugins_run_on_top_of_another_network(tmp_pa
     exit_code, script, stderr = explain(path)
     assert exit_code == 0, stderr
     assert "root netem delay 50ms" in script and "root tbf rate 8000000bit" in script and "quickack 1" in script
+    assert "# It starts no command." not in explain(path, "--command", "CHECK")[1]
 
 
 @pytest.mark.parametrize("text, said", [("{", "cannot decode"), ('{"name": "x", "plugins": 3}', '"plugins"'), ('{"plugins": []}', "empty")])
