@@ -1398,6 +1398,9 @@ def main(argv):
     except LabError as error:
         print(f"lab.py: {error}" if not (argv and argv[0] in INTERNAL) else error, file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except KeyboardInterrupt:
         print("lab.py: interrupted", file=sys.stderr)
         return 130
