@@ -5,18 +5,20 @@
 #                                        server need
 #   deploy/cluster/build.sh cluster      the same, and all other programs that `make cluster` runs
 #   deploy/cluster/build.sh e2e          the same, and Kubernetes' own tests with the programs that they run in pods
+#   deploy/cluster/build.sh flannel      flannel alone, with which the bench of networks compares
 #
 # KUBERNETES_VERSION: such as 1.34.4, or 1.34 for its last one. CONTAINERD_VERSION, COREDNS_VERSION: as their releases are called.
 # The programs are in bin/ of ${XDG_CACHE_HOME:-$HOME/.cache}/mncni-cluster, where bin/kubernetes leads to the version that was asked for last,
-# and bin/apiserver to that of `apiserver`; bin/policy leads to the engine.
+# and bin/apiserver to that of `apiserver`; bin/policy leads to the engine, bin/flannel to flannel.
 set -euo pipefail
 cd "$(dirname "$0")"
 CONTAINERD_VERSION=${CONTAINERD_VERSION:-2.1.4}
 COREDNS_VERSION=${COREDNS_VERSION:-1.12.1}
+FLANNEL_VERSION=${FLANNEL_VERSION:-0.28.0}
 POLICY_VERSION=$(sed -n 's/.*kube-network-policies:v//p' ../network-policy/daemonset.yaml)
 CACHE=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/mncni-cluster
 NEEDED_GB=12  # of disk, for sources and compiled parts
-export GOFLAGS="-mod=mod -buildvcs=false" CGO_ENABLED=0
+export GOFLAGS="-mod=mod -buildvcs=false"
 
 K8S=k8s.io/kubernetes
 APISERVER=("$K8S"/cmd/{kube-apiserver,kubectl} go.etcd.io/etcd/server/v3)
@@ -25,6 +27,7 @@ E2E=("${CLUSTER[@]}" "$K8S"/test/{images/agnhost,images/regression-issue-74839,e
 CONTAINERD=github.com/containerd/containerd/v2
 COREDNS=github.com/coredns/coredns
 POLICY=sigs.k8s.io/kube-network-policies
+FLANNEL=github.com/flannel-io/flannel
 
 main() {
     local packages link=kubernetes default=1.34.4  # the newest Kubernetes that takes cgroup v1 for granted
@@ -32,11 +35,17 @@ main() {
         apiserver) packages=("${APISERVER[@]}") link=apiserver default=1.30.14 ;;  # the oldest with what deploy/naivewg/policy.yaml needs
         cluster) packages=("${CLUSTER[@]}") ;;
         e2e) packages=("${E2E[@]}") ;;
+        flannel) packages=() ;;
         *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
     mkdir -p "$CACHE/bin"
     exec 9>"$CACHE/lock"
     flock --nonblock 9 || { say "waiting for another build"; flock 9; }
+    if [[ $1 == flannel ]]; then
+        build flannel "$FLANNEL" "$FLANNEL_VERSION" "$FLANNEL"
+        ln -sfn "$(basename "$BIN")" "$CACHE/bin/flannel"
+        return
+    fi
     build kubernetes "$K8S" "${KUBERNETES_VERSION:-$default}" "${packages[@]}"
     ln -sfn "$(basename "$BIN")" "$CACHE/bin/$link"
     build kube-network-policies "$POLICY" "$POLICY_VERSION" "$POLICY"/cmd/kube-network-policies/standard
@@ -83,9 +92,10 @@ compile() {  # NAME VERSION PACKAGE FILE
                     flags+=" -X $stamp.gitTreeState=clean -X $stamp.buildDate=2026-01-01T00:00:00Z" ;;
         containerd) flags+=" -X $CONTAINERD/version.Version=v$2" ;;
     esac
-    local build=(build)
+    local build=(build) cgo=0
+    [[ $1 != flannel ]] || cgo=1  # one of its backends is in C: needs gcc
     [[ $3 != */test/e2e ]] || build=(test -c)
-    (cd "$CACHE/build/$1-$2" && nice go "${build[@]}" -ldflags "$flags" -o "$4" "$3")
+    (cd "$CACHE/build/$1-$2" && CGO_ENABLED=$cgo nice go "${build[@]}" -ldflags "$flags" -o "$4" "$3")
 }
 
 check_machine() {
@@ -106,12 +116,14 @@ newest() {  # NAME MODULE MINOR
     echo "${found#"$1"-}"
 }
 
-# Write the go.mod of a module that requires the one to build, in the version.
+# Write the go.mod of a module that requires the one to build, in the version, with the checksums that the module has for what it requires.
 describe() {  # NAME MODULE VERSION
-    local mod
-    mod=$(go mod download -json "$2@v$3" 2>/dev/null | sed -n 's/.*"GoMod": "\(.*\)".*/\1/p') || true
+    local found mod
+    found=$(go mod download -json "$2@v$3" 2>/dev/null) || true
+    mod=$(sed -n 's/.*"GoMod": "\(.*\)".*/\1/p' <<<"$found")
     [[ $mod ]] || die "$1: the Go module proxy has no version $3, or is out of reach"
     mkdir -p "$CACHE/build/$1-$3"
+    cat "$(sed -n 's/.*"Dir": "\(.*\)".*/\1/p' <<<"$found")/go.sum" >"$CACHE/build/$1-$3/go.sum"
     {
         printf 'module cluster\nrequire %s v%s\n' "$2" "$3"
         sed -n '/^go /p; /^godebug [a-z]/p; /^godebug (/,/^)/p' "$mod"

@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mncni
-from deploy import lab as labs
+from tests.bench import network
 
 HERE = Path(__file__).parent
 OUT = HERE.parents[1] / "build" / "bench"
@@ -310,81 +310,6 @@ def bench_pods(chains, counts, rounds):
     return times
 
 
-# ---- the network: pod to pod through ours, against a bare WireGuard device ----
-
-STREAM = """
-import socket, sys, time
-server = socket.create_server(("", 5001))
-print("up", flush=True)
-connection, _ = server.accept()
-begin, total = time.monotonic(), 0
-while time.monotonic() - begin < float(sys.argv[1]):
-    total += len(connection.recv(1 << 18))
-print(total * 8 / 1e6 / (time.monotonic() - begin))
-"""
-SEND = """
-import socket, sys, time
-connection = socket.create_connection((sys.argv[1], 5001), timeout=20)
-begin = time.monotonic()
-while time.monotonic() - begin < float(sys.argv[2]):
-    connection.send(bytes(1 << 17))
-"""
-
-
-def throughput(sender, receiver, address, seconds=3):
-    """Mbit/s of one TCP connection."""
-    with subprocess.Popen([*receiver, labs.PYTHON, "-c", STREAM, str(seconds)], stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout.readline() == "up\n"
-        with subprocess.Popen([*sender, labs.PYTHON, "-c", SEND, address, str(seconds)], stderr=subprocess.DEVNULL) as client:
-            measured = float(server.stdout.readline())
-            client.kill()
-    return measured
-
-
-def latency_ms(sender, address):
-    text = subprocess.run(
-        [*sender, "ping", "-n", "-q", "-c", "50", "-i", "0.02", address], capture_output=True, text=True, check=True
-    ).stdout
-    return float(re.search(r"= [\d.]+/([\d.]+)/", text).group(1))
-
-
-def bench_network(rounds=3):
-    """{(who, "Mbit/s" or "ms"): [figures]} between two nodes of the lab: pods through MNCNI, and a bare WireGuard device in each node's
-    own namespace, of the same kind (wireguard-go, or the kernel's)."""
-    lab, figures = labs.Lab(f"mncni-bench-{os.getpid()}", verbose=False), {}
-    try:
-        with labs.built_or_undone(lab, 2, 1, labs.LAB_FILE.parents[1], {"families": ["ipv4"], "underlay": "ipv4"}):
-            labs.boot_all(lab)
-            labs.wait_first_pongs(lab, labs.plan_pairs(lab))
-            make_bare(lab)
-            pod = [labs.pod_argv(lab, node, "pod1") for node in ("node1", "node2")]
-            node = [labs.node_argv(lab, name) for name in ("node1", "node2")]
-            ways = {"pods": (*pod, labs.pod_record(lab, "node2", "pod1")["addresses"][0]), "bare": (*node, "192.168.77.2")}
-            for _ in range(rounds):
-                for who, (sender, receiver, address) in ways.items():
-                    figures.setdefault((who, "Mbit/s"), []).append(throughput(sender, receiver, address))
-                    figures.setdefault((who, "ms"), []).append(latency_ms(sender, address))
-    finally:
-        labs.down(lab)
-    return figures
-
-
-def make_bare(lab):
-    """A WireGuard device bare0 in each node, peers of one another."""
-    keys = {}
-    for number, node in enumerate(("node1", "node2"), 1):
-        argv = labs.node_argv(lab, node)
-        kernel = labs.run([*argv, "ip", "link", "add", "bare0", "type", "wireguard"])[0] == 0
-        if not kernel:
-            labs.must([*argv, "wireguard-go", "bare0"])
-        script = "umask 077; wg genkey >/run/bare.key; wg set bare0 private-key /run/bare.key listen-port 5555"
-        labs.must([*argv, "sh", "-ec", f"{script}; ip address add 192.168.77.{number}/24 dev bare0; ip link set bare0 mtu 1440 up"])
-        keys[node] = labs.must([*argv, "wg", "show", "bare0", "public-key"]).strip()
-    for number, (node, other) in enumerate((("node1", "node2"), ("node2", "node1")), 1):
-        peer = [keys[other], "endpoint", f"192.0.2.{3 - number}:5555", "allowed-ips", f"192.168.77.{3 - number}/32"]
-        labs.must([*labs.node_argv(lab, node), "wg", "set", "bare0", "peer", *peer])
-
-
 # ---- what comes of it ----
 
 
@@ -481,11 +406,13 @@ def report_pods(chains, rounds, ratios, out):
 
 
 def report_network(ratios, out):
-    figures = {key: statistics.median(values) for key, values in bench_network().items()}
-    rows = [[who, f"{figures[who, 'Mbit/s']:.0f}", f"{figures[who, 'ms']:.2f}"] for who in ("pods", "bare")]
-    print_table("Between two nodes: pods through MNCNI, a bare WireGuard device", ["", "Mbit/s", "ping, ms"], rows, out)
-    ratios["throughput, bare WireGuard / pods"] = figures["bare", "Mbit/s"] / figures["pods", "Mbit/s"]
-    ratios["latency, pods / bare WireGuard"] = figures["pods", "ms"] / figures["bare", "ms"]
+    names = network.possible_ways()
+    figures = {key: statistics.median(values) for key, values in network.bench_network(names=names).items()}
+    rows = [[who, *(f"{figures[who, unit]:.2f}" if (who, unit) in figures else "-" for unit in network.UNITS)] for who in names]
+    print_table("Between two nodes", ["", *network.UNITS], rows, out)
+    ratios["throughput, bare WireGuard / pods"] = figures["bare", "Mbit/s"] / figures["ours", "Mbit/s"]
+    ratios["latency, pods / bare WireGuard"] = figures["ours", "ms"] / figures["bare", "ms"]
+    write_chart("network", "Between two nodes, Mbit/s", [(who, figures[who, "Mbit/s"]) for who in names])
 
 
 def judge(ratios, out):
