@@ -162,7 +162,8 @@ def parse_json_object(text, what="the network configuration on stdin"):
         text.encode("utf-8")
         value = parse_json(text)
     except (ValueError, RecursionError) as error:  # UnicodeError and JSONDecodeError are ValueErrors
-        raise CNIError(DECODE_FAILURE, f"cannot decode {what}: {str(error) or type(error).__name__}") from None
+        why = "it is nested too deep" if isinstance(error, RecursionError) else str(error) or type(error).__name__
+        raise CNIError(DECODE_FAILURE, f"cannot decode {what}: {why}") from None
     if not isinstance(value, dict):
         raise CNIError(DECODE_FAILURE, f"{what} is not a JSON object but {kind_of(value)}")
     return value

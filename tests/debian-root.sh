@@ -2,7 +2,7 @@
 # Prints the path of a tarball with a minimal Debian, and builds it with debootstrap if there is none. As root.
 # For tests/matrix.sh, for the nodes and images of deploy/cluster, and for the tests that need a system to change.
 #
-#   tests/debian-root.sh [--cached | --refresh] SUITE [PACKAGE...]     SUITE: bullseye, bookworm, trixie
+#   tests/debian-root.sh [--cached | --refresh] SUITE [PACKAGE...]     SUITE: bullseye, bookworm, trixie, sid
 #
 #   --cached    never download: the tarball that is there, of whatever age, or exit status 1
 #   --refresh   build it anew, whatever its age

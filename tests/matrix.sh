@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs `make test` as root on each Debian that has a Python we promise: 3.9, 3.11, 3.13, each with its own ip, nft and wg.
+# Runs `make test` as root on each Debian that has a Python we promise: 3.9, 3.11, 3.13, 3.14, each with its own ip, nft and wg.
 #
-#   tests/matrix.sh [--refresh] [SUITE...] [-- PYTEST-ARGUMENT...]      default: bullseye bookworm trixie
+#   tests/matrix.sh [--refresh] [SUITE...] [-- PYTEST-ARGUMENT...]      default: bullseye bookworm trixie sid
 #
 # Each suite gets a minimal system from tests/debian-root.sh (--refresh: built anew), on a tmpfs of about 1 GB, in mount and
 # PID namespaces of its own: whatever kills this, nothing stays behind. There the checkout is copied, uncommitted files too.
@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-SUITES=(bullseye bookworm trixie)
+SUITES=(bullseye bookworm trixie sid)
 CA=${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}
 # Of the environment, what apt and pip need to get out of here. Everything else stays out: each suite is a fresh machine.
 CARRIED=(http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY
