@@ -108,7 +108,6 @@ lint: ## ruff on the Python files, shellcheck on the shell scripts
 golden: ## rewrite the expected parts of tests/cases, or of CASE=name alone, and show what changed
 	@tests/setup.sh venv
 	@.venv/bin/python -m tests.golden --update $(CASE)
-	@git --no-pager diff --stat -- tests/cases
 
 record: ## record the replies in tests/cases, or of CASE=name alone, from this machine's kernel (root)
 	@$(NEED_ROOT)

@@ -23,6 +23,9 @@ has replies that were written by hand.
 """
 
 import argparse
+import contextlib
+import difflib
+import io
 import json
 import os
 import re
@@ -284,12 +287,17 @@ def main():
     failed = 0
     for path in [CASES / f"{case}.case" for case in options.cases] or all_cases():
         made_up = "made up" in path.read_text().partition("\n-- ")[0]
-        before, after, complaints = run_case(path, options.record and not made_up)
+        with contextlib.redirect_stderr(io.StringIO()):  # what the plugin tells people
+            before, after, complaints = run_case(path, options.record and not made_up)
         if options.update or options.record:
             path.write_text(after)
         bad = complaints or (before != after and not options.update and not options.record)
         failed += bool(bad)
-        print("\n".join([f"{'FAIL' if bad else 'ok'}  {path.relative_to(CASES)}", *complaints]))
+        name = str(path.relative_to(CASES))
+        if complaints and not options.record:
+            complaints.append(f"the tools' answers to all that runs: sudo make record CASE={name.removesuffix('.case')}")
+        changed = difflib.unified_diff(before.splitlines(), after.splitlines(), name, name, lineterm="")
+        print("\n".join([f"{'FAIL' if bad else 'ok'}  {name}", *complaints, *changed]))
     return 1 if failed else 0
 
 

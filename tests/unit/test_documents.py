@@ -64,4 +64,4 @@ def test_readme_is_two_screens():
 ])
 def test_a_reference_has_every_flag_metric_and_plugin(page, names):
     text = (ROOT / page).read_text()
-    assert [name for name in names if name not in text] == []
+    assert [name for name in names if f"`{name}" not in text] == []
