@@ -33,12 +33,13 @@ def status(lab):
 
 
 def ghost(api, number, key="A"):
-    """A Node that nobody runs, with a good record."""
+    """A Node that nobody runs, with a good record. number: 16 to 2,000."""
     record = json.loads(api.call("node", "node2")["metadata"]["annotations"][RECORD])
-    record["key"] = f"{key * 3}{number:03d}" + record["key"][6:]
-    cidrs = [f"10.244.{number}.0/24", f"fd00:10:244:{number:x}::/64"]
-    node = api.call("create_node", f"ghost{number}", pod_cidrs=cidrs, addresses=[f"192.0.2.{number}"])
-    record.update(podCIDRs=cidrs, endpoints=[f"192.0.2.{number}"], uid=node["metadata"]["uid"])
+    record["key"] = f"{key * 2}{number:04d}" + record["key"][6:]
+    cidrs = [f"10.244.{128 + number // 16}.{number % 16 * 16}/28", f"fd00:10:244:{number:x}::/64"]
+    address = f"198.18.{number // 256}.{number % 256}"
+    node = api.call("create_node", f"ghost{number}", pod_cidrs=cidrs, addresses=[address])
+    record.update(podCIDRs=cidrs, endpoints=[address], uid=node["metadata"]["uid"])
     api.call("patch_node", f"ghost{number}", {"metadata": {"annotations": {RECORD: json.dumps(record)}}})
     return record["key"]
 
@@ -309,3 +310,26 @@ def test_uninstall_takes_the_record_out_of_the_cluster(cluster):
     assert "record stays" not in said, said
     assert RECORD not in api.call("node", "node2")["metadata"].get("annotations", {})
     labs.wait_until(lambda: not wg_peers(lab, "node1"), HEAL_S, "end of the peer")
+
+
+def start_s(lab):
+    """From the start of the second node's agent, as after a boot, to the CNI configuration, by which the runtime knows a network."""
+    labs.kill_node(lab, "node2")
+    labs.start_node(lab, "node2")
+    begin = time.monotonic()
+    labs.start_agent(lab, "node2")
+    labs.wait_agent(lab, "node2")
+    took_s = time.monotonic() - begin
+    labs.add_pod(lab, "node2", "pod1")
+    return took_s
+
+
+def test_a_node_is_ready_as_soon_among_a_thousand_others(cluster, figure):
+    lab, api = cluster  # the last test: the thousand stay
+    among_two = start_s(lab)
+    keys = {ghost(api, number, "C") for number in range(1000, 2000)}
+    labs.wait_until(lambda: keys <= set(wg_peers(lab, "node1")), 60, "1,000 peers")
+    among_many = start_s(lab)
+    labs.wait_until(lambda: keys <= set(wg_peers(lab, "node2")), 60, "1,000 peers of the node that was booted")
+    figure(f"agent: from its start on a node just booted to the CNI configuration {among_two:.1f} s, among 1,000 nodes {among_many:.1f} s")
+    assert among_many < 20
