@@ -1080,7 +1080,10 @@ def cni_add(network, attachment, dirs, run):
     result = None
     for number, plugin in enumerate(network["plugins"]):
         try:
-            result = call_plugin(plan_call("ADD", network, plugin, attachment, result), dirs, run)
+            call = plan_call("ADD", network, plugin, attachment, result)
+            result = call_plugin(call, dirs, run)
+            if result is None:
+                raise CNIError(call["act"], {"msg": "exit status 0 without a result", "details": "an ADD has to print one"})
         except LabError as error:
             started = network["plugins"][:number + (not isinstance(error, NotStarted))]
             undo(cni_del, {**network, "plugins": started}, attachment, dirs, run)

@@ -517,6 +517,13 @@ def test_a_plugin_that_cannot_be_started_is_an_error_in_its_name_and_those_befor
     assert [call[:2] for call in node.calls()] == [["first", "ADD"], ["first", "DEL"]] and not node.cache.exists()
 
 
+def test_an_add_that_prints_no_result_is_an_error_and_is_undone(node):
+    (node.bin / "second").write_text("#!/bin/sh\ncat >/dev/null\n")
+    with pytest.raises(lab.CNIError, match="^ADD of second in network net: code 999: exit status 0 without a result"):
+        node.act(lab.cni_add)
+    assert [call[:2] for call in node.calls()] == [["first", "ADD"], ["first", "DEL"]] and not node.cache.exists()
+
+
 def test_the_network_of_a_node_is_the_first_configuration_by_name(tmp_path):
     conf = tmp_path / "conf"
     conf.mkdir()
