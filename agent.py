@@ -64,7 +64,7 @@ if __name__ == "__main__":
 import kube
 import mncni
 from kube import NODES, ApiError, api_errors, find_overlap, is_in, overlapping_pair, shown, span_of, start_thread, text_in, uptime
-from mncni import CNIError, Command, addresses_of, apply, ask, config_error, in_netns, ip_batch, look_ip, look_link, write_file
+from mncni import CNIError, Command, addresses_of, apply, ask, config_error, find_link, in_netns, ip_batch, look_ip, write_file
 
 log = logging.getLogger("mncni-agent")
 
@@ -1646,6 +1646,7 @@ def ensure_namespace(context):
     settings, run = context.settings, context.run
     facts = look_namespace(context)
     if facts is None:
+        tell_repair(context, f"the namespace {settings.namespace} was gone, and with it the tunnel")
         apply([Command(["ip", "netns", "add", settings.namespace], "", "the namespace of the tunnel")], run)
         facts = look_namespace(context)
     refuse_foreign_namespace(settings, facts)
@@ -1653,6 +1654,12 @@ def ensure_namespace(context):
     lines += missing_routes([entry for entry in ns_routes(settings) if entry["kind"] == "unreachable"], look_routes(run, settings.netns))
     apply_lines(lines, run, "the floor of the namespace: what has no route goes nowhere", settings.netns)
     ensure_firewall(context, "ns", lambda counts: ns_firewall(settings))
+
+
+def tell_repair(context, what):
+    """Log what a network lacked that was up before in this boot."""
+    if os.path.exists(os.path.join(context.settings.run_dir, "ready")):
+        log.warning("repaired: %s", what)
 
 
 def refuse_foreign_namespace(settings, facts):
@@ -1680,10 +1687,10 @@ def ensure_links(context):
     settings, run = context.settings, context.run
     host = look_ip([f"address show dev {HOST_VETH}", f"address show dev {DEVICE}"], run, why="the agent's links in the host")
     inside = look_ip(["address show"], run, settings.netns, why="the agent's links in the namespace")
-    apply(plan_veth(settings, context.mtu, look_link(HOST_VETH, host), look_link(NS_VETH, inside)), run)
-    device = look_link(DEVICE, inside)
+    apply(plan_veth(settings, context.mtu, find_link(HOST_VETH, host), find_link(NS_VETH, inside)), run)
+    device = find_link(DEVICE, inside)
     if device is None:
-        device = move_device(context, look_link(DEVICE, host))
+        device = move_device(context, find_link(DEVICE, host))
     apply(plan_link(DEVICE, device, context.mtu, settings.netns), run)
 
 
@@ -1701,7 +1708,7 @@ def refuse_foreign(link, way_out="rename or remove it"):
 
 
 def plan_veth(settings, mtu, host, inside):
-    """Commands for the veth pair. host, inside: its two ends as look_link finds them. If one end is missing or not set up, what is left
+    """Commands for the veth pair. host, inside: its two ends as find_link finds them. If one end is missing or not set up, what is left
     is deleted and the pair is made anew. CNIError 7 if the host's end is somebody else's."""
     refuse_foreign(host)
     if host and inside and "ifalias" in host:
@@ -1806,10 +1813,12 @@ def ensure_bridge(context):
     """The pods' bridge with exactly the gateway addresses: those of a former pod CIDR are removed."""
     settings = context.settings
     conf = {"bridge": settings.bridge, "mtu": context.mtu, "forceAddress": True, "adoptBridge": False}
-    bridge = look_link(settings.bridge, look_ip([f"address show dev {settings.bridge}"], context.run, why="the pods' bridge"))
+    bridge = find_link(settings.bridge, look_ip([f"address show dev {settings.bridge}"], context.run, why="the pods' bridge"))
     refuse_foreign(bridge, "give --bridge another name")
     mncni.refuse_foreign_bridge(conf, bridge)
     gateways = [f"{gateway}/{cidr.prefixlen}" for cidr, gateway in settings.gateways.items()]
+    if bridge is None:
+        tell_repair(context, f"the bridge {settings.bridge} was gone")
     lines = mncni.plan_bridge(conf, bridge, [] if bridge else gateways, keeps_mtu=True)
     wanted = {*gateways, BRIDGE_LINK_LOCAL} if 6 in settings.families else set(gateways)
     lines += plan_addresses(settings.bridge, wanted, bridge) if bridge else []
@@ -1829,7 +1838,7 @@ def ensure_addresses(context):
     ):
         links = look_ip([f"address show dev {name}"], run, netns, why=f"the addresses of {name}")
         present = look_routes(run, netns)
-        lines = plan_addresses(name, wanted, look_link(name, links) or {})  # if the link has just gone, ip will say so
+        lines = plan_addresses(name, wanted, find_link(name, links) or {})  # if the link has just gone, ip will say so
         lines += missing_routes(routes, present) + stale_routes(routes, present)
         apply_lines(lines, run, "addresses of the veth pair; routes: pods of other nodes through the tunnel", netns)
 
@@ -2819,7 +2828,7 @@ def remove_namespace(settings, run):
     if facts is None:
         return
     refuse_foreign_namespace(settings, facts)
-    if look_link(DEVICE, facts):
+    if find_link(DEVICE, facts):
         apply_lines([f"link delete dev {DEVICE}"], run, "the WireGuard device", settings.netns)
     apply([Command(["ip", "netns", "delete", settings.namespace], "", "the namespace of the tunnel")], run)
     with contextlib.suppress(CNIError):

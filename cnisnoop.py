@@ -1520,11 +1520,11 @@ def parse_network(path, text):
 
 
 def judge_networks(texts):
-    """(rows, findings, network) of {path: text of a file in the configuration directory}. rows: [(path, verdict)].
+    """(rows, findings, notes, network) of {path: text of a file in the configuration directory}. rows: [(path, verdict)].
 
     containerd uses the first file in alphabetical order. If that file is broken, it uses none.
     """
-    rows, findings, network, first = [], [], None, ""
+    rows, findings, notes, network, first = [], [], [], None, ""
     for path in sorted(texts):
         if not path.endswith((".conflist", ".conf", ".json")):
             rows.append((path, "ignored: its name does not end in .conflist, .conf or .json"))
@@ -1537,9 +1537,12 @@ def judge_networks(texts):
         rows.append((path, f"ignored, because {first} comes first in the alphabet: {verdict}" if first else f"in use: {verdict}"))
         if not first:
             first, network = os.path.basename(path), conf
+        elif conf and network and conf["name"] != network["name"]:
+            what = f'no pod gets the network "{conf["name"]}": {first} comes before {os.path.basename(path)}'
+            notes.append((what, f"if it should, remove {first}, or give it a later name"))
     if not first:
         findings.append(("no network configuration: the node stays NotReady", "write a .conflist, or start what should write it"))
-    return rows, findings, network
+    return rows, findings, notes, network
 
 
 def plan_plugins(network):
@@ -1650,13 +1653,13 @@ def doctor(options):
     """Print which configuration is in use and what is wrong. Exit status 1 if there are findings; notes do not count."""
     conf_dir, bin_dirs, needs_loopback = look_containerd()
     conf_dir, bin_dirs = options.conf_dir or conf_dir, options.bin_dir or bin_dirs
-    rows, findings, network = judge_networks({path: read_text(path) for path in list_dir(conf_dir) if os.path.isfile(path)})
+    rows, findings, ignored, network = judge_networks({path: read_text(path) for path in list_dir(conf_dir) if os.path.isfile(path)})
     plugins = plan_plugins(network) if network else []
     for kind, conf in [*plugins, *[LOOPBACK] * needs_loopback]:
         findings += look_plugin(kind, conf, bin_dirs)
     cached = look_cache(options.cache_dir)
     (needs, notes), (host, more) = look_needs(plugins), look_host(any(row["state"] == "in use" for row in cached))
-    findings, notes = findings + needs, notes + more
+    findings, notes = findings + needs, ignored + notes + more
     findings += [(f"cached result {row['path']}: {row['state']}", f"if no such container runs: rm {row['path']}")
                  for row in cached if row["state"] not in ("in use", "not known")]
     leases = [path for data_dir in options.data_dir or DATA_DIRS for network_dir in list_dir(data_dir) for path in list_dir(network_dir)]
@@ -1678,7 +1681,7 @@ def doctor(options):
         for kind, rows in (("FINDING", findings), ("note", notes)):
             for what, way_out in rows:
                 print(f"{kind:>7}: {printable(what)}\n     do: {printable(way_out)}")
-        print(f"{len(findings)} findings" if findings else "nothing wrong was found")
+        print(f"{len(findings)} finding{'s' * (len(findings) > 1)}" if findings else "nothing wrong was found")
     if os.geteuid():
         tell("only root can look at the firewall, at kernel features and at namespaces that others made; run it with sudo to check these")
     return 1 if findings else 0

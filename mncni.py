@@ -307,19 +307,19 @@ def merge_results(prev_result, own):
 
 
 def own_links(request):
-    """CNI_IFNAME in the container as prevResult lists it: {index in its interfaces: interface}."""
-    links = enumerate(request.prev_result.get("interfaces") or [])
+    """CNI_IFNAME in the container as prevResult lists it: {index in its interfaces: interface}. Without prevResult there is none."""
+    links = enumerate((request.prev_result or {}).get("interfaces") or [])
     return {index: link for index, link in links if link.get("name") == request.ifname and link.get("sandbox")}
 
 
 def own_ips(request):
     """The addresses of CNI_IFNAME in prevResult."""
-    return [ip for ip in request.prev_result["ips"] if ip.get("interface") in own_links(request)]
+    return [ip for ip in (request.prev_result or {"ips": []})["ips"] if ip.get("interface") in own_links(request)]
 
 
 def host_links(request):
     """The names of prevResult's interfaces on the host, in its order."""
-    links = request.prev_result.get("interfaces") or []
+    links = (request.prev_result or {}).get("interfaces") or []
     return [link["name"] for link in links if not link.get("sandbox") and is_ifname(link.get("name"))]
 
 
@@ -376,16 +376,17 @@ def call_add(request, stages, run):
     only it knows whether the attachment was there before, and must stay."""
     request.prev_result = parse_prev_result(request.conf)
     for position, stage in enumerate(stages):
-        begun = stage.get("chained", False)
+        undone_by_del = stage.get("chained", False)
         try:
-            if begun and request.prev_result is None:
+            if undone_by_del and request.prev_result is None:
                 what = f"the chained plugin {stage['name']} works on the result of one before it, and got none"
                 raise config_error(f"{what}: put it behind one that makes the interface")
             result = call_stage(stage, "ADD", request, run)
-            begun = True  # it has done its work, whatever it returned
+            undone_by_del = True  # it has done its work, whatever it returned
             request.prev_result = result if is_built_in(stage["ADD"]) else parse_own_result(stage["name"], result, request.prev_result)
         except Exception as error:
-            for done in reversed(stages[: position + (begun and getattr(error, "code", 0) != BAD_CONFIG)]):
+            count = position + 1 if undone_by_del and getattr(error, "code", 0) != BAD_CONFIG else position
+            for done in reversed(stages[:count]):
                 best_effort(call_stage, done, "DEL", request, run)
             raise
     return request.prev_result
@@ -687,7 +688,7 @@ def look_qdiscs(device, run, netns="", why=""):
     return understood("tc", lambda text: [(row["kind"], row.get("options", {}).get("rate", 0)) for row in parse_json(text)], text)
 
 
-def look_link(name, links):
+def find_link(name, links):
     """The link of a name among those that look_ip returned, or None."""
     return next((link for link in links if link.get("ifname") == name), None)
 
@@ -713,6 +714,10 @@ def report(request, problems):
         raise CNIError(COMMAND_FAILED, what, "\n".join(problems))
 
 
+def nothing_to_do(request, run):
+    """A verb for which a plugin has nothing to do, such as loopback's DEL: lo goes with its namespace, or its owner needs it."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # loopback: the pod's own "lo"                                                          the smallest plugin: one to copy
 # ---------------------------------------------------------------------------------------------------------------------
@@ -720,7 +725,7 @@ def report(request, problems):
 
 def look_lo(request, run):
     """lo in the pod, with its addresses."""
-    return look_link("lo", look_ip(["address show dev lo"], run, request.netns, why="the state and addresses of lo in the pod"))
+    return find_link("lo", look_ip(["address show dev lo"], run, request.netns, why="the state and addresses of lo in the pod"))
 
 
 def loopback_add(request, run):
@@ -736,10 +741,6 @@ def loopback_add(request, run):
 def loopback_check(request, run):
     """CHECK: lo is up."""
     report(request, diff_link(f"lo in {request.netns}", look_lo(request, run)))
-
-
-def nothing_to_do(request, run):
-    """A verb for which a plugin has nothing to do. loopback's DEL: lo goes with the namespace; if that stays, its owner needs lo."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -951,7 +952,7 @@ def is_half_made(link):
 def look_pod(request, run):
     """CNI_IFNAME in the pod with its addresses, None if there is none."""
     why = "the pod's interface: its state, its addresses, the index of its other end"
-    return look_link(request.ifname, look_ip([f"address show dev {request.ifname}"], run, request.netns, why=why))
+    return find_link(request.ifname, look_ip([f"address show dev {request.ifname}"], run, request.netns, why=why))
 
 
 def delete_links(names, run):
@@ -1699,7 +1700,13 @@ def drop_spoofs_of(states, stale, run):
 def spoof_check(request, ips, run):
     """What is wrong with the pod's rules, as a list of messages."""
     [mac] = [link["mac"] for link in own_links(request).values() if link.get("mac")][:1] or [""]
-    return diff_spoof([own_spoof(request, mac, ips)], run)[0]
+    wanted = own_spoof(request, mac, ips)
+    state = look_spoofs(request.run_dir).get(state_path(request, "spoof"), wanted)
+    allowed, given = (" ".join([one["mac"], *sorted(map(str, one["addresses"]))]) for one in (state, wanted))
+    if allowed != given:
+        what = f"spoofCheck lets {request.ifname} send from {allowed} alone, and a later plugin gave it {given}"
+        return [f'{what}: "spoofCheck": false in a conflist of your own lets it']
+    return diff_spoof([wanted], run)[0]
 
 
 def diff_spoof(states, run):
@@ -1777,7 +1784,7 @@ def require_ready(conf, absent, broken):
 def look_host(request, bridge, run, why="is there a bridge, and a link of this pod?"):
     """(the bridge, the attachment's veth) with their addresses; None for what is not there."""
     links = look_ip([f"address show dev {bridge}", f"address show dev {own_veth(request)}"], run, why=why)
-    return look_link(bridge, links), look_link(own_veth(request), links)
+    return find_link(bridge, links), find_link(own_veth(request), links)
 
 
 def is_own(link):
@@ -2724,7 +2731,9 @@ def parse_ip(text):
             if not (type(part[key]) is kind or is_address(part[key], kind)) or (kind is int and not 0 <= part[key] < 2**32):
                 raise ValueError(f"{key} {part[key]!r}")
         is_whole = {"ifname", "flags", "mtu"} <= part.keys() or not {"ifname", "ifalias", "addr_info"} & part.keys()
-        if not is_whole or part.get("prefixlen", 0) > 128 or not part.get("type", "unicast").isalpha():
+        if not is_whole:
+            raise ValueError(f"no ifname, flags or mtu in {part}")
+        if part.get("prefixlen", 0) > 128 or not part.get("type", "unicast").isalpha():
             raise ValueError(part)
     return [item for item in items if all(is_ifname(item[key]) for key in ("ifname", "dev", "interface") if key in item)]
 
@@ -3298,11 +3307,11 @@ def portmap_restore_command(options, run):
         print(f"restored: {problem}")
 
 
-def command_line(arguments, plugins):
-    """The exit code of `mncni.py install | explain | portmap-restore | --help | --version`."""
+def command_line(program, arguments, plugins):
+    """The exit code of `mncni.py install | explain | portmap-restore | --help | --version`, or of another program with these plugins."""
     import argparse  # +2 ms, the command line only
 
-    parser = argparse.ArgumentParser(prog="mncni.py", description="MNCNI: CNI plugins for Linux in one file. A container runtime calls it.")
+    parser = argparse.ArgumentParser(prog=program, description="MNCNI: CNI plugins for Linux in one file. A container runtime calls it.")
     parser.add_argument("--version", action="version", version=f"mncni {PROGRAM_VERSION}, CNI {', '.join(CNI_VERSIONS)}")
     commands = parser.add_subparsers(dest="action", required=True)
     command = commands.add_parser("install", help="write mncni.py and its launchers into a plugin directory")
@@ -3329,12 +3338,12 @@ def command_line(arguments, plugins):
     except (CNIError, OSError) as error:
         hint = ": run it with sudo" if isinstance(error, PermissionError) else ""
         details = f"\n{error.details}" if getattr(error, "details", "") else ""
-        print(f"mncni.py {options.action}: {error}{hint}{details}", file=sys.stderr)
+        print(f"{program} {options.action}: {error}{hint}{details}", file=sys.stderr)
         return 1
     return 0
 
 
-ABOUT = f"""MNCNI {PROGRAM_VERSION}: the CNI plugins {", ".join(PLUGINS)}
+ABOUT = f"""MNCNI {PROGRAM_VERSION}: CNI plugins {{}}
 CNI protocol versions supported: {", ".join(CNI_VERSIONS)}
 A container runtime calls this program with CNI_COMMAND set and a network configuration on stdin. The top of this file shows how to try
 it by hand; mncni.py --help lists what else it does.
@@ -3343,13 +3352,13 @@ it by hand; mncni.py --help lists what else it does.
 
 def main(plugins=None):
     """The program. Another plugin may import this module and call main with a table like PLUGINS: see docs/plugin.md."""
-    environ = dict(os.environ)
+    environ, program = dict(os.environ), os.path.basename(sys.argv[0])
     os.umask(os.umask(0o077) | 0o022)  # nobody else may change what we make
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (closed: print would write to stdout, which is the protocol's)
     if not environ.get("CNI_COMMAND"):
         if len(sys.argv) > 1:
-            sys.exit(command_line(sys.argv[1:], plugins or {}))
-        sys.stderr.write(ABOUT)
+            sys.exit(command_line(program, sys.argv[1:], plugins or {}))
+        sys.stderr.write(ABOUT.format(", ".join(plugins or PLUGINS)))
         sys.exit(0)
 
     run = make_run(environ, print_trace if environ.get("CNI_TRACE") == "1" else None)
@@ -3357,7 +3366,7 @@ def main(plugins=None):
     if plugins is not None and stdout:
         stdout = open(os.dup(1), "w")  # noqa: SIM115
         os.dup2(sys.stderr.fileno(), 1)  # also what programs print that the plugin starts without run
-    exit_code, text = answer(environ, read_stdin(), run, plugins, os.path.basename(sys.argv[0]), at_once=True)
+    exit_code, text = answer(environ, read_stdin(), run, plugins, program, at_once=True)
     print(text, end="", file=stdout, flush=True)
     os._exit(exit_code)  # skips the interpreter's clean-up, which takes 2 ms
 

@@ -1132,7 +1132,10 @@ def sandbox_add(pod, capabilities, dirs, run):
     """
     path, done = Path(dirs["pods"]) / f"{pod}.json", []
     if path.exists():
-        sandbox_del(pod, dirs, run)
+        try:
+            sandbox_del(pod, dirs, run)
+        except LabError as error:
+            raise LabError(f"there is a pod {pod} from before, which has to go first: {error}") from None
     record = {"pod": pod, "container_id": secrets.token_hex(32), "netns": f"{dirs['netns']}/{pod}",
               "capabilities": capabilities, "addresses": []}
     if Path(record["netns"]).exists():

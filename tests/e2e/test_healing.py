@@ -60,6 +60,8 @@ def test_damage_heals_within_seconds_and_nothing_goes_in_clear(lab, event, fault
             break
     fault(event, flow.lost, flow.sent, 0, flow.silence_s, len(things(lab, "node1") - before))
     assert flow.silence_s < HEAL_S, "it took too long, or never healed"
+    said = {"bridge deleted": "repaired: the bridge mncni0 was gone", "namespace deleted": "repaired: the namespace mncni-wg was gone"}
+    assert said.get(event, "") in agent_log(lab)
 
 
 def restart(lab, sign):

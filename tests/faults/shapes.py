@@ -180,5 +180,5 @@ def inspect(command):
     is_batch = argv[0] in BATCHES and (argv[0] == "tee" or argv[-2:] in (["-batch", "-"], ["-f", "-"]))
     assert is_batch or not command.stdin, f"{argv} gets {command.stdin!r}"
     for line in command.stdin.split("\n")[:-1] if is_batch else ():
-        assert BATCHES[argv[0]].fullmatch(line), f"{argv[0]} would get the line {line!r}"[:2000]
+        assert BATCHES[argv[0]].fullmatch(line), f"{argv[0]} would get a line of no shape of tests/faults/shapes.py: {line!r}"[:2000]
     assert not is_batch or command.stdin.endswith("\n"), f"{argv} gets a line without an end"

@@ -11,7 +11,8 @@ import mncni
 import nodeipam
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/**/*.md")])
+TOP = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCUMENTS = sorted(path.relative_to(ROOT) for path in [*TOP, *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/**/*.md")])
 
 
 def text_of(path):

@@ -132,6 +132,20 @@ def test_a_chained_plugin_without_a_result_before_it_is_refused_by_name(tmp_path
     assert (exit_code, error["code"]) == (1, 999) and 'marked "chained"' in error["msg"]
 
 
+def test_a_del_without_a_result_finds_no_links_and_no_addresses(tmp_path):
+    body = "print(mncni.own_links(request), mncni.own_ips(request), mncni.host_links(request))"
+    source = f"{ADD}def delete(request, run):\n    {body}\nmncni.main({{'mine': {{'ADD': add, 'DEL': delete, 'chained': True}}}})\n"
+    assert call(tmp_path, source, "DEL", prevResult=None) == (0, None, "{} [] []\n")
+
+
+def test_the_command_line_has_the_plugins_name(tmp_path):
+    assert call(tmp_path, add("return request.prev_result"))[0] == 0
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("CNI_")}
+    helped = subprocess.run([tmp_path / "mine", "--help"], env=environ, capture_output=True, text=True, timeout=60).stdout
+    about = subprocess.run([tmp_path / "mine"], env=environ, capture_output=True, text=True, timeout=60).stderr
+    assert helped.startswith("usage: mine ") and "CNI plugins mine\n" in about
+
+
 def test_a_function_with_too_few_parameters_and_tools_that_fail_name_the_plugin(tmp_path):
     source = "def add(request):\n    pass\nmncni.main({'mine': {'ADD': add}})\n"
     assert "plugin mine: ADD failed: TypeError: add() takes 1 positional argument" in call(tmp_path, source)[1]["msg"]

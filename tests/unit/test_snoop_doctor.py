@@ -71,6 +71,9 @@ def test_of_several_configurations_the_first_in_the_alphabet_is_used(node):
         'in use: network "single"',
         'ignored, because 05-other.conf comes first in the alphabet: network "net"',
     ] + ['ignored, because 05-other.conf comes first in the alphabet: network "net"']
+    assert 'note: no pod gets the network "net": 05-other.conf comes before 10-net.conflist' in node.run("doctor")[1]
+    (node.conf / "05-other.conf").write_text(json.dumps({"cniVersion": "1.0.0", "name": "net", "type": "main"}))
+    assert "no pod gets" not in node.run("doctor")[1], "another way to the same network"
 
 
 @pytest.mark.parametrize(
