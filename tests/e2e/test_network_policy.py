@@ -251,7 +251,8 @@ def test_a_connection_ends_when_a_policy_forbids_it(world):
         world.wait_reached(POLICIES["default deny ingress"][1])
         time.sleep(35)  # strict mode looks at connections each half minute
         answer = json.loads(child.communicate(timeout=120)[0])
-    assert answer["lost"] > 0 and answer["gap_s"] > 2, answer
+    said = [line for node in world.lab.nodes() for line in (world.dir / f"engine-{node}").read_text().splitlines() if "nforc" in line]
+    assert answer["lost"] > 0 and answer["gap_s"] > 2, "\n".join([str(answer), *said])
     world.wait_reached(EVERYTHING)
 
 
