@@ -528,7 +528,7 @@ class KubernetesStore(Store):
             cidrs, status = (item.get("spec") or {}).get("podCIDRs") or [], item.get("status") or {}
             found = [entry for entry in status.get("conditions") or () if entry.get("type") == "NetworkUnavailable"]
             own = {"uid": facts.uid, "podCIDRs": cidrs, "record": text, "version": text_in(item["metadata"], "resourceVersion")}
-            own["condition"] = {key: found[0].get(key) for key in ("status", "reason", "lastTransitionTime")} if found else {}
+            own["condition"] = {key: found[0].get(key) for key in ("status", "reason", "message", "lastTransitionTime")} if found else {}
             own["addresses"] = kube.internal_ips(item)
             return name, own
 
@@ -1579,19 +1579,22 @@ def find_uplinks(context):
 
 def ensure_mtu(context):
     """Find the pods' MTU, unless --mtu gives it. CNIError 7 if it cannot be known."""
-    settings, context.mtu = context.settings, context.settings.mtu
+    settings, before = context.settings, context.mtu
     if not context.endpoints:
         here = f"neither the Node's InternalIP ({listed(context.internal_ips)}) nor a" if context.internal_ips else "no"
         raise config_error(f"{here} default route tells an address of this host for the other nodes: give it with --endpoint")
-    if context.mtu:
-        return
     links = find_uplinks(context)[0]
-    if not links:
+    if not links and not settings.mtu:
         raise config_error(f"no interface has the address --endpoint {', '.join(map(str, context.endpoints))}; is it up?")
     overhead = max(UNDERLAY_OVERHEAD[endpoint.version] for endpoint in context.endpoints)
-    context.mtu = min(link["mtu"] for link in links) - overhead
+    left = min((link["mtu"] for link in links), default=65535) - overhead
+    context.mtu = settings.mtu or left
     if context.mtu < smallest_mtu(settings.pod_cidrs):
         raise config_error(f"the underlay's MTU leaves {context.mtu} bytes for pods, too little; set --mtu, or raise the underlay's")
+    if before not in (0, context.mtu):
+        log.warning("the MTU of new pods is %d, it was %d; pods that run keep theirs", context.mtu, before)
+    if context.mtu > left and before != context.mtu:
+        log.warning("--mtu %d is more than the underlay leaves for pods, %d: large packets will be lost between nodes", context.mtu, left)
 
 
 def ensure_floor(context):
@@ -1690,6 +1693,7 @@ def ensure_links(context):
     apply(plan_veth(settings, context.mtu, find_link(HOST_VETH, host), find_link(NS_VETH, inside)), run)
     device = find_link(DEVICE, inside)
     if device is None:
+        tell_repair(context, f"the WireGuard device {DEVICE} was gone")
         device = move_device(context, find_link(DEVICE, host))
     apply(plan_link(DEVICE, device, context.mtu, settings.netns), run)
 
@@ -2537,11 +2541,11 @@ def agent_lock(settings, timeout_s=0):
 def look_status(settings, run):
     """What the agent wrote last, with WireGuard's figures of each peer: {"node", "ok", "reason", "running", "peers": [...],
     "quarantine", ...}. Of a peer, "present": WireGuard has it; "handshake": the last one, in Unix time, 0 for never."""
-    status = look_written(settings)
+    status, leases = look_written(settings), len(mncni.Leases(mncni.DEFAULT_DATA_DIR, NETWORK, settings.run_dir).attachments())
     if not status:
-        nothing = {"ok": False, "running": False, "peers": [], "quarantine": {}}
+        nothing = {"ok": False, "running": False, "peers": [], "quarantine": {}, "leases": leases}
         return {**nothing, "node": settings.node_name, "reason": "no agent has run here since the boot"}
-    status["running"] = is_running(settings)
+    status.update(running=is_running(settings), leases=leases)
     reasons, present = [status["reason"]], {}
     try:
         present = look_device(Context(settings, run, ""))["peers"]
@@ -2558,9 +2562,25 @@ def look_status(settings, run):
     reasons.append(stranded_text(status.get("stranded", {})))
     if status["quarantine"]:
         reasons.append(f"records of {len(status['quarantine'])} nodes are quarantined, see below")
+    if status.get("admission_guard") is False:
+        reasons.append("admission policies are missing, see below")
+    full = [cidr for cidr in status["podCIDRs"] if leases >= pool_size(cidr)]
+    if full:
+        reasons.append(f"no address of {full[0]} is free for another pod")
+    if status["store"]:
+        reasons.append("the node store is in trouble, see below")
+    absent = sum(not peer["present"] for peer in status["peers"])
+    if absent:
+        reasons.append(f"{absent} nodes are no peers yet, see below")
     status["reason"] = next(filter(None, reasons), "")
-    status["ok"] = not status["reason"] and not status["store"] and all(peer["present"] for peer in status["peers"])
+    status["ok"] = not status["reason"]
     return status
+
+
+def pool_size(cidr):
+    """How many addresses of a pod CIDR pods can have: all but the network's, the gateway's and IPv4's broadcast address."""
+    cidr = ipaddress.ip_network(cidr)
+    return max(0, cidr.num_addresses - (3 if cidr.version == 4 else 2))
 
 
 def look_written(settings):
@@ -2602,7 +2622,9 @@ def format_status(status, now):
     lines = [f"node {status['node']}: {word}" + (f": {status['reason']}" if status["reason"] else "")]
     if status.get("podCIDRs"):
         endpoints = ", ".join(status["endpoints"])
+        least = min(map(pool_size, status["podCIDRs"]))
         lines.append(f"pods {', '.join(status['podCIDRs'])}, MTU {status['mtu']}, endpoint {endpoints}")
+        lines.append(f"{status['leases']} of {least} addresses for pods are in use")
         lines.append(f"key {status['publicKey']}, {age_text(now - status['keyTime'])} old")
         lines += [f"a new key waits until the node store has it: {status['nextKey']}"] if status["nextKey"] else []
     if "admission_guard" in status:
@@ -2634,7 +2656,8 @@ def look_all_nodes(settings, store):
         trouble = quarantine.get(name, "")
         trouble = trouble or ("" if own["podCIDRs"] else "no pod CIDR: see nodeipam, or the control plane's node IPAM")
         trouble = trouble or ("" if name in records else "no record: no agent has run there, or it cannot write")
-        trouble = trouble or ("" if up == "up" else "`agent.py status` on that node says why")
+        is_well = up == "up" and condition.get("reason") == "MncniIsUp"
+        trouble = trouble or ("" if is_well else condition.get("message") or "`agent.py status` on that node says why")
         rows.append({"node": name, "podCIDRs": own["podCIDRs"], "condition": up, "record": record, "trouble": trouble})
     return sorted(rows, key=lambda row: (not row["trouble"], row["node"]))
 
@@ -2727,7 +2750,6 @@ def look_figures(agent):
     """The figures for /metrics, see kube.format_metrics."""
     status = look_status(agent.settings, agent.context.run)
     status["up"] = not agent.reason
-    status["leases"] = len(mncni.Leases(mncni.DEFAULT_DATA_DIR, NETWORK, agent.settings.run_dir).attachments())
     requests = {} if agent.settings.nodes_dir else agent.store.api.counts.figures
     return {**plan_metrics(status), **agent.counts.figures, **requests}
 
@@ -2746,8 +2768,8 @@ def plan_metrics(status):
         "mncni_admission_guard": status.get("admission_guard"),
     }
     figures = {(name, ()): figure for name, figure in plain.items() if figure is not None}
-    for cidr in map(ipaddress.ip_network, status.get("podCIDRs", [])):  # all but the network's, the gateway's and IPv4's broadcast address
-        figures["mncni_pool_addresses", (("pod_cidr", str(cidr)),)] = max(0, cidr.num_addresses - (3 if cidr.version == 4 else 2))
+    for cidr in status.get("podCIDRs", []):
+        figures["mncni_pool_addresses", (("pod_cidr", cidr),)] = pool_size(cidr)
     for name, reason in status["quarantine"].items():
         figures["mncni_node_quarantined", (("node", name), ("reason", reason))] = 1
     for peer in status["peers"]:
@@ -2901,6 +2923,8 @@ def run_command(parser, options, environ):
         return FAILED
     if options.command == "status":
         status = look_status(settings, run)
+        hangs = kube.look_health(settings.listen) if status["running"] else ""
+        status.update({"ok": False, "reason": f"the agent: {hangs}"} if hangs else {})
         sys.stdout.write(json.dumps(status, indent=2) + "\n" if options.json else format_status(status, time.time()))
         return OK if status["ok"] else FAILED
     if options.command == "rotate":

@@ -1607,6 +1607,9 @@ def look_needs(plugins):
     return list(dict.fromkeys(findings)), notes
 
 
+LEASES_SHOWN = 5  # stale ones, so that other findings are not lost among hundreds
+
+
 def look_leases(paths, rows):
     """Findings about leases (files that an IPAM plugin keeps, one for each address in use) of an attachment that libcni does not know or
     whose namespace is gone. rows: of look_cache."""
@@ -1618,6 +1621,9 @@ def look_leases(paths, rows):
             state = known.get((words[0], words[1]), "stale: libcni knows no such attachment")
             if state.startswith("stale"):
                 findings.append((f"lease {path} of {words[0][:13]} {words[1]} is {state}", f"if no such container runs: rm {path}"))
+    more = len(findings) - LEASES_SHOWN
+    if more > 1:
+        findings[LEASES_SHOWN:] = [(f"{more} more leases are stale", "the runtime's GC frees them, or a reboot of the node")]
     return findings
 
 
@@ -1631,8 +1637,9 @@ def look_host(has_pods):
     for chain in objects_in([entry.get("chain") for entry in entries]):
         if (chain.get("hook"), chain.get("policy")) == ("forward", "drop"):
             what = " ".join(str(chain.get(key)) for key in ("family", "table", "name"))
+            lets = " and ".join(f"nft insert rule {what} ip {end} CLUSTER-CIDR accept" for end in ("saddr", "daddr"))
             notes.append((f"chain {what} drops forwarded packets, unless one of its rules accepts them",
-                          f"if it is Docker's or a firewall's, accept pods there: nft insert rule {what} ip saddr POD-CIDR accept"))
+                          f"if it is Docker's or a firewall's, let pods pass there: {lets} (of IPv6: ip6)"))
     if "-P FORWARD DROP" in run(["iptables-legacy", "-S", "FORWARD"])[1]:
         notes.append(("iptables-legacy drops forwarded packets: -P FORWARD DROP", "accept pods there: iptables-legacy -I FORWARD ..."))
     return findings, notes

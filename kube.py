@@ -635,6 +635,23 @@ def pages(loop, look_figures, metrics):
     return {"/healthz": healthz, "/readyz": readyz, "/metrics": figures}
 
 
+def look_health(listen):
+    """Why a program that runs does not answer at its own (host, port), "" if it does, or if nothing listens there."""
+    import http.client
+
+    connection = http.client.HTTPConnection(*listen, timeout=2)
+    try:
+        connection.request("GET", "/healthz")
+        reply = connection.getresponse()
+        return "" if reply.status == 200 else reply.read(200).decode("utf-8", "replace").strip()
+    except TimeoutError:
+        return "it does not answer within 2 s: it hangs, or somebody keeps its HTTP server busy"
+    except (OSError, http.client.HTTPException):
+        return ""
+    finally:
+        connection.close()
+
+
 def format_metrics(figures, metrics):
     """Figures in the text format of Prometheus, grouped by name, with the version of this program.
 

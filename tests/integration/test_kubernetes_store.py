@@ -613,6 +613,9 @@ def test_status_of_all_nodes_comes_from_the_api_server_alone(tmp_path, capsys):
         assert "version is 3" in trouble["n3"] and "no record" in trouble["n4"] and "agent.py status" in trouble["n5"]
         assert "key" in trouble["n6"]
         assert rows[2][1:3] == ["down", "(MncniIsDown)"]
+        put(7, {**UP, "reason": "MncniPodsWithoutNetwork", "message": "3 pods are without a network"})
+        _, (summary, _, *rows) = lines()
+        assert [row for row in rows if row[0] == "n7"][0][4] == "3 pods are without a network"
 
 
 HEADER = ["NODE", "NETWORK", "RECORD", "PODS", "TROUBLE"]

@@ -199,6 +199,21 @@ def test_an_underlay_too_narrow_for_the_pods_is_refused(settings, mtu, least):
     assert f"leaves {least - 1} bytes" in raised(agent.ensure_mtu, context)
 
 
+def test_an_mtu_that_does_not_fit_or_that_changes_is_told_once(caplog):
+    context = host_of([link("eth0", info("192.0.2.1/24"), mtu=1500)], settings=dataclasses.replace(ONLY4, mtu=1500), endpoints=[V4])
+    agent.ensure_endpoints(context)
+    agent.ensure_mtu(context)
+    agent.ensure_mtu(context)
+    assert (context.mtu, caplog.messages) == (
+        1500,
+        ["--mtu 1500 is more than the underlay leaves for pods, 1440: large packets will be lost between nodes"],
+    )
+    caplog.clear()
+    context.settings = ONLY4
+    agent.ensure_mtu(context)
+    assert caplog.messages == ["the MTU of new pods is 1440, it was 1500; pods that run keep theirs"]
+
+
 def test_an_endpoint_that_no_interface_has_is_named():
     context = host_of([LO, NAT], [default()], endpoints=[V4])
     agent.ensure_endpoints(context)

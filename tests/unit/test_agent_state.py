@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
@@ -1357,6 +1358,7 @@ def test_status_of_a_healthy_node(running):
     assert agent.format_status(status_of(running), 0) == (
         "node self: ok\n"
         f"pods 10.244.255.0/24, MTU 1400, endpoint 192.0.2.1\n"
+        "0 of 253 addresses for pods are in use\n"
         f"key {running.run.public()}, 0 s old\n"
         "4 x packets from or to the cluster that came in by neither the bridge nor the tunnel, and were dropped.\n"
         "0 of 2 peers have shaken hands\n"
@@ -1375,6 +1377,35 @@ def test_status_says_why_not(running):
     assert "not a peer yet" in agent.format_status(status_of(running), 0) and not status_of(running)["ok"]
     running.run.broken = (1, "", "Unable to access interface: No such device")
     assert "the WireGuard device is not there" in agent.format_status(status_of(running), 0)
+
+
+def test_status_is_not_ok_when_no_pod_can_have_an_address(running, mocker):
+    mocker.patch.object(mncni.Leases, "attachments", return_value=[None] * 253)
+    status = status_of(running)
+    assert not status["ok"] and status["reason"] == "no address of 10.244.255.0/24 is free for another pod"
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"admission_guard": False}, "admission policies are missing, see below"),
+        ({"store": "403 Forbidden"}, "the node store is in trouble, see below"),
+    ],
+)
+def test_status_is_not_ok_with_a_reason_whatever_is_wrong(running, mocker, changes, reason):
+    mocker.patch("agent.look_written", return_value={**agent.look_written(running.settings), **changes})
+    status = status_of(running)
+    assert not status["ok"] and agent.format_status(status, 0).startswith(f"node self: not ok: {reason}\n")
+
+
+def test_status_of_an_agent_that_hangs_says_so(running, mocker, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it listens, and nobody answers
+        listen = f"127.0.0.1:{server.getsockname()[1]}"
+        mocker.patch("agent.look_status", return_value={**status_of(running)})
+        words = ["status", "--listen", listen, "--nodes-dir", running.settings.nodes_dir, "--cluster-cidr", "10.244.0.0/16"]
+        mocker.patch("os.geteuid", return_value=0)
+        assert agent.main([*words, "--pod-cidr", "10.244.255.0/24"], {}) == agent.FAILED
+    assert "node self: not ok: the agent: it does not answer within 2 s: it hangs" in capsys.readouterr().out
 
 
 def test_status_when_the_agent_is_gone(bench):

@@ -56,6 +56,18 @@ def test_the_kustomization_renders_and_every_configmap_that_it_mentions_is_in_it
 
 
 @rendering
+def test_the_guides_directory_of_ones_own_sets_what_it_says(tmp_path):
+    text = re.search(r"```yaml\n(.*?)```", (ROOT / "deploy/README.md").read_text(), re.DOTALL).group(1)
+    (tmp_path / "kustomization.yaml").write_text(text.replace("../mncni", os.path.relpath(ROOT, tmp_path)))
+    objects = manifests.render(str(tmp_path))
+    data = [each["data"] for each in objects if each["metadata"]["name"].startswith("mncni-settings")]
+    assert [row["MNCNI_SERVICE_CIDR"] for row in data] == ["10.96.0.0/12"] and data[0]["MNCNI_PORT"] == "28384"
+    pods = [each["spec"]["template"]["spec"] for each in objects if each["kind"] in ("DaemonSet", "Deployment")]
+    images = {each["image"] for pod in pods for each in [*pod.get("initContainers", []), *pod["containers"]]}
+    assert images == {f"registry.corp.example/mncni@sha256:{'0' * 64}"}
+
+
+@rendering
 def test_what_is_applied_fits_into_the_annotation_that_keeps_it(figure):
     sizes = {f"{each['kind']} {each['metadata']['name']}": manifests.applied_size(each) for each in manifests.render()}
     largest = max(sizes, key=sizes.get)

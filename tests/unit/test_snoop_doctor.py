@@ -332,3 +332,7 @@ def test_caches_and_leases_without_a_namespace_are_findings(node, tmp_path):
     assert [what for what in findings if what.startswith("cached")] == [
         f"cached result {node.cache}/net-dead-eth0: stale: its namespace is gone"
     ]
+    for number in range(100, 200):
+        (leases / f"10.244.1.{number}").write_text("gone\neth0")
+    findings = [finding["what"] for finding in node.doctor()[0] if not finding["what"].startswith("cached")]
+    assert len(findings) == 6 and findings[-1] == "98 more leases are stale"
