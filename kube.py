@@ -643,7 +643,7 @@ def look_health(listen):
     try:
         connection.request("GET", "/healthz")
         reply = connection.getresponse()
-        return "" if reply.status == 200 else reply.read(200).decode("utf-8", "replace").strip()
+        return reply.read(200).decode("utf-8", "replace").strip() if reply.status == 503 else ""
     except TimeoutError:
         return "it does not answer within 2 s: it hangs, or somebody keeps its HTTP server busy"
     except (OSError, http.client.HTTPException):

@@ -5,9 +5,9 @@
     bridged   the same device, each pod on a bridge, as with most networks
     flannel   flannel's WireGuard backend and a bridge, where `deploy/cluster/build.sh flannel` was run and the kernel has WireGuard
     ours      MNCNI
-    unruled   MNCNI without an agent and without any rule of nft
+    unruled   MNCNI without any rule of nft
 
-Each way has one more thing than the one above it. In rounds that take turns, but for the last, which is measured at the end.
+Each way but flannel's has one more thing than the one above it, or one less than ours. They take turns, while no agent runs.
 """
 
 import base64
@@ -24,6 +24,7 @@ from tests import manifests
 
 FLANNEL = manifests.BINARIES.parent / "flannel/flannel"
 NODES = ("node1", "node2")
+SPACES = ((), ("ip", "netns", "exec", "mncni-wg"))  # of nft, on a node
 UNITS = ("Mbit/s", "CPU s/GB", "ms", "s to join")
 STREAM = """
 import socket, sys, time
@@ -97,28 +98,40 @@ def bench_network(rounds=3, names=("bare", "ours")):
         labs.boot_all(lab)
         labs.wait_first_pongs(lab, labs.plan_pairs(lab))
         make_bare(lab)
-        pods = [labs.pod_argv(lab, node, "pod1") for node in NODES]
-        ours = (*pods, labs.pod_record(lab, "node2", "pod1")["addresses"][0])
-        make = {
-            "bare": lambda: (*(labs.node_argv(lab, node) for node in NODES), "192.168.77.2"),
-            "routed": lambda: make_pods(lab, "routed", [f"10.75.{number}.1/24" for number in (1, 2)]),
-            "bridged": lambda: make_pods(lab, "bridged", [f"10.76.{number}.1/24" for number in (1, 2)], "br-bare"),
-            "flannel": lambda: make_flannel(lab, ends, figures),
-            "ours": lambda: ours,
-        }
-        ways = {name: make[name]() for name in names if name in make}
+        ways = make_ways(lab, names, ends, figures)
+        for node in NODES:
+            labs.stop_agent(lab, node)
+        rules = {(node, netns): look_rules([*labs.node_argv(lab, node), *netns]) for node in NODES for netns in SPACES}
         for _ in range(rounds):
             for who, way in ways.items():
+                for (node, netns), texts in rules.items():
+                    script = "".join(f"add {table}\ndelete {table}\n{text * (who != 'unruled')}" for table, text in texts.items())
+                    labs.must([*labs.node_argv(lab, node), *netns, "nft", "-f", "-"], script)
                 measure(way, figures, who)
-        if "flannel" in names:
-            rejoin(lab, ours, figures)
-        if "unruled" in names:
-            for node in NODES:
-                labs.stop_agent(lab, node)
-                labs.must([*labs.node_argv(lab, node), "sh", "-ec", "nft flush ruleset; ip netns exec mncni-wg nft flush ruleset"])
-            for _ in range(rounds):
-                measure(ours, figures, "unruled")
     return figures
+
+
+def make_ways(lab, names, ends, figures):
+    """{who: (argv before the sender's commands, argv before the receiver's, the receiver's address)}."""
+    pods = [labs.pod_argv(lab, node, "pod1") for node in NODES]
+    ours = (*pods, labs.pod_record(lab, "node2", "pod1")["addresses"][0])
+    if "flannel" in names:
+        rejoin(lab, ours, figures)
+    make = {
+        "bare": lambda: (*(labs.node_argv(lab, node) for node in NODES), "192.168.77.2"),
+        "routed": lambda: make_pods(lab, "routed", [f"10.75.{number}.1/24" for number in (1, 2)]),
+        "bridged": lambda: make_pods(lab, "bridged", [f"10.76.{number}.1/24" for number in (1, 2)], "br-bare"),
+        "flannel": lambda: make_flannel(lab, ends, figures),
+        "ours": lambda: ours,
+        "unruled": lambda: ours,
+    }
+    return {name: make[name]() for name in names}
+
+
+def look_rules(argv):
+    """{table of MNCNI: its text} of a namespace."""
+    tables = [line for line in labs.must([*argv, "nft", "list", "tables"]).splitlines() if "mncni" in line]
+    return {table: labs.must([*argv, "nft", "list", *table.split()]) for table in tables}
 
 
 def make_bare(lab):
