@@ -2564,7 +2564,7 @@ def look_status(settings, run):
         reasons.append(f"records of {len(status['quarantine'])} nodes are quarantined, see below")
     if status.get("admission_guard") is False:
         reasons.append("admission policies are missing, see below")
-    full = [cidr for cidr in status["podCIDRs"] if leases >= pool_size(cidr)]
+    full = [cidr for cidr in status.get("podCIDRs", ()) if leases >= pool_size(cidr)]
     if full:
         reasons.append(f"no address of {full[0]} is free for another pod")
     if status["store"]:
@@ -2579,7 +2579,7 @@ def look_status(settings, run):
 
 def pool_size(cidr):
     """How many addresses of a pod CIDR pods can have: all but the network's, the gateway's and IPv4's broadcast address."""
-    cidr = ipaddress.ip_network(cidr)
+    cidr = ipaddress.ip_network(str(cidr))  # the text of a file may be hostile: a number would be an address, too
     return max(0, cidr.num_addresses - (3 if cidr.version == 4 else 2))
 
 
