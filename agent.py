@@ -2562,18 +2562,11 @@ def look_status(settings, run):
     reasons.append(stranded_text(status.get("stranded", {})))
     if status["quarantine"]:
         reasons.append(f"records of {len(status['quarantine'])} nodes are quarantined, see below")
-    if status.get("admission_guard") is False:
-        reasons.append("admission policies are missing, see below")
     full = [cidr for cidr in status.get("podCIDRs", ()) if leases >= pool_size(cidr)]
     if full:
         reasons.append(f"no address of {full[0]} is free for another pod")
-    if status["store"]:
-        reasons.append("the node store is in trouble, see below")
-    absent = sum(not peer["present"] for peer in status["peers"])
-    if absent:
-        reasons.append(f"{absent} nodes are no peers yet, see below")
     status["reason"] = next(filter(None, reasons), "")
-    status["ok"] = not status["reason"]
+    status["ok"] = not status["reason"] and not status["store"] and all(peer["present"] for peer in status["peers"])
     return status
 
 
@@ -2618,8 +2611,12 @@ def with_figures(status, present):
 def format_status(status, now):
     """The status as text for people, on one screen: what is there, what is wrong, then the peers, those with trouble first. now: Unix
     time."""
-    word = "ok" if status["ok"] else "not ok"
-    lines = [f"node {status['node']}: {word}" + (f": {status['reason']}" if status["reason"] else "")]
+    below = "the node store is in trouble" if status.get("store") else "not every node is a peer yet"
+    if not status["ok"]:
+        word = f"not ok: {status['reason'] or f'{below}, see below'}"
+    else:
+        word = "ok, but admission policies are missing, see below" if status.get("admission_guard") is False else "ok"
+    lines = [f"node {status['node']}: {word}"]
     if status.get("podCIDRs"):
         endpoints = ", ".join(status["endpoints"])
         least = min(map(pool_size, status["podCIDRs"]))
