@@ -2653,7 +2653,7 @@ def look_all_nodes(settings, store):
         trouble = quarantine.get(name, "")
         trouble = trouble or ("" if own["podCIDRs"] else "no pod CIDR: see nodeipam, or the control plane's node IPAM")
         trouble = trouble or ("" if name in records else "no record: no agent has run there, or it cannot write")
-        is_well = up == "up" and condition.get("reason") == "MncniIsUp"
+        is_well = up == "up" and condition.get("reason") != "MncniPodsWithoutNetwork"
         trouble = trouble or ("" if is_well else condition.get("message") or "`agent.py status` on that node says why")
         rows.append({"node": name, "podCIDRs": own["podCIDRs"], "condition": up, "record": record, "trouble": trouble})
     return sorted(rows, key=lambda row: (not row["trouble"], row["node"]))
