@@ -14,12 +14,12 @@ NEED_ROOT = test "$$(id -u)" = 0 || { echo "needs root: sudo make $@" >&2; exit 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo lab lab-down cluster cluster-down test kubernetes test-cluster test-faults soak test-runtimes test-matrix test-vm bench \
-	bench-agent lint golden record clean
+.PHONY: help demo lab lab-down cluster cluster-down test kubernetes test-cluster test-faults soak test-runtimes test-docs test-matrix test-vm \
+	bench bench-agent lint golden record clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo 'More words for the command behind demo, lab, test, test-cluster, test-faults, soak, test-runtimes, test-matrix, test-vm: ARGS="...", for example  make test ARGS="-k lease -x"'
+	@echo 'More words for the command behind demo, lab, test, test-cluster, test-faults, soak, test-runtimes, test-docs, test-matrix, test-vm: ARGS="...", for example  make test ARGS="-k lease -x"'
 
 demo: ## two nodes and four pods on this machine: pings over WireGuard, and proof that nothing goes in clear (root)
 	@$(NEED_ROOT)
@@ -81,7 +81,12 @@ test-runtimes: ## tests under real container runtimes: containerd by ctr and by 
 	@tests/setup.sh runtimes
 	@.venv/bin/python -m pytest tests/runtimes $(ARGS)
 
-test-matrix: ## make test on Debian 11, 12 and 13: Python 3.9, 3.11, 3.13 with their ip, nft, wg; ARGS="bookworm" for one (root)
+test-docs: ## every command block of the documents that can run here, in a lab of its own (root)
+	@$(NEED_ROOT)
+	@tests/setup.sh test
+	@.venv/bin/python -m pytest tests/docs $(ARGS)
+
+test-matrix: ## make test on Debian 11, 12, 13 and sid: Python 3.9, 3.11, 3.13, 3.14 with their ip, nft, wg; ARGS="bookworm" for one (root)
 	@$(NEED_ROOT)
 	@tests/setup.sh matrix
 	@tests/matrix.sh $(ARGS)

@@ -25,14 +25,17 @@ MODULES = {"mncni": mncni, "agent": agent, "kube": kube, "nodeipam": nodeipam, "
 def place(tmp_path_factory):
     """(a copy of the project, the environment): with a `sudo` that does nothing, and a lab that is gone at the end."""
     top = tmp_path_factory.mktemp("copy")
-    for name in subprocess.run(["git", "ls-files"], cwd=blocks.ROOT, capture_output=True, text=True, check=True).stdout.split("\n"):
+    files = ["git", "-c", "safe.directory=*", "ls-files"]  # the checkout may belong to another user
+    for name in subprocess.run(files, cwd=blocks.ROOT, capture_output=True, text=True, check=True).stdout.split("\n"):
         if name and os.path.exists(blocks.ROOT / name):
             (top / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(blocks.ROOT / name, top / name)
     (top / ".bin").mkdir()
     (top / ".bin/sudo").write_text('#!/bin/sh\nexec "$@"\n')
     (top / ".bin/sudo").chmod(0o755)
-    environ = {**os.environ, "PATH": f"{top}/.bin:{os.environ['PATH']}:/usr/sbin:/sbin", "MNCNI_LAB": f"mncni-docs-{os.getpid()}"}
+    outer = re.compile("MAKE|MFLAGS$|ARGS$")  # a make below a make would take its words, and say where it is
+    environ = {name: value for name, value in os.environ.items() if not outer.match(name)}
+    environ = {**environ, "PATH": f"{top}/.bin:{os.environ['PATH']}:/usr/sbin:/sbin", "MNCNI_LAB": f"mncni-docs-{os.getpid()}"}
     yield top, environ
     subprocess.run(["deploy/lab.py", "down"], cwd=top, env=environ, capture_output=True, check=False)
 
