@@ -249,7 +249,7 @@ def test_a_connection_ends_when_a_policy_forbids_it(world):
     time.sleep(2)
     with world.policy("one", POLICIES["default deny ingress"][0]):
         world.wait_reached(POLICIES["default deny ingress"][1])
-        time.sleep(35)  # strict mode looks at connections each half minute
+        time.sleep(70)  # strict mode looks at connections each half minute, and the machine may be busy
         answer = json.loads(child.communicate(timeout=120)[0])
     said = [line for node in world.lab.nodes() for line in (world.dir / f"engine-{node}").read_text().splitlines() if "nforc" in line]
     assert answer["lost"] > 0 and answer["gap_s"] > 2, "\n".join([str(answer), *said])
