@@ -1649,8 +1649,8 @@ def ensure_namespace(context):
     settings, run = context.settings, context.run
     facts = look_namespace(context)
     if facts is None:
-        tell_repair(context, f"the namespace {settings.namespace} was gone, and with it the tunnel")
         apply([Command(["ip", "netns", "add", settings.namespace], "", "the namespace of the tunnel")], run)
+        tell_repair(context, f"the namespace {settings.namespace} was gone, and with it the tunnel")
         facts = look_namespace(context)
     refuse_foreign_namespace(settings, facts)
     lines = [f"link set dev {link['ifname']} up" for link in facts if link.get("ifname") == "lo" and "UP" not in link["flags"]]
@@ -1693,8 +1693,8 @@ def ensure_links(context):
     apply(plan_veth(settings, context.mtu, find_link(HOST_VETH, host), find_link(NS_VETH, inside)), run)
     device = find_link(DEVICE, inside)
     if device is None:
-        tell_repair(context, f"the WireGuard device {DEVICE} was gone")
         device = move_device(context, find_link(DEVICE, host))
+        tell_repair(context, f"the WireGuard device {DEVICE} was gone")
     apply(plan_link(DEVICE, device, context.mtu, settings.netns), run)
 
 
@@ -1821,12 +1821,12 @@ def ensure_bridge(context):
     refuse_foreign(bridge, "give --bridge another name")
     mncni.refuse_foreign_bridge(conf, bridge)
     gateways = [f"{gateway}/{cidr.prefixlen}" for cidr, gateway in settings.gateways.items()]
-    if bridge is None:
-        tell_repair(context, f"the bridge {settings.bridge} was gone")
     lines = mncni.plan_bridge(conf, bridge, [] if bridge else gateways, keeps_mtu=True)
     wanted = {*gateways, BRIDGE_LINK_LOCAL} if 6 in settings.families else set(gateways)
     lines += plan_addresses(settings.bridge, wanted, bridge) if bridge else []
     apply_lines(lines, context.run, "the bridge: every pod's veth is a port of it, its addresses are the pods' gateways")
+    if bridge is None:
+        tell_repair(context, f"the bridge {settings.bridge} was gone")
     apply(mncni.plan_bridge_sysctls(mncni.look_bridge_sysctls(settings.bridge, bridge)), context.run)
 
 
