@@ -79,7 +79,8 @@ KIND = {"families": ["ipv4"], "underlay": "ipv4"}     # the default
 UNDERLAYS = {"ipv4": {"endpoint": "192.0.2.{n}", "prefix": 24}, "ipv6": {"endpoint": "2001:db8::{n}", "prefix": 64}}
 TOOLS = {                                            # tool -> Debian package
     "ip": "iproute2", "tc": "iproute2", "nft": "nftables", "wg": "wireguard-tools", "nsenter": "util-linux",
-    "unshare": "util-linux", "mount": "mount", "umount": "mount", "pivot_root": "util-linux", "ping": "iputils-ping",
+    "unshare": "util-linux", "mount": "mount", "umount": "mount", "ping": "iputils-ping",
+    "pivot_root": "util-linux-extra",                # older systems have it in util-linux
 }
 # The parts of the host's /etc that programs in a node need. They are copied, so that a node can change them.
 ETC_COPIED = ("passwd", "group", "nsswitch.conf", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "iproute2", "alternatives",

@@ -65,6 +65,7 @@ need_lab_tools() {
     need nsenter util-linux
     need unshare util-linux
     need mount mount
+    need pivot_root util-linux-extra  # older systems have it in util-linux
     need nft nftables
     need wg wireguard-tools
     need ping iputils-ping
